@@ -1,0 +1,74 @@
+"""RankKV: KV cache compression whose per-layer budgets follow the effective rank of each layer's attention.
+
+Names resolve on first use, so ``import rankkv`` loads neither torch nor transformers and patches nothing.
+
+Examples
+--------
+>>> import rankkv
+>>> "compute_effective_rank" in dir(rankkv)
+True
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rankkv._version import __version__
+
+if TYPE_CHECKING:
+    from rankkv.budget_allocation import BudgetAllocation, BudgetAllocator
+    from rankkv.cache import RankKVCache
+    from rankkv.config import RankKVConfig
+    from rankkv.generation import compress
+    from rankkv.models import load_model
+    from rankkv.pipeline import RankKVAnalyzer, RankKVResult, quick_analyze
+    from rankkv.rank_analysis import RankAnalysis, analyze_attention_ranks, compute_effective_rank
+    from rankkv.texts import load_texts
+
+__all__ = [
+    "BudgetAllocation",
+    "BudgetAllocator",
+    "RankAnalysis",
+    "RankKVAnalyzer",
+    "RankKVCache",
+    "RankKVConfig",
+    "RankKVResult",
+    "__version__",
+    "analyze_attention_ranks",
+    "compress",
+    "compute_effective_rank",
+    "load_model",
+    "load_texts",
+    "quick_analyze",
+]
+
+_HOME_OF = {
+    "BudgetAllocation": "rankkv.budget_allocation",
+    "BudgetAllocator": "rankkv.budget_allocation",
+    "RankAnalysis": "rankkv.rank_analysis",
+    "RankKVAnalyzer": "rankkv.pipeline",
+    "RankKVCache": "rankkv.cache",
+    "RankKVConfig": "rankkv.config",
+    "RankKVResult": "rankkv.pipeline",
+    "analyze_attention_ranks": "rankkv.rank_analysis",
+    "compress": "rankkv.generation",
+    "compute_effective_rank": "rankkv.rank_analysis",
+    "load_model": "rankkv.models",
+    "load_texts": "rankkv.texts",
+    "quick_analyze": "rankkv.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines a public name the first time the name is used."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, resolved or not."""
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,103 @@
+"""Fixtures shared by every test: the embedded model, tiny random models and the embedded text."""
+
+from __future__ import annotations
+
+import os
+
+# Tokenizers warn about forks, and the hub is never asked, unless a test says otherwise in a process of its own.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(4, os.cpu_count() or 1)))
+
+# Shared machines stall for seconds, so an example has no deadline; the same examples are drawn in every run.
+settings.register_profile("rankkv", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("rankkv")
+
+TINY_VOCAB_SIZE = 128
+
+
+@pytest.fixture(scope="session")
+def embedded() -> tuple[Any, Any]:
+    """``(model, tokenizer)`` of SmolLM2-135M-Instruct in float32; shared, so a test restores what it changes."""
+    from rankkv.models import load_model
+
+    return load_model("embedded")
+
+
+@pytest.fixture(scope="session")
+def python_docs() -> str:
+    """The language reference that every Python carries, as one string."""
+    from rankkv.texts import python_docs_text
+
+    return python_docs_text()
+
+
+def _build_tiny(config: Any, seed: int, attn_implementation: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config._attn_implementation = attn_implementation
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Any]:
+    """Factory of random Llama models: 4 query heads share 2 kv heads, hidden size 64, vocabulary 128."""
+    from transformers import LlamaConfig
+
+    def build(
+        num_layers: int = 3, *, attn_implementation: str = "sdpa", seed: int = 0, **overrides: Any
+    ) -> Any:
+        options: dict[str, Any] = {
+            "vocab_size": TINY_VOCAB_SIZE,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            # Ten times the usual spread: attention of a random model is otherwise so flat that any token will do.
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        return _build_tiny(LlamaConfig(**(options | overrides)), seed, attn_implementation)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_neox() -> Callable[..., Any]:
+    """Factory of random GPT-NeoX models: fused QKV, a quarter of each head rotated, hidden size 64."""
+    from transformers import GPTNeoXConfig
+
+    def build(
+        num_layers: int = 3, *, attn_implementation: str = "sdpa", seed: int = 0, **overrides: Any
+    ) -> Any:
+        options: dict[str, Any] = {
+            "vocab_size": TINY_VOCAB_SIZE,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        return _build_tiny(GPTNeoXConfig(**(options | overrides)), seed, attn_implementation)
+
+    return build
