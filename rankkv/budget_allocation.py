@@ -1,0 +1,302 @@
+"""Per-layer budgets from per-layer ranks: integers that sum to the total exactly and respect the bounds."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rankkv.budget_shares import allocate_integers, allocate_shares, ceil_shares, check_integer
+from rankkv.budget_strategies import (
+    STRATEGIES,
+    Strategy,
+    check_options,
+    check_ranks,
+    compute_weights,
+    get_strategy,
+)
+from rankkv.errors import BudgetError, ConfigError
+
+__all__ = [
+    "STRATEGIES",
+    "BudgetAllocation",
+    "BudgetAllocator",
+    "Strategy",
+    "allocate_integers",
+    "allocate_shares",
+    "ceil_shares",
+    "check_options",
+    "check_ranks",
+    "compute_weights",
+    "get_strategy",
+]
+
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class BudgetAllocation:
+    """Budgets of all layers and what they were computed from.
+
+    Attributes
+    ----------
+    budgets : list of int
+        Tokens each layer keeps; sums to ``total_budget``.
+    total_budget : int
+        Tokens over all layers.
+    layer_ranks, weights : list of float
+        The ranks given and the weights the strategy made of them.
+    strategy, strategy_options
+        The strategy and all its options, defaults included.
+    min_budget : int
+        Lower bound of a layer, tokens.
+    max_budget : int or None
+        Upper bound of a layer, tokens; None is no bound but ``seq_len``.
+    seq_len : int or None
+        Tokens a layer holds uncompressed, where known.
+    """
+
+    budgets: list[int]
+    total_budget: int
+    layer_ranks: list[float]
+    weights: list[float]
+    strategy: str
+    strategy_options: dict[str, Any]
+    min_budget: int
+    max_budget: int | None
+    seq_len: int | None
+
+    @property
+    def average_budget(self) -> float:
+        """Tokens a layer keeps on average."""
+        return self.total_budget / len(self.budgets)
+
+    @property
+    def compression_ratio(self) -> float | None:
+        """Fraction of the KV cache kept; None while ``seq_len`` is unknown."""
+        return None if self.seq_len is None else self.total_budget / (self.seq_len * len(self.budgets))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        return {
+            "budgets": list(self.budgets),
+            "total_budget": self.total_budget,
+            "average_budget": self.average_budget,
+            "compression_ratio": self.compression_ratio,
+            "layer_ranks": list(self.layer_ranks),
+            "weights": list(self.weights),
+            "strategy": self.strategy,
+            "strategy_options": dict(self.strategy_options),
+            "min_budget": self.min_budget,
+            "max_budget": self.max_budget,
+            "seq_len": self.seq_len,
+        }
+
+    def summary(self) -> str:
+        """Return a plain text table with one bar a layer, as long as its budget."""
+        options = ", ".join(f"{name}={value}" for name, value in self.strategy_options.items())
+        kept = "" if self.compression_ratio is None else f", {self.compression_ratio:.1%} of the cache kept"
+        longest = max(1, *self.budgets)
+        lines = [
+            f"strategy {self.strategy}({options}): {self.total_budget} tokens over {len(self.budgets)} layers, "
+            f"{self.average_budget:.1f} on average{kept}",
+            "layer      rank   budget",
+        ]
+        for i, (rank, budget) in enumerate(zip(self.layer_ranks, self.budgets, strict=True)):
+            bar = "#" * round(_BAR_WIDTH * budget / longest)
+            lines.append(f"{i:>5} {rank:>9.3f} {budget:>8}  {bar}".rstrip())
+        return "\n".join(lines)
+
+
+class BudgetAllocator:
+    """Allocate whole tokens to layers: weights by strategy, water-filling within bounds, largest remainder.
+
+    Parameters
+    ----------
+    strategy : str, default "proportional"
+        A key of `STRATEGIES`: proportional, softmax, adaptive, power, uniform, pyramid, inverse, random.
+    min_budget : int, default 4
+        Fewest tokens a layer keeps (at most ``seq_len``).
+    max_budget : int, optional
+        Most tokens a layer keeps; what a capped layer cannot take goes to the others.
+    **strategy_options
+        Options of the strategy, such as ``exponent`` or ``temperature``.
+
+    Raises
+    ------
+    UnknownNameError
+        No such strategy.
+    ConfigError
+        An option the strategy does not have, or a value outside its range.
+
+    Examples
+    --------
+    >>> BudgetAllocator(min_budget=4).allocate([1.0, 2.0, 7.0], 100).budgets
+    [10, 20, 70]
+    """
+
+    def __init__(
+        self,
+        strategy: str = "proportional",
+        min_budget: int = 4,
+        max_budget: int | None = None,
+        **strategy_options: Any,
+    ) -> None:
+        self.strategy_options = check_options(strategy, strategy_options)
+        self.strategy = strategy
+        self.min_budget = check_integer("min_budget", min_budget, 0)
+        self.max_budget = None if max_budget is None else check_integer("max_budget", max_budget, 1)
+        if self.max_budget is not None and self.max_budget < self.min_budget:
+            raise ConfigError(
+                f"max_budget={self.max_budget} is below min_budget={self.min_budget}; raise the one or lower the other."
+            )
+
+    def allocate(
+        self,
+        layer_ranks: Any,
+        total_budget: int | None = None,
+        *,
+        seq_len: int | None = None,
+        compression_ratio: float | None = None,
+    ) -> BudgetAllocation:
+        """Allocate a budget to each layer.
+
+        Parameters
+        ----------
+        layer_ranks : sequence, array or tensor
+            ``[layer]`` effective ranks, finite and non-negative. All zero gives uniform budgets.
+        total_budget : int, optional
+            Tokens over all layers together.
+        seq_len : int, optional
+            Tokens each layer holds uncompressed; caps every layer, the minimum included.
+        compression_ratio : float, optional
+            Fraction of the KV cache kept, in (0, 1]; with ``seq_len`` it gives
+            ``round(compression_ratio * seq_len * layers)`` tokens. Instead of ``total_budget``.
+
+        Returns
+        -------
+        BudgetAllocation
+            ``sum(budgets) == total_budget`` and ``min <= budget <= max`` for each layer.
+
+        Raises
+        ------
+        ConfigError
+            Both or neither of the two ways to give the total, or a value outside its range.
+        BudgetError
+            No budgets satisfy total and bounds; the message has the feasible total in it.
+        InputError
+            ``layer_ranks`` is not a flat sequence of numbers.
+        DegenerateAttentionError
+            There is no layer, or a rank is NaN, infinite or negative.
+
+        Examples
+        --------
+        >>> BudgetAllocator("uniform").allocate([3.0, 9.0], seq_len=100, compression_ratio=0.3).budgets
+        [30, 30]
+        """
+        ranks = check_ranks(layer_ranks)
+        layers = len(ranks)
+        if seq_len is not None:
+            seq_len = check_integer("seq_len", seq_len, 1)
+        total = _total(total_budget, seq_len, compression_ratio, layers)
+        lower = self.min_budget if seq_len is None else min(self.min_budget, seq_len)
+        limits = [limit for limit in (self.max_budget, seq_len) if limit is not None]
+        upper = min(limits) if limits else None
+        if total < lower * layers:
+            raise BudgetError(
+                f"a total of {total} tokens over {layers} layers is below the minimum of {lower * layers} "
+                f"({lower} a layer); raise the total to at least {lower * layers} or lower min_budget."
+            )
+        if upper is not None and total > upper * layers:
+            raise BudgetError(
+                f"a total of {total} tokens over {layers} layers is above the maximum of {upper * layers} "
+                f"({upper} a layer); lower the total to at most {upper * layers} or raise max_budget (seq_len caps it)."
+            )
+        weights = compute_weights(ranks, self.strategy, **self.strategy_options)
+        bound = math.inf if upper is None else upper
+        shares = allocate_shares(weights, total, lower, bound)
+        return BudgetAllocation(
+            budgets=allocate_integers(shares, total, lower, bound, weights).tolist(),
+            total_budget=total,
+            layer_ranks=ranks.tolist(),
+            weights=weights.tolist(),
+            strategy=self.strategy,
+            strategy_options=dict(self.strategy_options),
+            min_budget=lower,
+            max_budget=self.max_budget,
+            seq_len=seq_len,
+        )
+
+    @staticmethod
+    def compare(
+        layer_ranks: Any,
+        total_budget: int | None = None,
+        *,
+        seq_len: int | None = None,
+        compression_ratio: float | None = None,
+        strategies: Iterable[str] | None = None,
+        min_budget: int = 4,
+        max_budget: int | None = None,
+    ) -> dict[str, BudgetAllocation]:
+        """Allocate the same total under several strategies with their default options.
+
+        Parameters
+        ----------
+        layer_ranks, total_budget, seq_len, compression_ratio
+            As in `allocate`.
+        strategies : iterable of str, optional
+            Keys of `STRATEGIES`; all of them by default.
+        min_budget, max_budget
+            As in the class.
+
+        Returns
+        -------
+        dict
+            One `BudgetAllocation` a strategy, in the order asked for.
+
+        Raises
+        ------
+        UnknownNameError, ConfigError, BudgetError, InputError, DegenerateAttentionError
+            As `allocate`.
+
+        Examples
+        --------
+        >>> {name: a.budgets for name, a in BudgetAllocator.compare([1.0, 3.0], 40, strategies=["uniform", "inverse"]).items()}
+        {'uniform': [20, 20], 'inverse': [30, 10]}
+        """
+        if isinstance(strategies, str):
+            strategies = [strategies]
+        ranks = check_ranks(layer_ranks)
+        return {
+            name: BudgetAllocator(name, min_budget, max_budget).allocate(
+                ranks, total_budget, seq_len=seq_len, compression_ratio=compression_ratio
+            )
+            for name in (STRATEGIES if strategies is None else strategies)
+        }
+
+
+def _total(
+    total_budget: int | None, seq_len: int | None, compression_ratio: float | None, layers: int
+) -> int:
+    """Resolve the two ways to say how many tokens there are over all layers."""
+    if total_budget is not None and compression_ratio is not None:
+        raise ConfigError(
+            f"total_budget={total_budget!r} and compression_ratio={compression_ratio!r} both set the total; "
+            "give one of them."
+        )
+    if total_budget is not None:
+        return check_integer("total_budget", total_budget, 0)
+    if compression_ratio is None or seq_len is None:
+        raise ConfigError(
+            "the total is unknown: give total_budget (tokens over all layers), or seq_len together with "
+            "compression_ratio (the fraction of the cache kept)."
+        )
+    real = isinstance(compression_ratio, numbers.Real) and not isinstance(compression_ratio, bool)
+    if not real or not 0 < compression_ratio <= 1:
+        raise ConfigError(
+            f"compression_ratio must be in (0, 1], got {compression_ratio!r}: it is the fraction of the KV cache kept "
+            "(0.3 keeps 30%), not the fraction removed."
+        )
+    return round(float(compression_ratio) * seq_len * layers)

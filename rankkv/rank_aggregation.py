@@ -1,0 +1,259 @@
+"""One effective rank of a layer's heads: seven ways to join them, and the keys that may be evicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankkv.errors import ConfigError, InputError, UnknownNameError
+from rankkv.rank_kernels import as_real_tensor, compute_gram, compute_rank_from_gram
+
+# Gram matrices up to this side are solved in one batch; larger ones head by head, to bound memory.
+_BATCHED_SIDE = 256
+
+
+def _joint_concat(attention: Tensor) -> Tensor:
+    if attention.shape[-2] <= _BATCHED_SIDE:
+        return compute_gram(attention).sum(1)
+    gram = compute_gram(attention[:, 0])
+    for head in range(1, attention.shape[1]):
+        gram += compute_gram(attention[:, head])
+    return gram
+
+
+def _joint_mean(attention: Tensor) -> Tensor:
+    return compute_gram(attention.mean(1, dtype=torch.float64))
+
+
+def _joint_mass_normalized(attention: Tensor) -> Tensor:
+    mass = attention.sum((-2, -1), dtype=torch.float64)
+    factors = torch.where(mass > 0, 1.0 / torch.where(mass > 0, mass, 1.0), torch.where(mass == 0, 0.0, mass))
+    total = attention[:, 0].to(torch.float64) * factors[:, 0, None, None]
+    for head in range(1, attention.shape[1]):
+        total.add_(attention[:, head].to(torch.float64) * factors[:, head, None, None])
+    return compute_gram(total)
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """A registered way to make one rank of a layer's heads: join the matrices, or reduce the heads' ranks.
+
+    Attributes
+    ----------
+    description : str
+        One line.
+    join : callable, optional
+        ``attention [batch, head, query, key] -> Gram [batch, query, query]`` float64.
+    reduce : callable, optional
+        ``per_head ranks [batch, head] -> ranks [batch]``.
+    """
+
+    description: str
+    join: Callable[[Tensor], Tensor] | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+
+AGGREGATIONS: dict[str, Aggregation] = {
+    "mean": Aggregation("average the heads, then rank", join=_joint_mean),
+    "per_head": Aggregation("rank each head, then average", reduce=lambda ranks: ranks.mean(1)),
+    "median": Aggregation("median of the heads' ranks", reduce=lambda ranks: ranks.quantile(0.5, dim=1)),
+    "max": Aggregation("largest of the heads' ranks", reduce=lambda ranks: ranks.amax(1)),
+    "min": Aggregation("smallest of the heads' ranks", reduce=lambda ranks: ranks.amin(1)),
+    "concat": Aggregation("rank of the heads side by side along the keys", join=_joint_concat),
+    "mass_normalized": Aggregation(
+        "each head's mass 1, then average, then rank", join=_joint_mass_normalized
+    ),
+}
+
+
+def get_aggregation(name: str) -> Aggregation:
+    """Look an aggregation up by name, or raise an UnknownNameError that lists the known ones."""
+    if not isinstance(name, str) or name not in AGGREGATIONS:
+        raise UnknownNameError.of("aggregation", name, AGGREGATIONS)
+    return AGGREGATIONS[name]
+
+
+def _head_ranks(attention: Tensor) -> Tensor:
+    """Rank each head through the Gram matrix of its shorter side: ``[batch, head]``."""
+    short = attention if attention.shape[-2] <= attention.shape[-1] else attention.mT
+    if short.shape[-2] == 0:
+        return torch.zeros(attention.shape[:2], dtype=torch.float64, device=attention.device)
+    if short.shape[-2] <= _BATCHED_SIDE:
+        return compute_rank_from_gram(compute_gram(short))
+    return torch.stack(
+        [compute_rank_from_gram(compute_gram(short[:, h])) for h in range(short.shape[1])], dim=1
+    )
+
+
+def check_attention(attention: object) -> Tensor:
+    """Return attention as a detached tensor ``[batch, head, query, key]``, or raise an InputError."""
+    if not isinstance(attention, Tensor):
+        raise InputError(
+            f"attention must be a tensor [batch, head, query, key], got {type(attention).__name__}."
+        )
+    tensor = as_real_tensor(attention)
+    if tensor.ndim != 4 or 0 in tensor.shape[:3]:
+        raise InputError(
+            f"attention must have shape [batch, head, query, key] with no empty batch, head or query axis, "
+            f"got {tuple(tensor.shape)}."
+        )
+    # Products of float64 entries could leave the range; narrower dtypes cannot.
+    if tensor.dtype == torch.float64 and tensor.shape[-1]:
+        largest = tensor.abs().amax((1, 2, 3), keepdim=True)
+        usable = largest.isfinite() & (largest > 0)
+        tensor = tensor / torch.where(usable, largest, 1.0)
+    return tensor
+
+
+@torch.no_grad()
+def compute_joint_gram(attention: Tensor, aggregation: str = "concat") -> Tensor:
+    """Compute the Gram matrix whose spectrum gives a layer's rank, for "mean", "concat" or "mass_normalized".
+
+    For "concat" it is ``sum_h R_h R_h^T``: additive over heads, over blocks of keys and over shards.
+
+    Parameters
+    ----------
+    attention : Tensor
+        ``[batch, head, query, key]``, any float dtype.
+    aggregation : str, default "concat"
+        One that joins the heads' matrices.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, query, query]`` float64.
+
+    Raises
+    ------
+    UnknownNameError
+        Not an aggregation that joins matrices.
+    InputError
+        Not a four-dimensional tensor.
+
+    Examples
+    --------
+    >>> compute_joint_gram(torch.ones(1, 2, 2, 3)).tolist()
+    [[[6.0, 6.0], [6.0, 6.0]]]
+    """
+    join = get_aggregation(aggregation).join
+    if join is None:
+        joining = [name for name, known in AGGREGATIONS.items() if known.join is not None]
+        raise UnknownNameError.of("joining aggregation", aggregation, joining)
+    return join(as_real_tensor(attention))
+
+
+@torch.no_grad()
+def compute_aggregated_rank(
+    attention: Tensor,
+    aggregation: str = "concat",
+    normalize: bool = False,
+    *,
+    rows: int | Tensor | None = None,
+    columns: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute one effective rank per batch row from the attention of all heads of a layer.
+
+    Spectra come from float64 Gram matrices accumulated over blocks of keys (error bound: see
+    `compute_rank_from_gram`). Cut away what should not count by zeroing rows or columns before.
+
+    Parameters
+    ----------
+    attention : Tensor
+        ``[batch, head, query, key]``, any float dtype. A batch row that holds NaN or infinity gets rank NaN and
+        leaves the other rows alone.
+    aggregation : str, default "concat"
+        A key of `AGGREGATIONS`: "mean", "per_head", "median", "max", "min", "concat" or "mass_normalized".
+        Heads without mass have rank 0, and "mass_normalized" leaves them out.
+    normalize : bool, default False
+        Divide by ``min(rows, columns)`` of the matrix ranked; for "concat" the columns of all heads count.
+    rows, columns : int or Tensor ``[batch]``, optional
+        How many queries and keys really count, where zeroed ones were left in; used by ``normalize`` alone.
+
+    Returns
+    -------
+    ranks : Tensor
+        ``[batch]`` float64 on the attention's device (on the CPU for MPS, which has no float64).
+    per_head : Tensor or None
+        ``[batch, head]`` for the aggregations over the heads' ranks, else None.
+
+    Raises
+    ------
+    UnknownNameError
+        No such aggregation.
+    InputError
+        Not a four-dimensional tensor.
+
+    Examples
+    --------
+    >>> heads = torch.stack([torch.eye(4, 8), torch.eye(4, 8).roll(4, 1)])[None]
+    >>> ranks, per_head = compute_aggregated_rank(heads, "per_head")
+    >>> ranks.round(decimals=6).tolist(), per_head.round(decimals=6).tolist()
+    ([4.0], [[4.0, 4.0]])
+    """
+    known = get_aggregation(aggregation)
+    tensor = check_attention(attention)
+    per_head = None
+    if known.join is not None:
+        ranks = compute_rank_from_gram(known.join(tensor))
+    else:
+        per_head = _head_ranks(tensor)
+        ranks = known.reduce(per_head)  # type: ignore[misc]
+    if normalize:
+        height = torch.as_tensor(tensor.shape[2] if rows is None else rows, device=ranks.device)
+        width = torch.as_tensor(tensor.shape[3] if columns is None else columns, device=ranks.device)
+        joint_width = width * tensor.shape[1] if aggregation == "concat" else width
+        ranks = ranks / torch.minimum(height, joint_width).clamp_min(1)
+        if per_head is not None:
+            per_head = per_head / torch.minimum(height, width).clamp_min(1).reshape(-1, 1)
+    return ranks, per_head
+
+
+@torch.no_grad()
+def evictable_mask(valid: Tensor, window_size: int, sink_size: int) -> Tensor:
+    """Mark the keys that may be evicted: those outside the attention sinks and the recent window.
+
+    In real coordinates (``r = cumsum(valid) - 1``, padding not counted): ``sink_size <= r < length - window_size``.
+
+    Parameters
+    ----------
+    valid : Tensor
+        ``[batch, key]`` bool or 0/1, False at padding.
+    window_size, sink_size : int
+        Newest and oldest tokens that are never evicted.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, key]`` bool.
+
+    Raises
+    ------
+    InputError
+        ``valid`` is not two-dimensional.
+    ConfigError
+        A size is not an integer >= 0.
+
+    Examples
+    --------
+    >>> evictable_mask(torch.tensor([[0, 1, 1, 1, 1, 1]]), window_size=2, sink_size=1).int().tolist()
+    [[0, 0, 1, 1, 0, 0]]
+    """
+    check_sizes(window_size, sink_size, smallest_window=0)
+    if not isinstance(valid, Tensor) or valid.ndim != 2:
+        raise InputError(
+            f"valid must be a tensor [batch, key], got {getattr(valid, 'shape', type(valid).__name__)}."
+        )
+    real = valid.bool()
+    index = real.cumsum(-1) - 1
+    length = real.sum(-1, keepdim=True)
+    return real & (index >= sink_size) & (index < length - window_size)
+
+
+def check_sizes(window_size: int, sink_size: int, smallest_window: int = 1) -> None:
+    """Raise a ConfigError that names the size which is not an integer in its range."""
+    for name, value, smallest in (("window_size", window_size, smallest_window), ("sink_size", sink_size, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ConfigError(f"{name} must be an integer >= {smallest}, got {value!r}.")
