@@ -1,0 +1,287 @@
+"""Looking into attention: transformers' own attention functions, wrapped so that one cache can observe them.
+
+Nothing is wrapped on import.  The first cache built wraps each attention function *under its existing name*, so that
+the user's backend and config stay what they are; the wrapper passes every call through untouched unless a RankKV
+cache has just been updated by the same layer in the same thread.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from .errors import CacheStateError, UnsupportedModelError
+
+#: Backends whose masks are understood; eager is the model module's own function.
+SUPPORTED_BACKENDS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+_EAGER = "eager_attention_forward"
+_originals: dict[str, Callable[..., Any] | None] = {}
+_install_lock = threading.Lock()
+_local = threading.local()
+
+
+class ObservingCache(Protocol):
+    """A cache that wants to see the attention of its layers."""
+
+    def attend(
+        self,
+        layer_idx: int,
+        inner: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        options: dict[str, Any],
+    ) -> Any:
+        """Run ``inner`` with the layer's own mask and look at what it used."""
+
+
+def hand_off(cache: ObservingCache, layer_idx: int) -> None:
+    """Announce that the next attention call of this thread belongs to ``cache`` and ``layer_idx``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the previous hand-off of the same cache was never taken: the model's attention does not go through
+        transformers' attention interface.
+    """
+    pending = getattr(_local, "pending", None)
+    # Weak, so that a forward that was interrupted does not keep its cache alive.
+    _local.pending = (weakref.ref(cache), layer_idx)
+    if pending is not None and pending[0]() is cache and layer_idx >= pending[1]:
+        _local.pending = None
+        raise UnsupportedModelError(
+            f"the attention of layer {pending[1]} did not go through transformers' attention interface, so RankKV "
+            "could not observe it (or an earlier forward with this cache was interrupted). Use a model whose attention "
+            "supports AttentionInterface, and a new cache after an interrupted forward."
+        )
+
+
+def _take_hand_off(module: nn.Module) -> tuple[ObservingCache, int] | None:
+    pending = getattr(_local, "pending", None)
+    if pending is None:
+        return None
+    layer_idx = getattr(module, "layer_idx", pending[1])
+    if layer_idx != pending[1]:
+        return None
+    _local.pending = None
+    cache = pending[0]()
+    return None if cache is None else (cache, pending[1])
+
+
+def _wrap(inner_of: Callable[[nn.Module], Callable[..., Any]], named_after: Callable[..., Any] | None) -> Any:
+    def observed_attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    ) -> Any:
+        inner = inner_of(module)
+        owner = _take_hand_off(module)
+        if owner is None:
+            return inner(module, query, key, value, attention_mask, **options)
+        cache, layer_idx = owner
+        return cache.attend(layer_idx, inner, module, query, key, value, attention_mask, options)
+
+    return observed_attention if named_after is None else wraps(named_after)(observed_attention)
+
+
+def _find_eager(module: nn.Module) -> Callable[..., Any]:
+    for cls in type(module).__mro__:
+        inner = getattr(sys.modules.get(cls.__module__), _EAGER, None)
+        if inner is not None:
+            return inner
+    raise UnsupportedModelError(
+        f"no eager attention function was found for {type(module).__name__}; "
+        "load the model with attn_implementation='sdpa'."
+    )
+
+
+def install() -> None:
+    """Wrap the attention functions transformers has now; calling it again changes nothing.
+
+    Examples
+    --------
+    >>> install(); is_installed()
+    True
+    >>> uninstall(); is_installed()
+    False
+    """
+    with _install_lock:
+        registered = AttentionInterface._global_mapping
+        for name in SUPPORTED_BACKENDS:
+            if name in _originals:
+                continue
+            if name == "eager":
+                # Usually nothing stands under this name: the model passes its own function as the default.
+                registered_eager = registered.get(name)
+                finder = _find_eager if registered_eager is None else _constant(registered_eager)
+                _originals[name] = registered_eager
+                AttentionInterface.register(name, _wrap(finder, registered_eager))
+            elif name in registered:
+                _originals[name] = registered[name]
+                AttentionInterface.register(name, _wrap(_constant(registered[name]), registered[name]))
+
+
+def _constant(inner: Callable[..., Any]) -> Callable[[nn.Module], Callable[..., Any]]:
+    return lambda module: inner
+
+
+def uninstall() -> None:
+    """Put transformers' own attention functions back; caches built before can no longer be used."""
+    with _install_lock:
+        for name, original in _originals.items():
+            if original is None:
+                AttentionInterface._global_mapping.pop(name, None)
+            else:
+                AttentionInterface.register(name, original)
+        _originals.clear()
+
+
+def is_installed() -> bool:
+    """Tell whether the attention functions are wrapped."""
+    return bool(_originals)
+
+
+def check_observable(model: PreTrainedModel) -> None:
+    """Check, before any token, that RankKV can observe this model's attention.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model is an encoder-decoder, cannot generate, computes its attention without transformers' attention
+        interface, or uses a backend whose masks are not understood.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UnsupportedModelError(f"{name} is not a transformers model: pass a loaded causal language model.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; RankKV compresses decoder-only language models.")
+    if hasattr(model, "can_generate") and not model.can_generate():
+        raise UnsupportedModelError(f"{name} cannot generate: load it with AutoModelForCausalLM.")
+    attention_modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    if not any(_uses_interface(module) for module in attention_modules):
+        raise UnsupportedModelError(
+            f"the attention of {name} does not go through transformers' attention interface, so it cannot be observed."
+        )
+    backend = getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
+    if backend is not None and backend not in SUPPORTED_BACKENDS:
+        raise UnsupportedModelError(
+            f"attention backend {backend!r} of {name} is not supported; call "
+            f"model.set_attn_implementation(...) with one of: {', '.join(SUPPORTED_BACKENDS)}."
+        )
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    return any(
+        hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__[:-1]
+    )
+
+
+def project_mask(
+    attention_mask: Any,
+    positions: Tensor,
+    slot_valid: Tensor | None,
+    query_length: int,
+    query_heads: int,
+    backend: str | None,
+    dtype: torch.dtype,
+) -> Any:
+    """Bring a mask from logical coordinates (all tokens seen) to those of the kept slots of one layer.
+
+    Parameters
+    ----------
+    attention_mask : Tensor or None
+        What transformers made for all layers: 4-D ``[batch, 1 or head, query, seen]``, flash attention's 2-D
+        ``[batch, seen]``, or None.
+    positions : Tensor
+        ``[batch, kv_head or 1, slot]`` int64, logical position of each slot (ascending).
+    slot_valid : Tensor, optional
+        ``[batch, slot]`` bool, False where a shorter row is filled up; None if every slot holds a token.
+    query_length, query_heads : int
+        Shape of the call.
+    backend : str, optional
+        Attention backend; eager adds its mask, so it gets numbers.
+    dtype : torch.dtype
+        Dtype of those numbers.
+
+    Returns
+    -------
+    Tensor or None
+        ``[batch, 1 or query_heads, query, slot]``, ``[batch, slot]``, or None where nothing needs masking.
+    """
+    if attention_mask is None:
+        return _mask_from_slots(positions, slot_valid, query_length, backend, dtype)
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        raise UnsupportedModelError(
+            f"attention mask of type {type(attention_mask).__name__} cannot be restricted to the kept tokens; "
+            f"use one of the attention backends: {', '.join(SUPPORTED_BACKENDS)}."
+        )
+    if attention_mask.dim() == 2:
+        if positions.shape[1] != 1:
+            raise UnsupportedModelError(
+                "a padded batch on flash attention needs a selector that keeps the same tokens in all heads "
+                "(streaming_llm), or prompts without padding, or attn_implementation='sdpa'."
+            )
+        gathered = attention_mask.gather(-1, positions[:, 0])
+        return gathered if slot_valid is None else gathered * slot_valid
+    slots = positions.shape[-1]
+    mask = attention_mask.expand(positions.shape[0], -1, -1, -1)
+    heads = max(mask.shape[1], positions.shape[1])
+    if heads > 1:
+        heads = query_heads
+        positions = positions.repeat_interleave(heads // positions.shape[1], dim=1)
+        mask = mask.expand(-1, heads, -1, -1)
+    index = positions[:, :, None, :].expand(-1, heads, mask.shape[2], slots)
+    mask = mask.gather(-1, index)
+    if slot_valid is not None:
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = mask.masked_fill(~slot_valid[:, None, None, :], hidden)
+    if query_length == 1 and mask.device.type == "cpu" and _hides_nothing(mask):
+        # Without a mask the fast kernels stay available; on other devices asking would stall the stream.
+        return None
+    return mask
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
+
+
+def _mask_from_slots(
+    positions: Tensor, slot_valid: Tensor | None, query_length: int, backend: str | None, dtype: torch.dtype
+) -> Tensor | None:
+    flash = backend is not None and backend.startswith("flash")
+    if slot_valid is not None and flash:
+        return slot_valid
+    if query_length == 1 or flash:
+        visible = None if slot_valid is None else slot_valid[:, None, None, :]
+    else:
+        # Every kept slot precedes every query; the queries' own slots are the last ones.
+        slots = positions.shape[-1]
+        rows = torch.arange(slots - query_length, slots, device=positions.device)
+        visible = (torch.arange(slots, device=positions.device) <= rows[:, None])[None, None]
+        if slot_valid is not None:
+            visible = visible & slot_valid[:, None, None, :]
+    if visible is None or backend != "eager":
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+        ~visible, torch.finfo(dtype).min
+    )
+
+
+def check_not_pending(cache: object) -> None:
+    """Raise if the last layer that updated ``cache`` never came to be observed."""
+    pending = getattr(_local, "pending", None)
+    if pending is not None and pending[0]() is cache:
+        raise CacheStateError(
+            f"layer {pending[1]} updated this cache but its attention was not observed: the model's attention does not "
+            "go through transformers' attention interface, or the forward was interrupted. Build a new cache."
+        )

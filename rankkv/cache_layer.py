@@ -1,0 +1,184 @@
+"""One layer of the cache: what it has seen, what it keeps, and where the kept tokens stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from .errors import CacheStateError
+from .selection import Selector, select_tokens
+
+
+class RankKVLayer(DynamicLayer):
+    """A cache layer that separates the tokens it has *seen* from those it *keeps*.
+
+    Keys and values are ``[batch, kv_head, slot, head_dim]``, contiguous, without spare capacity, the slots in the order
+    of their positions.  A row that keeps fewer tokens than the widest row starts with empty slots.
+    """
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.seen = 0
+        #: Tokens seen when the layer was last compressed; all later ones are kept.
+        self.compressed_at = 0
+        #: Logical positions of the tokens kept then, ``[batch, kv_head or 1, slot]`` int64; None if all were kept.
+        self.kept_positions: Tensor | None = None
+        #: ``[batch, slot]`` bool for those slots; None if every slot holds a token.
+        self.kept_valid: Tensor | None = None
+        self._scores: Tensor | None = None
+        self._real_index: Tensor | None = None
+        self._lengths: list[int] = []
+
+    # -- what transformers asks ---------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens and return all that are kept."""
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+            self.is_initialized = True
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        self.seen += key_states.shape[-2]
+        return self.keys, self.values
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Return the number of tokens seen, evicted ones included: positions continue from here."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Return the mask's key length and offset in logical coordinates (all tokens seen)."""
+        if isinstance(query_length, Tensor):
+            query_length = query_length.shape[0]
+        return self.seen + query_length, 0
+
+    def get_max_cache_shape(self) -> int:
+        """Return -1: the layer has no maximum."""
+        return -1
+
+    def get_max_length(self) -> int:
+        """Return -1: the layer has no maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens: as many as a negative number says, or down to a positive length.
+
+        Raises
+        ------
+        CacheStateError
+            If tokens would have to come back that were evicted.
+        """
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        removed = -tokens_to_remove if tokens_to_remove < 0 else max(0, self.seen - tokens_to_remove)
+        if removed > self.seen - self.compressed_at and self.kept_positions is not None:
+            raise CacheStateError(
+                f"cannot remove {removed} tokens: the cache was compressed after {self.compressed_at} of its {self.seen} "
+                f"tokens, and evicted tokens cannot come back. Remove at most {self.seen - self.compressed_at} tokens, or "
+                "build a new cache."
+            )
+        if removed:
+            # Cloned, so that the removed tokens' memory is freed and not only hidden.
+            self.keys = self.keys[..., :-removed, :].clone(memory_format=torch.contiguous_format)
+            self.values = self.values[..., :-removed, :].clone(memory_format=torch.contiguous_format)
+            self.seen -= removed
+            self.compressed_at = min(self.compressed_at, self.seen)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give every row the state of row ``beam_idx``."""
+        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` only."""
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def _map_rows(self, change: Any) -> None:
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values", "kept_positions", "kept_valid"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, change(tensor))
+
+    # -- what compression asks ----------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """Number of slots (the widest row's kept tokens)."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def compute_positions(self) -> Tensor:
+        """Compute the logical position of every slot, ``[batch, kv_head or 1, slot]`` int64."""
+        if self.kept_positions is None:
+            return torch.arange(self.seen, device=self.device).expand(self.keys.shape[0], 1, -1)
+        later = torch.arange(self.compressed_at, self.seen, device=self.device)
+        return torch.cat([self.kept_positions, later.expand(*self.kept_positions.shape[:2], -1)], dim=-1)
+
+    def compute_slot_valid(self) -> Tensor | None:
+        """Compute which slots hold a token, ``[batch, slot]`` bool; None if all do."""
+        if self.kept_valid is None:
+            return None
+        later = self.kept_valid.new_ones((self.kept_valid.shape[0], self.seen - self.compressed_at))
+        return torch.cat([self.kept_valid, later], dim=-1)
+
+    def begin_compression(self, scores: Tensor, real_index: Tensor, lengths: Sequence[int]) -> None:
+        """Take the scores ``[batch, kv_head or 1, key]`` by which the layer may shrink, once or repeatedly."""
+        self._scores, self._real_index, self._lengths = scores, real_index[:, None], list(lengths)
+        self.compressed_at = self.seen
+
+    def shrink(
+        self, budgets: Sequence[int], selector: Selector, window_size: int, sink_size: int, slack: int = 0
+    ) -> None:
+        """Keep ``budgets`` tokens a row (plus ``slack``) and release the rest."""
+        if self._scores is None or self._real_index is None:
+            raise CacheStateError("the layer has no scores to select by: compression has ended.")
+        kept = select_tokens(
+            self._scores, self._real_index, self._lengths, budgets, selector, window_size, sink_size, slack
+        )
+        width = kept.shape[-1]
+        widths = [min(budget + slack, length) for budget, length in zip(budgets, self._lengths, strict=True)]
+        if width == self.width and min(widths) == width:
+            return
+        empty = kept < 0
+        index = kept.clamp(min=0)
+        self.keys = _gather_slots(self.keys, index)
+        self.values = _gather_slots(self.values, index)
+        self.kept_positions = index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
+        self._real_index = _gather_heads(self._real_index, index).masked_fill(empty, -1)
+        self._scores = _gather_heads(self._scores, index)
+        self.kept_valid = ~empty[:, 0] if min(widths) < width else None
+
+    def end_compression(self) -> None:
+        """Release the scores."""
+        self._scores = self._real_index = None
+
+
+def _gather_heads(tensor: Tensor, index: Tensor) -> Tensor:
+    return tensor.expand(-1, index.shape[1], -1).gather(-1, index)
+
+
+def _gather_slots(tensor: Tensor, index: Tensor) -> Tensor:
+    batch, heads, _, dim = tensor.shape
+    return tensor.gather(2, index.expand(-1, heads, -1)[..., None].expand(batch, heads, index.shape[-1], dim))

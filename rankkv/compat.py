@@ -1,0 +1,48 @@
+"""What differs between transformers versions, in one place."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import transformers
+from packaging.version import Version
+
+from .errors import UnsupportedModelError
+
+OLDEST_TRANSFORMERS = "5.0.0"
+_RENAMED_IN = Version("5.24.0.dev0")
+
+
+def check_transformers() -> None:
+    """Raise if the installed transformers is older than what RankKV was tested with.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the version found and the one that is needed.
+    """
+    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} is too old: RankKV needs {OLDEST_TRANSFORMERS} or newer "
+            f"(pip install 'transformers>={OLDEST_TRANSFORMERS}')."
+        )
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """Return the keyword under which this transformers version takes a cache.
+
+    ``cache`` from transformers 5.24 on, ``past_key_values`` before.
+
+    Examples
+    --------
+    >>> list(cache_argument(None)) in (["cache"], ["past_key_values"])
+    True
+    """
+    renamed = Version(transformers.__version__) >= _RENAMED_IN
+    return {"cache" if renamed else "past_key_values": cache}
+
+
+def accepts_argument(model: Any, name: str) -> bool:
+    """Tell whether the model's forward takes an argument of this name."""
+    return name in inspect.signature(model.forward).parameters

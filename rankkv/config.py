@@ -1,0 +1,148 @@
+"""The options of RankKV in one frozen dataclass, checked once, before any model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from .errors import ConfigError, UnknownNameError
+
+SCOPES = ("full", "window", "evictable")
+DECODE_MODES = ("grow",)
+POSITION_MODES = ("original",)
+PREFILL_MODES = ("single",)
+
+#: What `strategy=None` means without calibration: the exponent that measured best with concatenated heads.
+DEFAULT_STRATEGY = "power"
+DEFAULT_STRATEGY_OPTIONS: Mapping[str, Any] = MappingProxyType({"exponent": 4.0})
+
+#: No layer is compressed below this many tokens unless `min_budget` says so.
+FLOOR_TOKENS = 16
+
+
+def check_compression_ratio(compression_ratio: float) -> float:
+    """Return ``compression_ratio`` as a float if it lies in (0, 1].
+
+    Parameters
+    ----------
+    compression_ratio : float
+        Fraction of the KV cache that is kept (compressed size / original size).
+
+    Raises
+    ------
+    ConfigError
+        If the value is not a number in (0, 1].
+
+    Examples
+    --------
+    >>> check_compression_ratio(0.3)
+    0.3
+    """
+    is_number = isinstance(compression_ratio, int | float) and not isinstance(compression_ratio, bool)
+    if not is_number or not 0.0 < compression_ratio <= 1.0:
+        raise ConfigError(
+            f"compression_ratio={compression_ratio!r} is outside (0, 1]: it is the fraction of the KV cache that is "
+            "kept (0.3 keeps 30%; libraries such as kvpress mean the fraction removed), so give a number above 0 and "
+            "up to 1."
+        )
+    return float(compression_ratio)
+
+
+def _check_int(name: str, value: object, minimum: int, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least {minimum}: {meaning}.")
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UnknownNameError.of(name, value, known)
+
+
+@dataclass(frozen=True)
+class RankKVConfig:
+    """Everything that decides what a :class:`~rankkv.RankKVCache` keeps.
+
+    Parameters
+    ----------
+    compression_ratio : float, default 0.3
+        Fraction of the KV cache kept, in (0, 1].  Note that kvpress gives this name to the fraction *removed*.
+    budget : int, optional
+        Average number of tokens a layer keeps; overrides ``compression_ratio``.
+    selector : str or Selector, default "snapkv"
+        Token selection method, a key of :data:`rankkv.selection.SELECTORS` or a selector with options.
+    strategy : str, optional
+        Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`; None takes the measured default
+        (``"power"`` with exponent 4).
+    scope : {"evictable", "window", "full"}, default "evictable"
+        Part of the attention whose effective rank is taken.
+    aggregation : str, default "concat"
+        How the heads of a layer are joined for its rank.
+    strategy_options : mapping, optional
+        Options of the strategy, such as ``{"exponent": 2}``.
+    window_size : int, default 32
+        Number of last queries observed (the observation window).
+    sink_size : int, default 4
+        Number of first tokens protected as attention sinks; 0 protects none.
+    decode : {"grow"}, default "grow"
+        What happens to generated tokens: ``"grow"`` keeps them all.
+    positions : {"original"}, default "original"
+        Kept keys keep their original rotary positions.
+    prefill : {"single"}, default "single"
+        The whole prompt arrives in one forward.
+    min_budget : int, optional
+        Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
+
+    Raises
+    ------
+    ConfigError, UnknownNameError
+        If an option lies outside its range or names something that is not registered.
+
+    Examples
+    --------
+    >>> RankKVConfig(compression_ratio=0.2).window_size
+    32
+    """
+
+    compression_ratio: float = 0.3
+    budget: int | None = None
+    selector: Any = "snapkv"
+    strategy: str | None = None
+    scope: str = "evictable"
+    aggregation: str = "concat"
+    strategy_options: Mapping[str, Any] | None = field(default=None)
+    window_size: int = 32
+    sink_size: int = 4
+    decode: str = "grow"
+    positions: str = "original"
+    prefill: str = "single"
+    min_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
+        if self.budget is not None:
+            _check_int("budget", self.budget, 1, "the average number of tokens a layer keeps")
+        _check_int("window_size", self.window_size, 1, "the number of last queries that are observed")
+        _check_int("sink_size", self.sink_size, 0, "the number of first tokens protected as attention sinks")
+        if self.min_budget is not None:
+            _check_int("min_budget", self.min_budget, 1, "the fewest tokens a layer keeps")
+        _check_choice("scope", self.scope, SCOPES)
+        _check_choice("decode mode", self.decode, DECODE_MODES)
+        _check_choice("positions mode", self.positions, POSITION_MODES)
+        _check_choice("prefill mode", self.prefill, PREFILL_MODES)
+        if self.strategy_options is not None:
+            object.__setattr__(self, "strategy_options", MappingProxyType(dict(self.strategy_options)))
+
+    def resolve_strategy(self) -> tuple[str, dict[str, Any]]:
+        """Return the strategy's name and options, with the defaults filled in."""
+        if self.strategy is None:
+            return DEFAULT_STRATEGY, {**DEFAULT_STRATEGY_OPTIONS, **(self.strategy_options or {})}
+        return self.strategy, dict(self.strategy_options or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain JSON-ready values."""
+        record = {item.name: getattr(self, item.name) for item in fields(self)}
+        record["selector"] = str(self.selector)
+        record["strategy"], record["strategy_options"] = self.resolve_strategy()
+        return record

@@ -1,0 +1,100 @@
+"""The effective rank of one observed layer, in each of the three scopes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .observation import Observation
+from .rank_analysis import compute_aggregated_rank, evictable_mask, round_ranks
+from .rank_kernels import compute_gram, compute_rank_from_gram
+
+#: Scope "full" ranks the whole attention matrix up to this many tokens ...
+EXACT_TOKENS = 2048
+#: ... and beyond it this many query rows, spread evenly over the prompt.
+SAMPLED_ROWS = 512
+
+
+def compute_layer_ranks(
+    observation: Observation, scope: str = "evictable", aggregation: str = "concat", normalize: bool = False
+) -> Tensor:
+    """Compute the effective rank of the attention of one layer, row by row of the batch.
+
+    The matrix ranked is, by scope, ``"evictable"``: the observation window's rows, and of the columns those that could
+    be evicted (neither sinks nor recent), not renormalised; ``"window"``: the same rows, all columns; ``"full"``: all
+    query rows (beyond ``EXACT_TOKENS`` tokens, ``SAMPLED_ROWS`` evenly spread ones: an estimate that compares layers
+    of one prompt, bounded by the number of rows).
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries, keys and mask.
+    scope : {"evictable", "window", "full"}
+        Part of the attention.
+    aggregation : str, default "concat"
+        How heads are joined; see :func:`rankkv.analyze_attention_ranks`.
+    normalize : bool, default False
+        Divide by the number of singular values.
+
+    Returns
+    -------
+    Tensor
+        ``[batch]`` float64 on the CPU, rounded to 6 significant digits so that float noise does not move a token; 0
+        where nothing can be evicted, NaN where the attention is not finite.
+
+    References
+    ----------
+    Roy and Vetterli, "The effective rank: A measure of effective dimensionality", EUSIPCO 2007.
+    """
+    if scope == "full":
+        ranks = torch.stack(
+            [_compute_full_rank(observation.take_row(row), aggregation, normalize) for row in range(len(observation.lengths))]
+        )
+    else:
+        window = observation.window_attention
+        if scope == "evictable":
+            window = _cut_evictable(window, observation)
+        ranks, _ = compute_aggregated_rank(window, aggregation, normalize)
+    return round_ranks(ranks.cpu())
+
+
+def _cut_evictable(window: Tensor, observation: Observation) -> Tensor:
+    if observation.key_length == min(observation.lengths):
+        # Without padding the evictable columns are one stretch: a view, no copy.
+        stop = max(observation.sink_size, observation.key_length - observation.window_size)
+        return window[..., observation.sink_size : stop]
+    columns = evictable_mask(observation.valid, observation.window_size, observation.sink_size)
+    return window * columns[:, None, None, :]
+
+
+def _compute_full_rank(observation: Observation, aggregation: str, normalize: bool) -> Tensor:
+    count = observation.query_length
+    if count > EXACT_TOKENS:
+        spread = (torch.arange(SAMPLED_ROWS, device=observation.keys.device) + 0.5) * (count / SAMPLED_ROWS)
+        rows: slice | Tensor = spread.long()
+    else:
+        rows = slice(0, count)
+    matrices = _head_matrices(observation, rows)
+    if aggregation == "concat":
+        rank = compute_rank_from_gram(sum(compute_gram(matrix) for matrix in matrices))
+    elif aggregation in ("mean", "mass_normalized"):
+        # Every row of a whole attention matrix sums to 1, so all heads have the same mass already.
+        total = next(matrices).clone()
+        for matrix in matrices:
+            total += matrix
+        rank = compute_rank_from_gram(compute_gram(total))
+    else:
+        per_head = torch.stack([compute_rank_from_gram(compute_gram(matrix)) for matrix in matrices])
+        joined = {"per_head": per_head.mean, "median": per_head.median, "max": per_head.max, "min": per_head.min}
+        rank = joined[aggregation]()
+    row_count = SAMPLED_ROWS if count > EXACT_TOKENS else count
+    return rank / min(row_count, observation.key_length) if normalize else rank
+
+
+def _head_matrices(observation: Observation, rows: slice | Tensor) -> Iterator[Tensor]:
+    """Yield ``[row, key]`` float32 a head: the heads' matrices never stand in memory together."""
+    groups = observation.query.shape[1] // observation.keys.shape[1]
+    for head in range(observation.query.shape[1]):
+        yield observation.take_head(head, head // groups).compute_attention(rows)[0, 0]

@@ -1,0 +1,51 @@
+"""Token selection: one method a file, one line of the registry below each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UnknownNameError
+from .base import Selector, select_tokens
+from .h2o import score_h2o
+from .random import score_random
+from .snapkv import score_snapkv
+from .streaming_llm import score_streaming_llm
+
+SELECTORS: dict[str, Selector] = {
+    "snapkv": Selector("snapkv", score_snapkv, "window attention", "arXiv:2404.14469"),
+    "h2o": Selector("h2o", score_h2o, "whole attention", "arXiv:2306.14048"),
+    "streaming_llm": Selector("streaming_llm", score_streaming_llm, "nothing", "arXiv:2309.17453"),
+    "random": Selector("random", score_random, "nothing", "control"),
+}
+
+
+def get_selector(selector: str | Selector, **options: Any) -> Selector:
+    """Return a selector by name, with options bound.
+
+    Parameters
+    ----------
+    selector : str or Selector
+        Registry key or a selector, which is passed through.
+    **options
+        Options of the method, such as ``pooling="avg"`` for SnapKV or ``recent_fraction=0.5`` for H2O.
+
+    Raises
+    ------
+    UnknownNameError
+        If no selector of that name is registered.
+    ConfigError
+        If the method has no such option.
+
+    Examples
+    --------
+    >>> get_selector("h2o", recent_fraction=0.5).recent_fraction
+    0.5
+    """
+    if not isinstance(selector, Selector):
+        if selector not in SELECTORS:
+            raise UnknownNameError.of("selector", selector, SELECTORS)
+        selector = SELECTORS[selector]
+    return selector.with_options(**options) if options else selector
+
+
+__all__ = ["SELECTORS", "Selector", "get_selector", "select_tokens"]

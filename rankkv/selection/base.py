@@ -1,0 +1,155 @@
+"""What a token selection method is, and the one routine that turns its scores into kept tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..observation import Observation
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A token selection method: scores for every key, and how many of the newest tokens it protects.
+
+    Parameters
+    ----------
+    name : str
+        Registry key, equal to the file's name.
+    score : callable
+        ``score(observation, **options) -> Tensor [batch, kv_head or 1, key]``: higher is kept first.  A head axis of
+        1 means that all heads of the layer keep the same tokens.
+    needs : str
+        What it reads: ``"window attention"``, ``"whole attention"`` or ``"nothing"``.
+    source : str
+        Paper of the method.
+    options : mapping
+        Options bound to ``score``.
+    recent_fraction : float, optional
+        Fraction of a layer's budget protected as its newest tokens; None protects ``min(window_size, budget // 2)``.
+
+    Examples
+    --------
+    >>> from rankkv.selection import get_selector
+    >>> str(get_selector("snapkv", pooling="avg"))
+    "snapkv(pooling='avg')"
+    """
+
+    name: str
+    score: Callable[..., Tensor]
+    needs: str
+    source: str
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    recent_fraction: float | None = None
+
+    def with_options(self, **options: Any) -> Selector:
+        """Return this selector with ``options`` bound.
+
+        Raises
+        ------
+        ConfigError
+            If the method has no option of that name, or the value is outside its range.
+        """
+        options = dict(options)
+        recent_fraction = options.pop("recent_fraction", self.recent_fraction)
+        if recent_fraction is not None and not 0.0 <= recent_fraction <= 1.0:
+            raise ConfigError(
+                f"recent_fraction={recent_fraction!r} of selector {self.name!r} is outside [0, 1]: it is the fraction "
+                "of a layer's budget that is kept for the newest tokens."
+            )
+        known = [name for name in inspect.signature(self.score).parameters][1:]
+        for name in options:
+            if name not in known:
+                listed = ", ".join([*known, "recent_fraction"])
+                raise ConfigError(f"selector {self.name!r} has no option {name!r}; its options are: {listed}.")
+        bound = MappingProxyType({**self.options, **options})
+        return replace(self, options=bound, recent_fraction=recent_fraction)
+
+    def compute_scores(self, observation: Observation) -> Tensor:
+        """Compute the scores of all keys, ``[batch, kv_head or 1, key]`` float32."""
+        return self.score(observation, **self.options)
+
+    def count_protected(self, budget: int, window_size: int, sink_size: int) -> tuple[int, int]:
+        """Return how many of the newest and of the first tokens a budget of ``budget`` tokens protects.
+
+        Both lie inside the budget: ``min(window_size, budget // 2)`` newest (or ``recent_fraction`` of the budget) and
+        ``min(sink_size, budget // 4)`` first ones.
+        """
+        sinks = min(sink_size, budget // 4)
+        if self.recent_fraction is None:
+            return min(window_size, budget // 2), sinks
+        return min(max(1, int(self.recent_fraction * budget)), budget - sinks), sinks
+
+    def __str__(self) -> str:
+        options = dict(self.options)
+        if self.recent_fraction is not None:
+            options["recent_fraction"] = self.recent_fraction
+        listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{self.name}({listed})" if listed else self.name
+
+
+def select_tokens(
+    scores: Tensor,
+    real_index: Tensor,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    selector: Selector,
+    window_size: int,
+    sink_size: int,
+    slack: int = 0,
+) -> Tensor:
+    """Select the indices of the tokens to keep: the protected ones, then those of the highest score.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[batch, kv_head or 1, key]``; ties go to the earlier token, a score that is not a number loses.
+    real_index : Tensor
+        ``[batch, kv_head or 1, key]`` int64, index of each key in its row's real tokens, -1 where there is none.
+    lengths, budgets : sequence of int
+        Real tokens seen and tokens to keep, one entry a row.
+    selector : Selector
+        Says how much of a budget is protected.
+    window_size, sink_size : int
+        See :meth:`Selector.count_protected`.
+    slack : int, default 0
+        Tokens kept beyond the budget (needed while budgets may still shrink, since protection shrinks with them).
+
+    Returns
+    -------
+    Tensor
+        Int64 ``[batch, kv_head or 1, width]``, ascending, with ``width = max(min(budget + slack, length))``; a row
+        that keeps fewer tokens starts with -1.
+
+    Examples
+    --------
+    >>> from rankkv.selection import get_selector
+    >>> scores = torch.tensor([[[0.1, 0.9, 0.2, 0.8, 0.3, 0.0]]])
+    >>> index = torch.arange(6).view(1, 1, 6)
+    >>> select_tokens(scores, index, [6], [3], get_selector("snapkv"), window_size=1, sink_size=0).tolist()
+    [[[1, 3, 5]]]
+    """
+    device = scores.device
+    keep = [min(budget + slack, length) for budget, length in zip(budgets, lengths, strict=True)]
+    width = max(keep)
+    protected = [selector.count_protected(budget, window_size, sink_size) for budget in budgets]
+    newest_from = torch.tensor([n - recent for n, (recent, _) in zip(lengths, protected, strict=True)], device=device)
+    sinks = torch.tensor([first for _, first in protected], device=device)
+    shape = torch.broadcast_shapes(scores.shape, real_index.shape)
+    real_index = real_index.expand(shape)
+    # The lowest finite number, so that a score that is not a number still ranks above padding.
+    scores = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min).expand(shape)
+    is_protected = (real_index >= newest_from.view(-1, 1, 1)) | (real_index < sinks.view(-1, 1, 1))
+    scores = scores.masked_fill(is_protected, float("inf")).masked_fill(real_index < 0, float("-inf"))
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    if min(keep) < width:
+        rank = torch.arange(width, device=device)
+        order = order.masked_fill(rank >= torch.tensor(keep, device=device).view(-1, 1, 1), -1)
+    return order.sort(dim=-1).values

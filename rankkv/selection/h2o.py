@@ -1,0 +1,36 @@
+"""H2O: keep the heavy hitters, the keys with the largest accumulated attention."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..observation import Observation
+
+
+def score_h2o(observation: Observation) -> Tensor:
+    """Score each key by the column sum of the whole causal attention matrix.
+
+    ``score_j = mean over the heads of the group of sum over all query rows i of A[i, j]``, accumulated in blocks of
+    rows, so that memory stays ``O(block x keys)``.  The selector's ``recent_fraction=0.5`` is the paper's own split of
+    a budget into heavy hitters and recent tokens.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries and keys.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_head, key]`` float32.
+
+    References
+    ----------
+    Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", 2023,
+    arXiv:2306.14048, algorithm 1.
+    """
+    batch, heads = observation.query.shape[:2]
+    sums = observation.keys.new_zeros((batch, heads, observation.key_length)).float()
+    for weights in observation.attention_blocks():
+        sums[..., : weights.shape[-1]] += weights.sum(dim=-2)
+    return observation.compute_group_mean(sums)

@@ -1,0 +1,55 @@
+"""SnapKV: keep what the observation window attends to, clustered by pooling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import ConfigError
+from ..observation import Observation
+
+_POOLS = {"max": functional.max_pool1d, "avg": functional.avg_pool1d}
+
+
+def score_snapkv(observation: Observation, pooling: str = "max", kernel_size: int = 5) -> Tensor:
+    """Score each key by the attention that the observation window pays to it, pooled along the keys.
+
+    ``score_j = mean over the heads of the group of pool_j(mean over window rows i of A[i, j])``.  Keys before the
+    window are pooled among themselves, so that the window's attention to itself does not leak into them.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries and keys.
+    pooling : {"max", "avg"}, default "max"
+        How neighbouring keys are joined.
+    kernel_size : int, default 5
+        Width of the pooling, odd; 1 means none.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_head, key]`` float32.
+
+    Raises
+    ------
+    ConfigError
+        If ``pooling`` is unknown or ``kernel_size`` is not odd and positive.
+
+    References
+    ----------
+    Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", 2024, arXiv:2404.14469, section 4.
+    """
+    if pooling not in _POOLS:
+        raise ConfigError(f"pooling={pooling!r} of selector 'snapkv' must be one of: {', '.join(sorted(_POOLS))}.")
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ConfigError(f"kernel_size={kernel_size!r} of selector 'snapkv' must be an odd integer of at least 1.")
+    votes = observation.window_attention.mean(dim=-2)
+    split = observation.key_length - min(observation.window_size, observation.query_length)
+    parts = [votes[..., :split], votes[..., split:]]
+    pool = _POOLS[pooling]
+    pooled = [
+        pool(part, kernel_size, stride=1, padding=kernel_size // 2) if part.shape[-1] else part for part in parts
+    ]
+    return observation.compute_group_mean(torch.cat(pooled, dim=-1))
