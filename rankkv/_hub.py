@@ -1,4 +1,4 @@
-"""Ask the hub once, briefly, before a loader starts: an unreachable hub is then one sentence, not minutes of retries."""
+"""Ask the hub once before a loader starts: an unreachable hub is one sentence, not minutes of retries."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def is_hub_reachable(name: str, kind: Literal["model", "dataset"]) -> bool:
     Returns
     -------
     bool
-        False where no answer came, so that only the local hub cache can serve; True where the hub has ``name``.
+        True where the hub has ``name``; False where no answer came, so that only its local cache can serve.
 
     Raises
     ------
@@ -69,9 +69,10 @@ def is_hub_reachable(name: str, kind: Literal["model", "dataset"]) -> bool:
         ) from error
     except RepositoryNotFoundError as error:
         raise SourceUnavailableError(
-            f"the hub has no {kind} {name!r} that this user may read: check the spelling, or log in with `hf auth login`."
+            f"the hub has no {kind} {name!r} that this user may read: check the spelling, "
+            "or log in with `hf auth login`."
         ) from error
     except Exception:
-        # The client's HTTP library, and with it the exceptions of a failed connection, changes between its versions.
+        # What a failed connection raises depends on the client's HTTP library, which has changed before.
         return False
     return True

@@ -1,4 +1,4 @@
-"""Texts to measure on: the language reference every Python carries, WikiText-2 from the hub, or a local file."""
+"""Texts to measure on: the language reference every Python carries, WikiText-2 from the hub, or a file."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def load_texts(
     ----------
     name : str or path
         "python-docs" (the language reference in `pydoc_data`, one text a topic; no network), "wikitext"
-        (WikiText-2 raw from the hub, lines rejoined into articles), or the path of a ``.txt`` or ``.jsonl`` file.
-        A JSONL file has one object a line, with the text under "text". A text file in WikiText's form is split
-        at its titles (`` = Title = `` between blank lines); any other is one text.
+        (WikiText-2 raw from the hub, lines rejoined into articles), or the path of a ``.txt`` or ``.jsonl``
+        file. A JSONL file has one object a line, with the text under "text". A text file in WikiText's form
+        is split at its titles (``= Title =`` between blank lines); any other is one text.
     split : {"validation", "train", "test"}, default="validation"
         Part of WikiText-2; the other sources have only one.
     limit : int, optional
@@ -52,7 +52,7 @@ def load_texts(
     ConfigError
         If ``limit`` is below 1.
     InputError
-        If a file is empty, not UTF-8, of another kind, or a JSON line is not what is asked; with the line number.
+        If a file is empty, not UTF-8 or of another kind, or a JSON line (its number is named) has no text.
     MissingDependencyError
         If "wikitext" is asked for and the package `datasets` is not installed.
     SourceUnavailableError
@@ -86,8 +86,8 @@ def python_docs_text() -> str:
     Returns
     -------
     str
-        About 465,000 characters; topics in alphabetical order, a blank line between them. The wording differs a
-        little from one Python version to the next.
+        About 465,000 characters; topics in alphabetical order, a blank line between them. The wording differs
+        a little from one Python version to the next.
 
     Examples
     --------
@@ -165,8 +165,8 @@ def take_tokens(tokenizer: Any, text: str, tokens: int) -> str:
     Returns
     -------
     str
-        A start of ``text``; tokenized by itself it gives at most ``tokens`` tokens. It may give a few less, since
-        a word cut in two is tokenized differently.
+        A start of ``text``; tokenized by itself it gives at most ``tokens`` tokens. It may give a few less,
+        since a word cut in two is tokenized differently.
 
     Raises
     ------
@@ -230,7 +230,7 @@ def _load_file(path: Path) -> list[str]:
     readers: dict[str, Callable[[Path, str], list[str]]] = {".txt": _read_txt, ".jsonl": _read_jsonl}
     if not path.exists():
         raise SourceUnavailableError(
-            f"no texts at {str(path)!r}: it is neither {PYTHON_DOCS!r} nor {WIKITEXT!r} nor a file that exists."
+            f"no texts at {str(path)!r}: that is neither {PYTHON_DOCS!r}, {WIKITEXT!r} nor an existing file."
         )
     if not path.is_file() or path.suffix.lower() not in readers:
         raise InputError(f"{str(path)!r} is not a .txt or .jsonl file.")

