@@ -100,8 +100,8 @@ class BudgetAllocation:
         kept = "" if self.compression_ratio is None else f", {self.compression_ratio:.1%} of the cache kept"
         longest = max(1, *self.budgets)
         lines = [
-            f"strategy {self.strategy}({options}): {self.total_budget} tokens over {len(self.budgets)} layers, "
-            f"{self.average_budget:.1f} on average{kept}",
+            f"strategy {self.strategy}({options}): {self.total_budget} tokens over "
+            f"{len(self.budgets)} layers, {self.average_budget:.1f} on average{kept}",
             "layer      rank   budget",
         ]
         for i, (rank, budget) in enumerate(zip(self.layer_ranks, self.budgets, strict=True)):
@@ -150,7 +150,8 @@ class BudgetAllocator:
         self.max_budget = None if max_budget is None else check_integer("max_budget", max_budget, 1)
         if self.max_budget is not None and self.max_budget < self.min_budget:
             raise ConfigError(
-                f"max_budget={self.max_budget} is below min_budget={self.min_budget}; raise the one or lower the other."
+                f"max_budget={self.max_budget} is below min_budget={self.min_budget}; "
+                "raise the one or lower the other."
             )
 
     def allocate(
@@ -212,7 +213,8 @@ class BudgetAllocator:
         if upper is not None and total > upper * layers:
             raise BudgetError(
                 f"a total of {total} tokens over {layers} layers is above the maximum of {upper * layers} "
-                f"({upper} a layer); lower the total to at most {upper * layers} or raise max_budget (seq_len caps it)."
+                f"({upper} a layer); lower the total to at most {upper * layers} or raise max_budget "
+                "(seq_len caps it)."
             )
         weights = compute_weights(ranks, self.strategy, **self.strategy_options)
         bound = math.inf if upper is None else upper
@@ -263,7 +265,8 @@ class BudgetAllocator:
 
         Examples
         --------
-        >>> {name: a.budgets for name, a in BudgetAllocator.compare([1.0, 3.0], 40, strategies=["uniform", "inverse"]).items()}
+        >>> both = BudgetAllocator.compare([1.0, 3.0], 40, strategies=["uniform", "inverse"])
+        >>> {name: allocation.budgets for name, allocation in both.items()}
         {'uniform': [20, 20], 'inverse': [30, 10]}
         """
         if isinstance(strategies, str):
@@ -296,7 +299,7 @@ def _total(
     real = isinstance(compression_ratio, numbers.Real) and not isinstance(compression_ratio, bool)
     if not real or not 0 < compression_ratio <= 1:
         raise ConfigError(
-            f"compression_ratio must be in (0, 1], got {compression_ratio!r}: it is the fraction of the KV cache kept "
-            "(0.3 keeps 30%), not the fraction removed."
+            f"compression_ratio must be in (0, 1], got {compression_ratio!r}: it is the fraction of the KV "
+            "cache kept (0.3 keeps 30%), not the fraction removed."
         )
     return round(float(compression_ratio) * seq_len * layers)

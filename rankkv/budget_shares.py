@@ -46,7 +46,7 @@ def _bounds(lower: ArrayLike, upper: ArrayLike, count: int) -> tuple[FloatArray,
 
 
 def _fill(weights: FloatArray, total: float, lower: FloatArray, upper: FloatArray) -> FloatArray:
-    """Solve sum(clip(lambda * weights, lower, upper)) == total for positive weights; total must be reachable."""
+    """Solve ``sum(clip(lambda * weights, lower, upper)) == total`` for positive weights, a reachable total."""
 
     def at(level: float) -> FloatArray:
         return np.clip(level * weights, lower, upper)
@@ -73,11 +73,11 @@ def _fill(weights: FloatArray, total: float, lower: FloatArray, upper: FloatArra
 def allocate_shares(
     weights: ArrayLike, total: float, lower: ArrayLike, upper: ArrayLike, partial: bool = False
 ) -> FloatArray:
-    """Allocate a total by water-filling: ``share_i = clip(lambda w_i, lower_i, upper_i)``, summing to ``total``.
+    """Allocate a total by water-filling: ``share_i = clip(lambda w_i, lower_i, upper_i)``, sum ``total``.
 
-    Solved exactly over the sorted breakpoints ``lower_i / w_i`` and ``upper_i / w_i``, in O(n log n). Layers of
-    weight zero stay at their lower bound until every other layer is at its upper bound; then they share the rest
-    equally within their bounds (the limit of equal tiny weights). All-zero weights are thus uniform.
+    Solved exactly over the sorted breakpoints ``lower_i / w_i`` and ``upper_i / w_i``, in O(n log n). Layers
+    of weight zero stay at their lower bound until every other layer is at its upper bound; then they share
+    the rest equally within their bounds (the limit of equal tiny weights). All-zero weights are thus uniform.
 
     Law used by the cascade: with the total, the bounds and the other weights fixed, appending a layer never
     raises an earlier layer's share; multiplying all weights by one positive number changes nothing.
@@ -91,8 +91,8 @@ def allocate_shares(
     lower, upper : float or array_like
         Bounds in tokens, one for all layers or one a layer; ``upper`` may be infinite.
     partial : bool, default False
-        If all layers at their upper bound cannot take the total, return ``upper`` instead of raising (more layers
-        are still to come).
+        If all layers at their upper bound cannot take the total, return ``upper`` instead of raising (more
+        layers are still to come).
 
     Returns
     -------
@@ -128,8 +128,8 @@ def allocate_shares(
     minimum, maximum = _sum(low), _sum(high)
     if minimum > spend:
         raise BudgetError(
-            f"a total of {spend:g} tokens cannot give {len(values)} layers their minimum, which sums to {minimum:g}; "
-            f"raise the total to at least {minimum:g} or lower the minimum."
+            f"a total of {spend:g} tokens cannot give {len(values)} layers their minimum, which sums to "
+            f"{minimum:g}; raise the total to at least {minimum:g} or lower the minimum."
         )
     if maximum <= spend:
         if maximum < spend and not partial:
@@ -162,8 +162,18 @@ def _snapped(shares: FloatArray, tolerance: float) -> FloatArray:
 def ceil_shares(shares: ArrayLike) -> IntArray:
     """Round shares up to whole tokens, taking a share within 5e-10 of an integer as that integer.
 
-    While a cascade is under way a layer keeps ``ceil_shares(share)`` tokens: never fewer than the integer that
-    `allocate_integers` gives it after the last layer.
+    While a cascade is under way a layer keeps ``ceil_shares(share)`` tokens: never fewer than the integer
+    that `allocate_integers` gives it after the last layer.
+
+    Parameters
+    ----------
+    shares : array_like
+        ``[layer]`` from `allocate_shares`, tokens.
+
+    Returns
+    -------
+    ndarray
+        ``[layer]`` int64, tokens.
 
     Examples
     --------
@@ -178,8 +188,8 @@ def allocate_integers(
 ) -> IntArray:
     """Allocate whole tokens by largest remainder: each result is the floor or the ceiling of its share.
 
-    Ties in the remainder go to the higher weight, then to the lower index. A share within 1e-9 (relative beyond
-    1) of an integer counts as that integer. Under equal bounds a larger weight never gets fewer tokens.
+    Ties in the remainder go to the higher weight, then to the lower index. A share within 1e-9 of an integer
+    (relative, beyond 1) counts as that integer. Under equal bounds a larger weight never gets fewer tokens.
 
     Parameters
     ----------

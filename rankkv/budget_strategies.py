@@ -1,4 +1,4 @@
-"""Strategies that turn the layers' ranks into the weights budgets are proportional to: one function, one line each."""
+"""Strategies: how the ranks of the layers become the weights that budgets are proportional to."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Strategy:
     function : callable
         ``(ranks [layer] float64, **options) -> weights [layer]``, non-negative; only ratios count.
     layerwise : bool
-        A layer's weight, up to a factor common to all layers, depends on its own rank alone; so shares computed
-        from the first layers only shrink as further layers arrive (what a cascade needs).
+        A layer's weight, up to a factor common to all layers, depends on its own rank alone; so shares
+        computed from the first layers only shrink as further layers arrive (what a cascade needs).
     description : str
         One line.
     source : str
@@ -50,11 +50,11 @@ class Strategy:
 
 def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
     """Return a strategy option as a float inside its range, or raise a ConfigError that names it."""
-    inside = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
-    if not inside or (open_low and value == low):
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not low <= number <= high or (open_low and number == low):
         bracket = "(" if open_low else "["
         raise ConfigError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}.")
-    return float(value)  # type: ignore[arg-type]
+    return number
 
 
 def _proportional(ranks: FloatArray) -> FloatArray:
@@ -208,8 +208,8 @@ def check_ranks(layer_ranks: Any) -> FloatArray:
             raise InputError(f"layer {i}: a rank must be a number, got {value!r} ({type(value).__name__}).")
         if not math.isfinite(number) or number < 0:
             raise DegenerateAttentionError(
-                f"layer {i}: rank {number!r} is not a finite number >= 0; look at that layer's attention for NaN, "
-                "or use strategy='uniform' with ranks of 1."
+                f"layer {i}: rank {number!r} is not a finite number >= 0; look at that layer's attention for "
+                "NaN, or use strategy='uniform' with ranks of 1."
             )
         ranks.append(float(number))
     if not ranks:

@@ -162,8 +162,8 @@ def compute_aggregated_rank(
     Parameters
     ----------
     attention : Tensor
-        ``[batch, head, query, key]``, any float dtype. A batch row that holds NaN or infinity gets rank NaN and
-        leaves the other rows alone.
+        ``[batch, head, query, key]``, any float dtype. A batch row that holds NaN or infinity gets rank NaN
+        and leaves the other rows alone.
     aggregation : str, default "concat"
         A key of `AGGREGATIONS`: "mean", "per_head", "median", "max", "min", "concat" or "mass_normalized".
         Heads without mass have rank 0, and "mass_normalized" leaves them out.
@@ -215,7 +215,8 @@ def compute_aggregated_rank(
 def evictable_mask(valid: Tensor, window_size: int, sink_size: int) -> Tensor:
     """Mark the keys that may be evicted: those outside the attention sinks and the recent window.
 
-    In real coordinates (``r = cumsum(valid) - 1``, padding not counted): ``sink_size <= r < length - window_size``.
+    In real coordinates (``r = cumsum(valid) - 1``, padding not counted) these are the keys with
+    ``sink_size <= r < length - window_size``.
 
     Parameters
     ----------

@@ -71,7 +71,7 @@ def compute_effective_rank(matrix: Tensor, normalize: bool = False) -> float:
 
     References
     ----------
-    O. Roy, M. Vetterli, "The effective rank: A measure of effective dimensionality", EUSIPCO 2007, definition 1.
+    O. Roy, M. Vetterli, "The effective rank: A measure of effective dimensionality", EUSIPCO 2007, def. 1.
 
     Examples
     --------
@@ -90,7 +90,8 @@ def compute_effective_rank(matrix: Tensor, normalize: bool = False) -> float:
     if rank != rank:
         bad = int((~torch.isfinite(tensor)).sum())
         raise DegenerateAttentionError(
-            f"{bad} of {tensor.numel()} entries are NaN or infinite, so the matrix has no rank; mask them first."
+            f"{bad} of {tensor.numel()} entries are NaN or infinite, so the matrix has no rank; "
+            "mask them first."
         )
     return rank
 
@@ -165,8 +166,8 @@ def _check_layer(layer: int, attention: object) -> Tensor:
     if not smallest >= 0 or largest == float("inf"):
         what = "NaN" if smallest != smallest else f"values from {smallest:g} to {largest:g}"
         raise DegenerateAttentionError(
-            f"layer {layer}: attention weights must be finite and >= 0, found {what}; pass the weights after the "
-            "softmax, padded query rows zeroed."
+            f"layer {layer}: attention weights must be finite and >= 0, found {what}; pass the weights after "
+            "the softmax, padded query rows zeroed."
         )
     return tensor
 
@@ -187,8 +188,8 @@ def analyze_attention_ranks(
     Parameters
     ----------
     attentions : iterable of Tensor
-        One ``[batch, head, query, key]`` a layer, as ``output_attentions=True`` gives; any float dtype, shapes may
-        differ between layers. An iterator is consumed layer by layer.
+        One ``[batch, head, query, key]`` a layer, as ``output_attentions=True`` gives; any float dtype, the
+        shapes may differ between layers. An iterator is consumed layer by layer.
     aggregation : str, default "mean"
         How heads are joined, a key of `AGGREGATIONS`.
     normalize : bool, default False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from rankkv.errors import ConfigError, DegenerateAttentionError, InputError
 
 _BLOCK_ELEMENTS = 1 << 19
 _MIN_BLOCK_KEYS = 256
+_LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -57,28 +61,27 @@ def rank_from_singular_values(values: Tensor) -> Tensor:
     return torch.where(largest.squeeze(-1) > 0, ranks, 0.0)
 
 
-def _solve(kernel, matrices: Tensor, jitter_diagonal: bool) -> Tensor:
+def _solve(kernel: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
     """Run a LAPACK kernel; on failure retry on the CPU, then with a tiny jitter, then raise."""
     try:
         return kernel(matrices)
-    except torch.linalg.LinAlgError:
+    except _LinAlgError:
         pass
     on_cpu = matrices.cpu()
     try:
         return kernel(on_cpu).to(matrices.device)
-    except torch.linalg.LinAlgError:
+    except _LinAlgError:
         pass
     size = min(on_cpu.shape[-2:])
     # Entries are at most 1 in size here (callers rescale), so this stays below the clamp of the spectrum.
-    ramp = _EPSILON * torch.linspace(1.0, 2.0, size, dtype=torch.float64)
     shifted = on_cpu.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(ramp if jitter_diagonal else -ramp)
+    shifted.diagonal(dim1=-2, dim2=-1).add_(_EPSILON * torch.linspace(1.0, 2.0, size, dtype=torch.float64))
     try:
         return kernel(shifted).to(matrices.device)
-    except torch.linalg.LinAlgError as error:
+    except _LinAlgError as error:
         raise DegenerateAttentionError(
-            f"the spectrum of a matrix of shape {tuple(matrices.shape)} does not converge even with a jitter of "
-            f"{2 * _EPSILON:.1e} ({error}); use strategy='uniform', which needs no rank."
+            f"the spectrum of a matrix of shape {tuple(matrices.shape)} does not converge even with a jitter "
+            f"of {2 * _EPSILON:.1e} ({error}); use strategy='uniform', which needs no rank."
         ) from error
 
 
@@ -115,7 +118,7 @@ def compute_effective_ranks(matrices: Tensor, normalize: bool = False) -> Tensor
 
     References
     ----------
-    O. Roy, M. Vetterli, "The effective rank: A measure of effective dimensionality", EUSIPCO 2007, definition 1.
+    O. Roy, M. Vetterli, "The effective rank: A measure of effective dimensionality", EUSIPCO 2007, def. 1.
 
     Examples
     --------
@@ -129,7 +132,7 @@ def compute_effective_ranks(matrices: Tensor, normalize: bool = False) -> Tensor
     if tensor.numel() == 0:
         return torch.zeros(tensor.shape[:-2], dtype=torch.float64, device=tensor.device)
     scaled, finite = _rescaled(tensor.to(torch.float64))
-    ranks = rank_from_singular_values(_solve(torch.linalg.svdvals, scaled, jitter_diagonal=True))
+    ranks = rank_from_singular_values(_solve(torch.linalg.svdvals, scaled))
     ranks = torch.where(finite, ranks, torch.nan)
     return ranks / smallest if normalize else ranks
 
@@ -147,7 +150,7 @@ def compute_rank_from_gram(gram: Tensor) -> Tensor:
     Parameters
     ----------
     gram : Tensor
-        ``[..., w, w]`` symmetric positive semi-definite; computed in float64. Only the lower triangle is read.
+        ``[..., w, w]`` symmetric positive semi-definite; only the lower triangle is read, in float64.
 
     Returns
     -------
@@ -173,7 +176,7 @@ def compute_rank_from_gram(gram: Tensor) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros(tensor.shape[:-2], dtype=torch.float64, device=tensor.device)
     scaled, finite = _rescaled(tensor.to(torch.float64))
-    eigenvalues = _solve(torch.linalg.eigvalsh, scaled, jitter_diagonal=True)
+    eigenvalues = _solve(torch.linalg.eigvalsh, scaled)
     floor = 4 * tensor.shape[-1] * _EPSILON * eigenvalues.amax(-1, keepdim=True)
     singular = torch.where(eigenvalues > floor, eigenvalues, 0.0).clamp_min(0.0).sqrt()
     return torch.where(finite, rank_from_singular_values(singular), torch.nan)
@@ -214,7 +217,7 @@ def compute_gram(matrices: Tensor) -> Tensor:
     return gram.reshape(*lead, rows, rows)
 
 
-def round_ranks(ranks, digits: int = 6):
+def round_ranks(ranks: Any, digits: int = 6) -> Any:
     """Round ranks to ``digits`` significant digits, so that float noise does not move a token.
 
     Parameters
@@ -227,7 +230,7 @@ def round_ranks(ranks, digits: int = 6):
     Returns
     -------
     float, list or Tensor
-        A float64 tensor (on the CPU's grid of decimals, on the input's device) for a tensor; else floats in lists.
+        A float64 tensor on the same device for a tensor; otherwise floats, in lists as they came.
 
     Raises
     ------
