@@ -34,11 +34,13 @@ class BudgetPlan:
         Real tokens of the prompt.
     layer_indices : list of int
         Model indices of the compressible layers.
+    total_budget : int, optional
+        Tokens over all layers; overrides the config's ``budget`` and ``compression_ratio``.
 
     Raises
     ------
     BudgetError
-        If an explicit ``budget`` lies below the floor; the message names the smallest one.
+        If an explicit ``budget`` or ``total_budget`` lies below the floor; the message names the smallest one.
 
     Examples
     --------
@@ -47,7 +49,9 @@ class BudgetPlan:
     [40, 60]
     """
 
-    def __init__(self, config: RankKVConfig, length: int, layer_indices: list[int]) -> None:
+    def __init__(
+        self, config: RankKVConfig, length: int, layer_indices: list[int], total_budget: int | None = None
+    ) -> None:
         count = len(layer_indices)
         self.length = length
         self.layer_indices = list(layer_indices)
@@ -57,22 +61,25 @@ class BudgetPlan:
         self.notes: list[str] = []
         self.layer_ranks: list[float] = []
         self.budgets: list[int] = []
-        if config.budget is None:
-            total = round(config.compression_ratio * length * count)
+        if total_budget is not None:
+            asked, total = f"total_budget={total_budget}", min(total_budget, length * count)
+        elif config.budget is not None:
+            asked, total = f"budget={config.budget} tokens a layer", min(config.budget, length) * count
         else:
-            total = min(config.budget, length) * count
+            asked, total = "", round(config.compression_ratio * length * count)
         minimum = max(FLOOR_TOKENS, total // count // 2) if config.min_budget is None else config.min_budget
         self.floor = min(length, minimum)
-        if total < self.floor * count:
-            if config.budget is not None:
-                raise BudgetError(
-                    f"budget={config.budget} tokens a layer lies below the floor of {self.floor} for a prompt of "
-                    f"{length} tokens; give a budget of at least {self.floor}, or a smaller min_budget."
-                )
-            self.notes.append(
-                f"  the ratio asks for {total} tokens, raised to the floor of {self.floor} a layer: {self.floor * count}"
+        least = self.floor * count
+        if total < least and asked:
+            raise BudgetError(
+                f"{asked} lies below the floor of {self.floor} tokens in each of {count} layers for a prompt of {length} "
+                f"tokens; give at least budget={self.floor} (total_budget={least}), or a smaller min_budget."
             )
-            total = self.floor * count
+        if total < least:
+            self.notes.append(
+                f"  the ratio asks for {total} tokens, raised to the floor of {self.floor} a layer: {least}"
+            )
+            total = least
         self.total_budget = total
         self._lower = np.full(count, self.floor, dtype=np.int64)
         self._upper = np.full(count, length, dtype=np.int64)

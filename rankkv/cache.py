@@ -290,13 +290,7 @@ class RankKVCache(DynamicCache):
 
     def cache_bytes(self) -> int:
         """Return the bytes of all keys and values held, each distinct storage counted once."""
-        storages = {}
-        for layer in self.layers:
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-                if isinstance(tensor, Tensor):
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        return compute_cache_bytes(self)
 
     def full_cache_bytes(self) -> int:
         """Return the bytes the model's plain cache would hold after the same tokens."""
@@ -348,6 +342,23 @@ class RankKVCache(DynamicCache):
 
     def _finished_plans(self) -> list[BudgetPlan]:
         return self._plans if self._plans is not None and self._compressed else []
+
+
+def compute_cache_bytes(cache: Any) -> int:
+    """Compute the bytes of all keys and values a cache holds, each distinct storage counted once.
+
+    Parameters
+    ----------
+    cache : Cache
+        Any of transformers' caches.
+    """
+    storages = {}
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _count_slots(layer: Any) -> int:

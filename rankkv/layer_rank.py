@@ -56,6 +56,8 @@ def compute_layer_ranks(
         window = observation.window_attention
         if scope == "evictable":
             window = _cut_evictable(window, observation)
+        if window.shape[-1] == 0:
+            return torch.zeros(window.shape[0], dtype=torch.float64)
         ranks, _ = compute_aggregated_rank(window, aggregation, normalize)
     return round_ranks(ranks.cpu())
 

@@ -1,0 +1,342 @@
+"""Analyze a prompt without compressing anything: rank and budget of every layer, one layer's attention at a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from . import attention
+from .budget_allocation import BudgetAllocation, BudgetAllocator
+from .budget_plan import BudgetPlan
+from .compat import check_transformers
+from .config import RankKVConfig
+from .errors import InputError, UnsupportedModelError
+from .files import write_text_atomically
+from .generation import check_input_ids, run_prefill
+from .layer_rank import compute_layer_ranks
+from .observation import observe
+
+
+class _PassingLayer(DynamicLayer):
+    """A layer that hands new keys and values through and keeps nothing of them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+class _ProbeCache(DynamicCache):
+    """Stands in for a cache during one forward and takes the rank of each full-attention layer."""
+
+    def __init__(self, model: Any, config: RankKVConfig, on_layer: Callable[[int, int], None] | None) -> None:
+        text_config = model.config.get_text_config(decoder=True)
+        super().__init__(config=text_config)
+        self.layers = [_PassingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, _PassingLayer)]
+        self.ranks: dict[int, float] = {}
+        self.length = 0
+        self._config = config
+        self._on_layer = on_layer
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(self.layers[layer_idx], _PassingLayer):
+            attention.hand_off(self, layer_idx)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def attend(
+        self,
+        layer_idx: int,
+        inner: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        options: dict[str, Any],
+    ) -> Any:
+        output = inner(module, query, key, value, attention_mask, **options)
+        with torch.no_grad():
+            observation = observe(
+                layer_idx,
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                options,
+                kv_heads=key.shape[1],
+                window_size=self._config.window_size,
+                sink_size=self._config.sink_size,
+            )
+            ranks = compute_layer_ranks(observation, self._config.scope, self._config.aggregation)
+        self.length = observation.lengths[0]
+        self.ranks[layer_idx] = float(ranks[0])
+        if self._on_layer is not None:
+            self._on_layer(len(self.ranks), len(self.layer_indices))
+        return output
+
+
+@dataclass(frozen=True)
+class RankKVResult:
+    """Ranks and budgets of one prompt.
+
+    Attributes
+    ----------
+    budgets : list of int
+        Tokens each compressible layer would keep; sums to ``total_budget``.
+    layer_ranks : list of float
+        Effective rank of each compressible layer.
+    layer_indices : list of int
+        Model indices of these layers.
+    total_budget : int
+        Tokens over all compressible layers.
+    seq_len : int
+        Real tokens of the prompt.
+    compression_ratio : float
+        Fraction of the cache kept, ``total_budget / (seq_len * layers)``.
+    strategy : str
+        Budget strategy.
+    scope, aggregation : str
+        Which part of the attention was ranked, and how its heads were joined.
+    model_name : str
+        What the model was called.
+    notes : list of str
+        What a reader must know, such as a total raised to the floor.
+    """
+
+    budgets: list[int]
+    layer_ranks: list[float]
+    layer_indices: list[int]
+    total_budget: int
+    seq_len: int
+    compression_ratio: float
+    strategy: str
+    scope: str
+    aggregation: str
+    model_name: str
+    strategy_options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Return a plain-text table, one line a layer, with a bar for its budget."""
+        widest = max(self.budgets)
+        lines = [
+            f"{self.model_name}: {self.seq_len} tokens, {len(self.budgets)} layers compressed, "
+            f"{self.total_budget} of {self.seq_len * len(self.budgets)} slots kept ({self.compression_ratio:.1%})",
+            f"strategy {self.strategy}, scope {self.scope}, heads {self.aggregation}",
+            *self.notes,
+        ]
+        for layer_idx, rank, budget in zip(self.layer_indices, self.layer_ranks, self.budgets, strict=True):
+            bar = "#" * max(1, round(30 * budget / widest))
+            lines.append(f"  layer {layer_idx:3d}  rank {rank:8.2f}  budget {budget:6d}  {bar}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON-ready values."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as JSON, atomically, and return the path."""
+        return write_text_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw rank and budget per layer; with a path, also save the figure. Needs ``rankkv[plots]``."""
+        # By name, because plots stand above this module and nothing below imports them.
+        figures = importlib.import_module("rankkv.plots.figures")
+        return figures.plot_ranks_and_budgets(self, path)
+
+
+class RankKVAnalyzer:
+    """Ranks and budgets of prompts, without compressing anything.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model, or the name of one for :func:`rankkv.load_model`.
+    model_name : str, optional
+        What to call it in results.
+    strategy : str, default "proportional"
+        Budget strategy.
+    scope : {"evictable", "window", "full"}, default "evictable"
+        Part of the attention that is ranked.
+    aggregation : str, default "concat"
+        How the heads of a layer are joined.
+    window_size, sink_size : int
+        Observation window and attention sinks.
+    strategy_options : mapping, optional
+        Options of the strategy.
+
+    Raises
+    ------
+    UnsupportedModelError, ConfigError, UnknownNameError
+        If the model cannot be observed or an option is wrong.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)).eval()
+    >>> result = RankKVAnalyzer(model).analyze(torch.arange(60), compression_ratio=0.5)
+    >>> sum(result.budgets)
+    60
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        model_name: str | None = None,
+        *,
+        strategy: str = "proportional",
+        scope: str = "evictable",
+        aggregation: str = "concat",
+        window_size: int = 32,
+        sink_size: int = 4,
+        strategy_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            from .models import load_model
+
+            model_name = model_name or model
+            model, _ = load_model(model)
+        self.config = RankKVConfig(
+            strategy=strategy,
+            scope=scope,
+            aggregation=aggregation,
+            window_size=window_size,
+            sink_size=sink_size,
+            strategy_options=strategy_options,
+        )
+        BudgetPlan.check(self.config)
+        check_transformers()
+        attention.check_observable(model)
+        self.model = model
+        self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+    def analyze(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        compression_ratio: float = 0.3,
+        total_budget: int | None = None,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> RankKVResult:
+        """Run one forward over the prompt and return the rank and the budget of every layer.
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            ``[1, token]`` or ``[token]``: one prompt.
+        attention_mask : Tensor, optional
+            Of the same shape, 0 where padding is.
+        compression_ratio : float, default 0.3
+            Fraction of the cache kept.
+        total_budget : int, optional
+            Tokens over all compressible layers; overrides ``compression_ratio``.
+        on_layer : callable, optional
+            Called with (layers done, layers in all) after each layer.
+
+        Returns
+        -------
+        RankKVResult
+
+        Raises
+        ------
+        InputError
+            If the prompt is empty or there are several.
+        BudgetError
+            If ``total_budget`` lies below the sum of the layers' floors.
+        """
+        input_ids = check_input_ids(input_ids, attention_mask)
+        if input_ids.shape[0] != 1:
+            raise InputError(f"analyze takes one prompt, got a batch of {input_ids.shape[0]}: call it once a row.")
+        config = RankKVConfig(**{**self._options(), "compression_ratio": compression_ratio})
+        probe = _ProbeCache(self.model, config, on_layer)
+        if not probe.layer_indices:
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no full-attention layer to analyze.")
+        attention.install()
+        run_prefill(self.model, probe, input_ids.to(self.model.device), attention_mask)
+        attention.check_not_pending(probe)
+        plan = BudgetPlan(config, probe.length, probe.layer_indices, total_budget)
+        for layer_idx in probe.layer_indices:
+            plan.add_layer(probe.ranks[layer_idx])
+        budgets = plan.finish()
+        return RankKVResult(
+            budgets=budgets,
+            layer_ranks=[probe.ranks[layer_idx] for layer_idx in probe.layer_indices],
+            layer_indices=probe.layer_indices,
+            total_budget=plan.total_budget,
+            seq_len=probe.length,
+            compression_ratio=plan.total_budget / (probe.length * len(budgets)),
+            strategy=plan.strategy,
+            scope=config.scope,
+            aggregation=config.aggregation,
+            model_name=self.model_name,
+            strategy_options=plan.strategy_options,
+            notes=plan.notes,
+        )
+
+    def compare_with_baselines(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        compression_ratio: float = 0.3,
+        total_budget: int | None = None,
+        baselines: tuple[str, ...] = ("uniform", "pyramid"),
+    ) -> dict[str, BudgetAllocation]:
+        """Return this strategy's budgets beside those of the baselines, for the same prompt and total.
+
+        Returns
+        -------
+        dict
+            ``"rankkv"`` and each baseline, as :class:`~rankkv.BudgetAllocation`.
+        """
+        result = self.analyze(input_ids, attention_mask, compression_ratio, total_budget)
+        count = len(result.budgets)
+        floor = BudgetPlan(self.config, result.seq_len, result.layer_indices, result.total_budget).floor
+        options = {result.strategy: result.strategy_options}
+        rows = {"rankkv": result.strategy, **{name: name for name in baselines}}
+        return {
+            row: BudgetAllocator(
+                name, min_budget=min(floor, result.total_budget // count), max_budget=result.seq_len, **options.get(name, {})
+            ).allocate(result.layer_ranks, result.total_budget)
+            for row, name in rows.items()
+        }
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self.config, name) for name in self.config.__dataclass_fields__}
+
+
+def quick_analyze(
+    model: Any, input_ids: Tensor, compression_ratio: float = 0.3, strategy: str = "proportional"
+) -> tuple[list[int], list[float]]:
+    """Return the budgets and the effective ranks of a prompt's layers.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or str
+        A causal language model, or the name of one.
+    input_ids : Tensor
+        ``[1, token]`` or ``[token]``.
+    compression_ratio : float, default 0.3
+        Fraction of the cache kept.
+    strategy : str, default "proportional"
+        Budget strategy.
+
+    Returns
+    -------
+    budgets : list of int
+        Tokens each compressible layer would keep.
+    ranks : list of float
+        Their effective ranks.
+    """
+    result = RankKVAnalyzer(model, strategy=strategy).analyze(input_ids, compression_ratio=compression_ratio)
+    return result.budgets, result.layer_ranks
