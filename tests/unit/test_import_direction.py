@@ -1,0 +1,168 @@
+"""Imports go one way: observe, rank, budget, select, cache, and what stands on top of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rankkv
+
+PACKAGE = Path(rankkv.__file__).parent
+
+# A module imports only modules of a lower rank. An entry covers the modules below it, which may import each other.
+RANKS = {
+    "rankkv._version": 0,
+    "rankkv.errors": 0,
+    "rankkv.config": 1,
+    "rankkv.compat": 1,
+    # rank and budget: two pure lines that know nothing of each other
+    "rankkv.rank_kernels": 10,
+    "rankkv.rank_aggregation": 11,
+    "rankkv.rank_analysis": 12,
+    "rankkv.budget_shares": 10,
+    "rankkv.budget_strategies": 11,
+    "rankkv.budget_allocation": 12,
+    "rankkv.budget_plan": 13,
+    # from the model to the cache
+    "rankkv.observation": 20,
+    "rankkv.layer_rank": 21,
+    "rankkv.selection": 30,
+    "rankkv.attention": 40,
+    "rankkv.cache_layer": 50,
+    "rankkv.cache": 51,
+    # the users of the line
+    "rankkv.generation": 60,
+    "rankkv.pipeline": 60,
+    # loading knows nothing of compression
+    "rankkv._hub": 1,
+    "rankkv._checkpoints": 1,
+    "rankkv._embedded": 2,
+    "rankkv.models": 3,
+    "rankkv.texts": 3,
+    # on top
+    "rankkv.evaluation": 70,
+    "rankkv.plots": 70,
+    "rankkv.cli": 80,
+}
+# `import rankkv` gives every public name, so who does that knows as much as the highest module that defines one.
+ROOT_RANK = max(RANKS[home] for home in rankkv._HOME_OF.values())
+
+# What a module may import beyond the standard library and rankkv itself.
+PURE = {
+    "rankkv._version": set(),
+    "rankkv.errors": set(),
+    "rankkv.rank_kernels": {"torch"},
+    "rankkv.rank_aggregation": {"torch"},
+    "rankkv.rank_analysis": {"torch", "tqdm"},
+    "rankkv.budget_shares": {"numpy"},
+    "rankkv.budget_strategies": {"numpy"},
+    "rankkv.budget_allocation": {"numpy"},
+    "rankkv.budget_plan": {"numpy"},
+    "rankkv.selection": {"torch"},
+}
+
+
+def list_modules() -> dict[str, Path]:
+    modules = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+MODULES = list_modules()
+
+
+def entry_of(module: str, table: dict[str, object]) -> str | None:
+    """Return the entry that covers a module: its own name, else that of the nearest package above it."""
+    while module not in table and "." in module:
+        module = module.rpartition(".")[0]
+    return module if module in table else None
+
+
+def list_imports(module: str) -> Iterator[tuple[int, str]]:
+    """Yield line and absolute name of everything a module imports, inside functions and for type checkers too."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                if full in MODULES:
+                    yield node.lineno, full
+                elif base == "rankkv":
+                    home = (
+                        "rankkv._version" if alias.name == "__version__" else rankkv._HOME_OF.get(alias.name)
+                    )
+                    yield node.lineno, home or "rankkv"
+                else:
+                    yield node.lineno, base
+
+
+def find_faults(module: str) -> list[str]:
+    own = entry_of(module, RANKS)
+    if own is None:
+        return [f"{module} has no rank: give it a row in RANKS"]
+    faults = []
+    for line, name in list_imports(module):
+        if name != "rankkv" and not name.startswith("rankkv."):
+            continue
+        other = "rankkv" if name == "rankkv" else entry_of(name, RANKS)
+        if other is None:
+            faults.append(f"line {line}: {name} has no rank: give it a row in RANKS")
+        elif other != own and (ROOT_RANK if other == "rankkv" else RANKS[other]) >= RANKS[own]:
+            faults.append(f"line {line}: {module} must not import {name}, which does not stand below it")
+    return faults
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "rankkv"])
+def test_nothing_imports_upward(module: str) -> None:
+    assert find_faults(module) == []
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if entry_of(name, PURE)])
+def test_pure_modules_stay_pure(module: str) -> None:
+    import sys
+
+    allowed = PURE[entry_of(module, PURE) or ""] | set(sys.stdlib_module_names) | {"rankkv"}
+    foreign = {name for _, name in list_imports(module) if name.partition(".")[0] not in allowed}
+    assert not foreign, f"{module} may import only {sorted(PURE[entry_of(module, PURE) or ''])}"
+
+
+def test_front_imports_only_the_version_at_run_time() -> None:
+    tree = ast.parse(MODULES["rankkv"].read_text(encoding="utf-8"))
+    imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert imported <= {"__future__", "importlib", "typing", "rankkv._version"}
+
+
+def test_table_has_no_row_for_what_is_gone() -> None:
+    planned = {"rankkv.evaluation"}
+    assert set(RANKS) - planned <= set(MODULES)
+
+
+def test_a_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules above catch an upward import in each way it can be written."""
+    for number, code in enumerate(
+        (
+            "from rankkv.cache import RankKVCache",
+            "import rankkv.cache",
+            "from . import cache",
+            "from .cache import RankKVCache",
+            "from rankkv import RankKVCache",
+            "import rankkv",
+            "def late():\n    from .selection.snapkv import SnapKV",
+            "from rankkv import attention",
+        )
+    ):
+        path = tmp_path / f"case{number}.py"
+        path.write_text(code)
+        monkeypatch.setitem(MODULES, "rankkv.observation", path)
+        assert find_faults("rankkv.observation"), code
