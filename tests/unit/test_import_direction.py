@@ -12,10 +12,11 @@ import rankkv
 
 PACKAGE = Path(rankkv.__file__).parent
 
-# A module imports only modules of a lower rank. An entry covers the modules below it, which may import each other.
+# A module imports only modules of a lower rank. An entry covers all inside it, which may import each other.
 RANKS = {
     "rankkv._version": 0,
     "rankkv.errors": 0,
+    "rankkv.files": 1,
     "rankkv.config": 1,
     "rankkv.compat": 1,
     # rank and budget: two pure lines that know nothing of each other
@@ -35,7 +36,7 @@ RANKS = {
     "rankkv.cache": 51,
     # the users of the line
     "rankkv.generation": 60,
-    "rankkv.pipeline": 60,
+    "rankkv.pipeline": 61,
     # loading knows nothing of compression
     "rankkv._hub": 1,
     "rankkv._checkpoints": 1,
@@ -47,8 +48,11 @@ RANKS = {
     "rankkv.plots": 70,
     "rankkv.cli": 80,
 }
-# `import rankkv` gives every public name, so who does that knows as much as the highest module that defines one.
+# `import rankkv` gives every public name, so it counts as the highest module that defines one.
 ROOT_RANK = max(RANKS[home] for home in rankkv._HOME_OF.values())
+
+# The one way up: `RankKVResult.plot()` looks the figures up by name when it is called.
+UPWARD_BY_NAME = {("rankkv.pipeline", "rankkv.plots.figures")}
 
 # What a module may import beyond the standard library and rankkv itself.
 PURE = {
@@ -84,12 +88,16 @@ def entry_of(module: str, table: dict[str, object]) -> str | None:
 
 
 def list_imports(module: str) -> Iterator[tuple[int, str]]:
-    """Yield line and absolute name of everything a module imports, inside functions and for type checkers too."""
+    """Yield line and absolute name of all that a module imports, in functions and for type checkers too."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant) and (module, argument.value) not in UPWARD_BY_NAME:
+                    yield node.lineno, str(argument.value)
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
@@ -98,10 +106,8 @@ def list_imports(module: str) -> Iterator[tuple[int, str]]:
                 if full in MODULES:
                     yield node.lineno, full
                 elif base == "rankkv":
-                    home = (
-                        "rankkv._version" if alias.name == "__version__" else rankkv._HOME_OF.get(alias.name)
-                    )
-                    yield node.lineno, home or "rankkv"
+                    homes = {"__version__": "rankkv._version"} | rankkv._HOME_OF
+                    yield node.lineno, homes.get(alias.name, "rankkv")
                 else:
                     yield node.lineno, base
 
@@ -160,6 +166,7 @@ def test_a_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             "import rankkv",
             "def late():\n    from .selection.snapkv import SnapKV",
             "from rankkv import attention",
+            "import importlib\nimportlib.import_module('rankkv.plots.figures')",
         )
     ):
         path = tmp_path / f"case{number}.py"
