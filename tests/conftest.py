@@ -22,6 +22,9 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(4, os.cpu_cou
 settings.register_profile("rankkv", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("rankkv")
 
+# Helpers whose asserts should say what differed.
+pytest.register_assert_rewrite("oracles")
+
 TINY_VOCAB_SIZE = 128
 
 

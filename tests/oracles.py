@@ -1,0 +1,283 @@
+"""Five oracles that any compressed cache must pass, and what they need, shared by the test files.
+
+O1 identity: what evicts nothing changes no token.
+O2 masked oracle: decoding on a compressed cache equals decoding on the full cache with the evicted tokens masked out.
+O3 batch invariance: a row of a left-padded batch is treated as if it were alone.
+O4 call independence: what one call did does not reach the next.
+O5 bytes: the memory held is that of the tokens kept, and the rest is gone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from rankkv import RankKVCache
+from rankkv.compat import cache_argument
+
+MASKED_ORACLE = "masked_oracle"
+PAD = 0
+
+
+# -- prompts --------------------------------------------------------------------------------------------------------
+
+
+def random_prompt(length: int, seed: int = 0, vocab_size: int = 128) -> Tensor:
+    """Return random ids ``[1, length]``, special tokens left out."""
+    return torch.randint(3, vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Join ``[1, length]`` prompts to a left-padded batch: ids and attention mask ``[batch, longest]``."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.full((len(prompts), longest), PAD)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - prompt.shape[1] :] = prompt[0]
+        mask[row, longest - prompt.shape[1] :] = 1
+    return ids, mask
+
+
+# -- running models -------------------------------------------------------------------------------------------------
+
+
+def forward(model: Any, cache: Any, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Run one forward with ``cache`` and return the logits; ``mask`` covers all tokens seen so far and the new ones."""
+    options: dict[str, Any] = {}
+    if mask is not None:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        options = {"attention_mask": mask, "position_ids": positions[:, -input_ids.shape[1] :]}
+    with torch.no_grad():
+        return model(input_ids=input_ids, use_cache=True, **cache_argument(cache), **options).logits
+
+
+def feed(model: Any, cache: Any, chunks: Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
+    """Teacher-force ``chunks`` (each ``[batch, tokens]``); ``mask`` covers what the cache has seen already."""
+    logits = []
+    for chunk in chunks:
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(chunk.shape)], dim=-1)
+        logits.append(forward(model, cache, chunk, mask))
+    return logits
+
+
+def prefill(model: Any, input_ids: Tensor, mask: Tensor | None = None, **options: Any) -> RankKVCache:
+    """Return a cache that was compressed at the end of the prefill of ``input_ids``."""
+    cache = RankKVCache(model, **options)
+    forward(model, cache, input_ids, mask)
+    return cache
+
+
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    cache: Any = None,
+    new_tokens: int = 12,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Generate greedily and return the new tokens, ``[batch, new_tokens]``; without a cache: the uncompressed model."""
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD, **options}
+    if cache is not None:
+        options |= cache_argument(cache)
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    output = model.generate(input_ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
+    return output[:, input_ids.shape[1] :]
+
+
+# -- what a cache keeps ---------------------------------------------------------------------------------------------
+
+
+def kept_positions(cache: RankKVCache, layer_idx: int) -> list[list[list[int]]]:
+    """Return the logical positions a layer keeps, ``[row][kv_head]``, ascending, empty slots left out."""
+    layer = cache.layers[layer_idx]
+    rows, heads = layer.keys.shape[:2]
+    positions = layer.compute_positions().expand(rows, heads, -1)
+    valid = layer.compute_slot_valid()
+    if valid is None:
+        valid = torch.ones(rows, positions.shape[-1], dtype=torch.bool)
+    return [[positions[row, head][valid[row]].tolist() for head in range(heads)] for row in range(rows)]
+
+
+def kept_tokens(cache: RankKVCache, mask: Tensor | None = None) -> list[list[list[list[int]]]]:
+    """Return ``[layer][row][kv_head]`` lists of the kept tokens, counted without padding.
+
+    ``mask`` is the prompt's attention mask; a padding position that was kept fails here.
+    """
+    layers = []
+    for layer_idx in cache.layer_indices:
+        rows = kept_positions(cache, layer_idx)
+        if mask is not None:
+            padding = (mask.shape[1] - mask.sum(-1)).tolist()
+            is_real = [set(range(pad, cache.seen_tokens)) for pad in padding]
+            real_rows = []
+            for row, heads in enumerate(rows):
+                # A prompt that keeps everything still holds its padding, masked by the model's own mask.
+                everything = list(range(cache.seen_tokens))
+                for head in heads:
+                    assert head == everything or set(head) <= is_real[row], (
+                        f"padding kept in layer {layer_idx}"
+                    )
+                real_rows.append([[p - padding[row] for p in head if p in is_real[row]] for head in heads])
+            rows = real_rows
+        layers.append(rows)
+    return layers
+
+
+# -- O1 identity ----------------------------------------------------------------------------------------------------
+
+
+def assert_identity(
+    model: Any, input_ids: Tensor, mask: Tensor | None = None, new_tokens: int = 12, **options: Any
+) -> None:
+    """O1: greedy output with the cache equals the plain model's, token for token."""
+    plain = generate(model, input_ids, None, new_tokens, mask)
+    ours = generate(model, input_ids, RankKVCache(model, **options), new_tokens, mask)
+    assert torch.equal(ours, plain)
+
+
+# -- O2 masked oracle -----------------------------------------------------------------------------------------------
+
+
+def _masked_oracle_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = (query @ key.mT).float() * scaling
+    assert attention_mask is not None, "the oracle's mask function always gives a 4-D mask"
+    logits = logits + attention_mask
+    evicted = getattr(module, "oracle_evicted", None)
+    if evicted is not None:
+        hidden = torch.zeros(*evicted.shape[:2], key.shape[-2], dtype=torch.bool)
+        hidden[..., : evicted.shape[-1]] = evicted
+        hidden = hidden.repeat_interleave(groups, 1)[:, :, None]
+        logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
+    output = logits.softmax(-1).to(value.dtype) @ value
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(MASKED_ORACLE, _masked_oracle_attention)
+AttentionMaskInterface.register(MASKED_ORACLE, eager_mask)
+
+
+def _attention_modules(model: Any) -> dict[int, Any]:
+    return {
+        module.layer_idx: module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and "Attention" in type(module).__name__
+    }
+
+
+def masked_oracle(
+    model: Any, cache: RankKVCache, input_ids: Tensor, mask: Tensor | None = None
+) -> tuple[Any, DynamicCache]:
+    """Return a twin of ``model`` and its full cache of ``input_ids``; the twin hides what ``cache`` has evicted."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation(MASKED_ORACLE)
+    full = DynamicCache(config=twin.config.get_text_config(decoder=True))
+    forward(twin, full, input_ids, mask)
+    for layer_idx in cache.layer_indices:
+        rows = kept_positions(cache, layer_idx)
+        evicted = torch.ones(len(rows), len(rows[0]), input_ids.shape[1], dtype=torch.bool)
+        for row, heads in enumerate(rows):
+            for head, kept in enumerate(heads):
+                evicted[row, head, [p for p in kept if p < input_ids.shape[1]]] = False
+        _attention_modules(twin)[layer_idx].oracle_evicted = evicted
+    return twin, full
+
+
+def next_chunks(rows: int, lengths: Sequence[int] = (1, 1, 1, 4), seed: int = 99) -> list[Tensor]:
+    """Return token chunks to teacher-force: single-token steps and one of several tokens."""
+    return [random_prompt(rows * n, seed + i).view(rows, n) for i, n in enumerate(lengths)]
+
+
+def assert_equals_masked_oracle(
+    model: Any,
+    cache: RankKVCache,
+    input_ids: Tensor,
+    mask: Tensor | None = None,
+    chunks: Sequence[Tensor] | None = None,
+    atol: float = 1e-4,
+) -> None:
+    """O2: continuing on ``cache``, compressed after ``input_ids``, equals the full cache with the evicted masked."""
+    chunks = next_chunks(input_ids.shape[0]) if chunks is None else chunks
+    twin, full = masked_oracle(model, cache, input_ids, mask)
+    expected = feed(twin, full, chunks, mask)
+    actual = feed(model, cache, chunks, mask)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+
+
+# -- O3 batch invariance --------------------------------------------------------------------------------------------
+
+
+def assert_batch_invariant(
+    model: Any, prompts: Sequence[Tensor], new_tokens: int = 8, **options: Any
+) -> None:
+    """O3: each row of the left-padded batch keeps the tokens, ranks and budgets of the row alone, and says the same."""
+    ids, mask = left_pad(prompts)
+    together = prefill(model, ids, mask, **options)
+    kept = kept_tokens(together, mask)
+    text = generate(model, ids, RankKVCache(model, **options), new_tokens, mask)
+    for row, prompt in enumerate(prompts):
+        alone = prefill(model, prompt, **options)
+        assert together.budgets_per_row[row] == alone.budgets
+        torch.testing.assert_close(
+            torch.tensor(together.layer_ranks_per_row[row]),
+            torch.tensor(alone.layer_ranks),
+            rtol=1e-5,
+            atol=0,
+        )
+        assert [layer[row] for layer in kept] == [layer[0] for layer in kept_tokens(alone)]
+        text_alone = generate(model, prompt, RankKVCache(model, **options), new_tokens)
+        assert text[row].tolist() == text_alone[0].tolist()
+
+
+# -- O4 call independence -------------------------------------------------------------------------------------------
+
+
+def assert_calls_independent(model: Any, fresh_model: Any, a: Tensor, b: Tensor, **options: Any) -> None:
+    """O4: A, B, A on one model: the 1st equals the 3rd, and B equals B on a model that never saw A."""
+    first = generate(model, a, RankKVCache(model, **options))
+    second = generate(model, b, RankKVCache(model, **options))
+    third = generate(model, a, RankKVCache(model, **options))
+    assert torch.equal(first, third)
+    assert torch.equal(second, generate(fresh_model, b, RankKVCache(fresh_model, **options)))
+
+
+# -- O5 bytes -------------------------------------------------------------------------------------------------------
+
+
+def storage_bytes(cache: Any) -> int:
+    """Sum the bytes of all distinct storages that the layers' keys and values stand on."""
+    storages = {}
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def assert_bytes_match(cache: RankKVCache) -> None:
+    """O5: the storages hold the kept slots, keys and values, of every row and layer, and nothing besides."""
+    expected = 0
+    for layer_idx in cache.layer_indices:
+        keys = cache.layers[layer_idx].keys
+        rows, heads, slots, dim = keys.shape
+        assert slots == cache.kept_lengths[layer_idx]
+        assert keys.is_contiguous()
+        expected += 2 * rows * heads * slots * dim * keys.element_size()
+    assert storage_bytes(cache) == expected == cache.cache_bytes()
