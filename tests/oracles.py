@@ -1,7 +1,7 @@
 """Five oracles that any compressed cache must pass, and what they need, shared by the test files.
 
 O1 identity: what evicts nothing changes no token.
-O2 masked oracle: decoding on a compressed cache equals decoding on the full cache with the evicted tokens masked out.
+O2 masked oracle: decoding on a compressed cache equals decoding on the full one, the evicted tokens masked.
 O3 batch invariance: a row of a left-padded batch is treated as if it were alone.
 O4 call independence: what one call did does not reach the next.
 O5 bytes: the memory held is that of the tokens kept, and the rest is gone.
@@ -25,7 +25,7 @@ MASKED_ORACLE = "masked_oracle"
 PAD = 0
 
 
-# -- prompts --------------------------------------------------------------------------------------------------------
+# -- prompts --------------------------------------------------------------------------------------------
 
 
 def random_prompt(length: int, seed: int = 0, vocab_size: int = 128) -> Tensor:
@@ -44,11 +44,11 @@ def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-# -- running models -------------------------------------------------------------------------------------------------
+# -- running models -------------------------------------------------------------------------------------
 
 
 def forward(model: Any, cache: Any, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Run one forward with ``cache`` and return the logits; ``mask`` covers all tokens seen so far and the new ones."""
+    """Run one forward and return the logits; ``mask`` covers all tokens seen so far and the new ones."""
     options: dict[str, Any] = {}
     if mask is not None:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -58,7 +58,7 @@ def forward(model: Any, cache: Any, input_ids: Tensor, mask: Tensor | None = Non
 
 
 def feed(model: Any, cache: Any, chunks: Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
-    """Teacher-force ``chunks`` (each ``[batch, tokens]``); ``mask`` covers what the cache has seen already."""
+    """Teacher-force ``chunks``, each ``[batch, tokens]``; ``mask`` covers what the cache has seen already."""
     logits = []
     for chunk in chunks:
         if mask is not None:
@@ -82,7 +82,7 @@ def generate(
     mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Generate greedily and return the new tokens, ``[batch, new_tokens]``; without a cache: the uncompressed model."""
+    """Generate greedily and return the new tokens, ``[batch, new_tokens]``; no cache: the plain model."""
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD, **options}
     if cache is not None:
         options |= cache_argument(cache)
@@ -91,7 +91,7 @@ def generate(
     return output[:, input_ids.shape[1] :]
 
 
-# -- what a cache keeps ---------------------------------------------------------------------------------------------
+# -- what a cache keeps ---------------------------------------------------------------------------------
 
 
 def kept_positions(cache: RankKVCache, layer_idx: int) -> list[list[list[int]]]:
@@ -130,7 +130,7 @@ def kept_tokens(cache: RankKVCache, mask: Tensor | None = None) -> list[list[lis
     return layers
 
 
-# -- O1 identity ----------------------------------------------------------------------------------------------------
+# -- O1 identity ----------------------------------------------------------------------------------------
 
 
 def assert_identity(
@@ -142,7 +142,7 @@ def assert_identity(
     assert torch.equal(ours, plain)
 
 
-# -- O2 masked oracle -----------------------------------------------------------------------------------------------
+# -- O2 masked oracle -----------------------------------------------------------------------------------
 
 
 def _masked_oracle_attention(
@@ -185,7 +185,7 @@ def _attention_modules(model: Any) -> dict[int, Any]:
 def masked_oracle(
     model: Any, cache: RankKVCache, input_ids: Tensor, mask: Tensor | None = None
 ) -> tuple[Any, DynamicCache]:
-    """Return a twin of ``model`` and its full cache of ``input_ids``; the twin hides what ``cache`` has evicted."""
+    """Return a twin of ``model`` that hides what ``cache`` has evicted, and its full cache."""
     twin = copy.deepcopy(model)
     twin.set_attn_implementation(MASKED_ORACLE)
     full = DynamicCache(config=twin.config.get_text_config(decoder=True))
@@ -213,7 +213,7 @@ def assert_equals_masked_oracle(
     chunks: Sequence[Tensor] | None = None,
     atol: float = 1e-4,
 ) -> None:
-    """O2: continuing on ``cache``, compressed after ``input_ids``, equals the full cache with the evicted masked."""
+    """O2: continuing on ``cache``, compressed after ``input_ids``, equals the masked full cache."""
     chunks = next_chunks(input_ids.shape[0]) if chunks is None else chunks
     twin, full = masked_oracle(model, cache, input_ids, mask)
     expected = feed(twin, full, chunks, mask)
@@ -222,13 +222,13 @@ def assert_equals_masked_oracle(
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
 
 
-# -- O3 batch invariance --------------------------------------------------------------------------------------------
+# -- O3 batch invariance --------------------------------------------------------------------------------
 
 
 def assert_batch_invariant(
     model: Any, prompts: Sequence[Tensor], new_tokens: int = 8, **options: Any
 ) -> None:
-    """O3: each row of the left-padded batch keeps the tokens, ranks and budgets of the row alone, and says the same."""
+    """O3: each row of the left-padded batch keeps what the row keeps alone, and gives its text."""
     ids, mask = left_pad(prompts)
     together = prefill(model, ids, mask, **options)
     kept = kept_tokens(together, mask)
@@ -247,7 +247,7 @@ def assert_batch_invariant(
         assert text[row].tolist() == text_alone[0].tolist()
 
 
-# -- O4 call independence -------------------------------------------------------------------------------------------
+# -- O4 call independence -------------------------------------------------------------------------------
 
 
 def assert_calls_independent(model: Any, fresh_model: Any, a: Tensor, b: Tensor, **options: Any) -> None:
@@ -259,7 +259,7 @@ def assert_calls_independent(model: Any, fresh_model: Any, a: Tensor, b: Tensor,
     assert torch.equal(second, generate(fresh_model, b, RankKVCache(fresh_model, **options)))
 
 
-# -- O5 bytes -------------------------------------------------------------------------------------------------------
+# -- O5 bytes -------------------------------------------------------------------------------------------
 
 
 def storage_bytes(cache: Any) -> int:
