@@ -174,7 +174,8 @@ AttentionInterface.register(MASKED_ORACLE, _masked_oracle_attention)
 AttentionMaskInterface.register(MASKED_ORACLE, eager_mask)
 
 
-def _attention_modules(model: Any) -> dict[int, Any]:
+def attention_modules(model: Any) -> dict[int, Any]:
+    """Return the attention modules by layer index."""
     return {
         module.layer_idx: module
         for module in model.modules()
@@ -196,7 +197,7 @@ def masked_oracle(
         for row, heads in enumerate(rows):
             for head, kept in enumerate(heads):
                 evicted[row, head, [p for p in kept if p < input_ids.shape[1]]] = False
-        _attention_modules(twin)[layer_idx].oracle_evicted = evicted
+        attention_modules(twin)[layer_idx].oracle_evicted = evicted
     return twin, full
 
 
