@@ -23,7 +23,7 @@ from .selection import get_selector
 
 # Slots that may stand over the budget while the prefill goes on, as a share of (total budget + one layer): earlier
 # layers are not gathered anew for every layer that arrives.
-_CASCADE_SLACK = 0.03
+_CASCADE_SLACK = 0.04
 
 
 class RankKVCache(DynamicCache):
@@ -243,10 +243,20 @@ class RankKVCache(DynamicCache):
             return
         ceilings = [plan.compute_ceilings() for plan in self._plans]
         self._shrink(done[-1:], [row[-1:] for row in ceilings], slack=1)
-        held = sum(self.layers[index].width for index in done)
-        total = max(plan.total_budget for plan in self._plans)
-        if held > total + _CASCADE_SLACK * (total + layer.seen):
-            self._shrink(done, ceilings, slack=1)
+        self._release_excess(done, ceilings)
+
+    def _release_excess(self, done: list[int], ceilings: list[list[int]]) -> None:
+        """Shrink the layers with most to release until what is held fits the total, and no further."""
+        widths = [max(row[place] for row in ceilings) + 1 for place in range(len(done))]
+        excess = {place: self.layers[index].width - widths[place] for place, index in enumerate(done)}
+        total = max(plan.total_budget for plan in self._plans or [])
+        limit = total + _CASCADE_SLACK * (total + self.layers[done[-1]].seen)
+        over = sum(self.layers[index].width for index in done) - limit
+        for place in sorted(excess, key=lambda place: -excess[place]):
+            if over <= 0:
+                return
+            self._shrink(done[place : place + 1], [row[place : place + 1] for row in ceilings], slack=1)
+            over -= excess[place]
 
     def _shrink(self, layer_indices: list[int], budgets: list[list[int]], slack: int) -> None:
         config = self.config

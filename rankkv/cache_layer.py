@@ -180,5 +180,8 @@ def _gather_heads(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def _gather_slots(tensor: Tensor, index: Tensor) -> Tensor:
-    batch, heads, _, dim = tensor.shape
-    return tensor.gather(2, index.expand(-1, heads, -1)[..., None].expand(batch, heads, index.shape[-1], dim))
+    batch, heads, slots, dim = tensor.shape
+    start = torch.arange(batch * heads, device=tensor.device).view(batch, heads, 1) * slots
+    # Whole rows of head_dim numbers are copied: several times as fast as gathering number by number.
+    rows = tensor.reshape(-1, dim).index_select(0, (start + index).flatten())
+    return rows.view(batch, heads, index.shape[-1], dim)
