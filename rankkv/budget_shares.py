@@ -46,7 +46,7 @@ def _bounds(lower: ArrayLike, upper: ArrayLike, count: int) -> tuple[FloatArray,
 
 
 def _fill(weights: FloatArray, total: float, lower: FloatArray, upper: FloatArray) -> FloatArray:
-    """Solve ``sum(clip(lambda * weights, lower, upper)) == total`` for positive weights, a reachable total."""
+    """Solve ``sum(clip(lambda * weights, lower, upper)) == total`` for positive weights."""
 
     def at(level: float) -> FloatArray:
         return np.clip(level * weights, lower, upper)
