@@ -1,0 +1,39 @@
+"""The subcommands joined to one application."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from .analyze import analyze
+from .demo import demo
+from .generate import generate
+
+app = typer.Typer(
+    name="rankkv",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback is for bugs only, and then Python's own says enough.
+    pretty_exceptions_enable=False,
+    help="KV cache compression: each layer's budget follows the effective rank of its attention.",
+)
+app.command()(demo)
+app.command()(analyze)
+app.command()(generate)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rankkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,220 @@
+"""What the subcommands share: errors in one sentence, JSON on stdout, prompts, options and versions."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+
+from ..errors import ConfigError, InputError, RankKVError
+from ..files import write_text_atomically
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+
+def reports_errors(command: Command) -> Command:
+    """Decorate a command so that bad input ends in one sentence on stderr, and no traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except RankKVError as error:
+            typer.echo(format_error(error), err=True)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
+        except KeyboardInterrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    return run  # type: ignore[return-value]
+
+
+def format_error(error: RankKVError) -> str:
+    """Return an error's message as one line."""
+    return "Error: " + " ".join(str(error).split())
+
+
+def make_json_ready(value: Any) -> Any:
+    """Return a record with null for numbers that JSON cannot write (NaN, infinities)."""
+    if isinstance(value, dict):
+        return {str(key): make_json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [make_json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dump_json(record: dict[str, Any]) -> str:
+    """Return a record as indented JSON that ends in a newline."""
+    return json.dumps(make_json_ready(record), indent=2, allow_nan=False) + "\n"
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """Write a record to stdout, where nothing else goes in JSON mode."""
+    sys.stdout.write(dump_json(record))
+    sys.stdout.flush()
+
+
+def write_json(path: Path, record: dict[str, Any]) -> Path:
+    """Write a record to a file, atomically.
+
+    Raises
+    ------
+    InputError
+        If the place cannot be written to.
+    """
+    try:
+        return write_text_atomically(path, dump_json(record))
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
+
+
+def check_output(path: Path | None) -> None:
+    """Raise before any work is done if ``path`` is a folder, or lies in something that is none."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: it is a folder; give the path of a file.")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: {str(nearest)!r} is not a folder.")
+
+
+def check_at_least_one(option: str, value: int | None) -> None:
+    """Raise a ConfigError if an option that counts something is below 1."""
+    if value is not None and value < 1:
+        raise ConfigError(f"{option} is {value} but must be at least 1.")
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file.
+
+    Raises
+    ------
+    InputError
+        If it is missing, no file or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it to UTF-8."
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}.") from error
+
+
+def read_prompt(
+    prompt: str | None, prompt_file: Path | None, dataset: str | None = None, hint: str = ""
+) -> str:
+    """Return the text that exactly one of the options gives (of a data set: all its texts, joined).
+
+    Raises
+    ------
+    InputError
+        If none or several are given, or the text is blank.
+    RankKVError
+        As :func:`rankkv.load_texts`.
+    """
+    given = [
+        name
+        for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--dataset", dataset))
+        if value is not None
+    ]
+    known = f"--prompt, --prompt-file{hint}"
+    if len(given) != 1:
+        raise InputError(
+            f"{' and '.join(given)} are given together: give exactly one of {known}."
+            if given
+            else f"there is no prompt: give exactly one of {known}."
+        )
+    if dataset is not None:
+        from ..texts import load_texts
+
+        return "\n\n".join(text.strip() for text in load_texts(dataset))
+    text = prompt if prompt is not None else read_text(prompt_file)  # type: ignore[arg-type]
+    if not text.strip():
+        raise InputError("the prompt is empty: give some text.")
+    return text
+
+
+def parse_options(given: list[str] | None, flag: str) -> dict[str, Any]:
+    """Turn ``name=value`` options into a dict; values that look like numbers or booleans become those.
+
+    Raises
+    ------
+    ConfigError
+        If one has no ``=`` or no name, or a name comes twice.
+
+    Examples
+    --------
+    >>> parse_options(["exponent=2", "pooling=avg"], "--strategy-option")
+    {'exponent': 2, 'pooling': 'avg'}
+    """
+    options: dict[str, Any] = {}
+    for item in given or []:
+        name, equals, value = item.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise ConfigError(f"{flag} {item!r} is not of the form name=value.")
+        if name in options:
+            raise ConfigError(f"{flag} gives {name!r} twice.")
+        options[name] = _parse_value(value.strip())
+    return options
+
+
+def _parse_value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def collect_versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    import torch
+    import transformers
+
+    from .._version import __version__
+
+    return {
+        "rankkv": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def build_question_prompt(tokenizer: Any, document: str, question: str | None) -> Any:
+    """Return the ids, ``[1, token]``, of a document, with a question after it where there is one.
+
+    The question goes through the tokenizer's chat template if it has one; else it follows as plain text.
+    """
+    if question is None:
+        return tokenizer(document, return_tensors="pt", verbose=False)["input_ids"]
+    if not question.strip():
+        raise InputError("the question is empty: give some text, or leave --question out.")
+    content = f"{document}\n\n{question.strip()}"
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer(f"{content}\n", return_tensors="pt", verbose=False)["input_ids"]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
+
+
+def get_context_length(model: Any) -> int | None:
+    """Return the number of positions the model was made for, where its configuration says so."""
+    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

@@ -1,0 +1,192 @@
+"""What a user sees on stderr: progress by layer, and tables with bars."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def make_console() -> Console:
+    """Return a console on stderr, so that stdout holds results only."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=False)
+
+
+class Step:
+    """One thing that runs: a bar on a terminal, two plain lines elsewhere.
+
+    Parameters
+    ----------
+    console : Console
+        Where it shows.
+    description : str
+        What runs.
+    """
+
+    def __init__(self, console: Console, description: str) -> None:
+        self._console, self._description = console, description
+        self._start = time.perf_counter()
+        self._progress: Any = None
+        if not console.is_terminal:
+            console.print(f"{description} ...", markup=False, soft_wrap=True)
+            return
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            # Redrawn seldom: drawing takes time from what is measured meanwhile.
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task(description, total=None, count="")
+        self._progress.start()
+
+    def advance(self, done: int, total: int) -> None:
+        """Show how many layers are done."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total, count=f"layer {done}/{total}")
+
+    def finish(self, note: str = "") -> None:
+        """Leave one line that says what ran and for how long; does nothing the second time."""
+        if self._start is None:
+            return
+        seconds, self._start = time.perf_counter() - self._start, None  # type: ignore[assignment]
+        self.clear()
+        line = f"{self._description}: {note or 'done'} ({seconds:.1f} s)"
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def clear(self) -> None:
+        """Take the bar away, for other output to follow."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+@contextmanager
+def show_step(console: Console, description: str) -> Iterator[Step]:
+    """Show that something runs, until the block ends."""
+    step = Step(console, description)
+    try:
+        yield step
+    except BaseException:
+        step.clear()
+        raise
+    step.finish()
+
+
+@contextmanager
+def watch_layers(model: Any, on_layer: Callable[[int, int], None]) -> Iterator[Callable[[], None]]:
+    """Call ``on_layer(done, all)`` after each attention module of a forward, until the block ends.
+
+    Yields a function that stops watching earlier, so that a decode step is timed without the hooks.
+    """
+    modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    order = sorted({module.layer_idx for module in modules})
+    handles = [
+        module.register_forward_hook(
+            lambda module, *_: on_layer(order.index(module.layer_idx) + 1, len(order))
+        )
+        for module in modules
+    ]
+
+    def stop() -> None:
+        while handles:
+            handles.pop().remove()
+
+    try:
+        yield stop
+    finally:
+        stop()
+
+
+def draw_bar(value: float, largest: float, width: int) -> str:
+    """Draw a horizontal bar of at most ``width`` characters, exact to an eighth of one.
+
+    Examples
+    --------
+    >>> draw_bar(3, 6, 4)
+    '██'
+    """
+    if not largest > 0 or not value > 0:
+        return ""
+    eighths = max(1, round(8 * width * min(1.0, value / largest)))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def make_layer_table(layer_indices: Sequence[int], ranks: Sequence[float], budgets: Sequence[int]) -> Table:
+    """Return a table with a line for each layer: rank and budget, a bar for each."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    width = 22
+    for name, justify in (
+        ("layer", "right"),
+        ("rank", "right"),
+        ("", "left"),
+        ("budget", "right"),
+        ("", "left"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=True, min_width=0 if name else width)  # type: ignore[arg-type]
+    shown = [rank for rank in ranks if rank == rank]
+    highest, widest = max(shown, default=0.0), max(budgets)
+    # Without ranks (a strategy that needs none) only the budgets have bars.
+    listed: list[float | None] = [*ranks] or [None] * len(budgets)
+    for layer_idx, rank, budget in zip(layer_indices, listed, budgets, strict=True):
+        table.add_row(
+            str(layer_idx),
+            "-" if rank is None else f"{rank:.2f}",
+            f"[blue]{draw_bar(rank or 0.0, highest, width)}[/]",
+            f"{budget:,}",
+            f"[dark_orange]{draw_bar(budget, widest, width)}[/]",
+        )
+    return table
+
+
+class AnswerStream:
+    """Turns token ids that arrive one by one into text, in pieces that never split a character.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        Decodes; special tokens are left out.
+    write : callable
+        Takes each new piece of text.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], Any]) -> None:
+        self._tokenizer, self._write = tokenizer, write
+        self._ids: list[int] = []
+        self._written = ""
+
+    def put(self, token_id: int) -> None:
+        """Take the next token."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        # A token may end inside a character of several bytes, which decoding shows as this sign.
+        if not text.endswith("\ufffd"):
+            self._emit(text)
+
+    def end(self) -> str:
+        """Write what was held back and return the whole text."""
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        self._emit(text)
+        return text
+
+    def _emit(self, text: str) -> None:
+        if text.startswith(self._written):
+            self._write(text[len(self._written) :])
+            self._written = text

@@ -1,0 +1,19 @@
+"""Figures of ranks, budgets and measured generations; needs the extra ``rankkv[plots]``."""
+
+from __future__ import annotations
+
+from .figures import (
+    plot_cache_comparison,
+    plot_layer_ranks,
+    plot_ranks_and_budgets,
+    plot_strategy_budgets,
+    save_figure,
+)
+
+__all__ = [
+    "plot_cache_comparison",
+    "plot_layer_ranks",
+    "plot_ranks_and_budgets",
+    "plot_strategy_budgets",
+    "save_figure",
+]
