@@ -143,10 +143,10 @@ def compute_rank_from_gram(gram: Tensor) -> Tensor:
 
     The Gram matrix squares the condition number: eigenvalues carry noise of about ``eps * lambda_max``, so
     those below ``4 w eps lambda_max`` count as zero, and an exact rank 1 gives 1 within 1e-6. Singular values
-    below ``d = sqrt(4 w eps)`` of the largest are thus dropped, each of which adds at most ``-d log d`` to the
-    entropy: the rank moves by at most about ``-w d log d`` relative, 1e-4 for w = 32. Reaching that takes a
-    spectrum of one large value and all others just below the floor; softmax attention moves by 1e-7 at w = 128
-    and 1.3e-6 at w = 2048. `compute_effective_ranks` has no such floor.
+    below ``d = sqrt(4 w eps)`` of the largest are thus dropped, each of which adds at most ``-d log d`` to
+    the entropy: the rank moves by at most about ``-w d log d`` relative, 1e-4 for w = 32. Reaching that takes
+    one large value and all others just below the floor; softmax attention moves by 1e-7 at w = 128 and by
+    1.3e-6 at w = 2048. `compute_effective_ranks` has no such floor.
 
     Parameters
     ----------

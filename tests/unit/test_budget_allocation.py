@@ -32,7 +32,7 @@ def test_proportional_budgets_follow_the_ranks():
 
 
 def test_what_a_capped_layer_cannot_take_goes_to_the_others_in_proportion():
-    # Of 10:20:30:40 the last is over the cap; its ten tokens would lift 30 to 35, so that layer is capped too,
+    # Of 10:20:30:40 the last is over the cap; its ten tokens would lift 30 to 35, so that one is capped too,
     # and the remaining 40 tokens split 1:2.
     allocation = BudgetAllocator("proportional", max_budget=30).allocate(RANKS, 100)
     assert allocation.budgets == [13, 27, 30, 30]
