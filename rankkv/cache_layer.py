@@ -145,7 +145,7 @@ class RankKVLayer(DynamicLayer):
 
     def begin_compression(self, scores: Tensor, real_index: Tensor, lengths: Sequence[int]) -> None:
         """Take the scores ``[batch, kv_head or 1, key]`` by which the layer may shrink, once or repeatedly."""
-        self._scores, self._real_index, self._lengths = scores, real_index[:, None], list(lengths)
+        self._scores, self._real_index, self._lengths = scores, real_index, list(lengths)
         self.compressed_at = self.seen
 
     def shrink(

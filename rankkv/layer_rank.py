@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .observation import Observation
-from .rank_analysis import compute_aggregated_rank, evictable_mask, round_ranks
+from .rank_analysis import compute_aggregated_rank, round_ranks
 from .rank_kernels import compute_gram, compute_rank_from_gram
 
 #: Scope "full" ranks the whole attention matrix up to this many tokens ...
@@ -63,12 +63,16 @@ def compute_layer_ranks(
 
 
 def _cut_evictable(window: Tensor, observation: Observation) -> Tensor:
-    if observation.key_length == min(observation.lengths):
-        # Without padding the evictable columns are one stretch: a view, no copy.
-        stop = max(observation.sink_size, observation.key_length - observation.window_size)
-        return window[..., observation.sink_size : stop]
-    columns = evictable_mask(observation.valid, observation.window_size, observation.sink_size)
-    return window * columns[:, None, None, :]
+    sinks, recent = observation.sink_size, observation.window_size
+    if min(observation.lengths) == observation.key_length:
+        # Without padding or earlier evictions the evictable columns are one stretch: a view, no copy.
+        return window[..., sinks : max(sinks, observation.key_length - recent)]
+    index = observation.real_index
+    newest = torch.tensor(observation.lengths, device=index.device).view(-1, 1, 1) - recent
+    columns = (index >= sinks) & (index < newest)
+    if columns.shape[1] > 1:
+        columns = columns.repeat_interleave(window.shape[1] // columns.shape[1], dim=1)
+    return window * columns[:, :, None, :]
 
 
 def _compute_full_rank(observation: Observation, aggregation: str, normalize: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one layer's attention looks like during the prefill: the input of ranks and selectors."""
+"""What one layer's attention looks like at the moment of compression: the input of ranks and selectors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,21 @@ class Observation:
     layer_idx : int
         Index of the layer in the model.
     query : Tensor
-        Queries after rotary embedding, ``[batch, head, query, key_dim]``; the queries are the last ones of the keys.
+        Queries after rotary embedding, ``[batch, head, query, key_dim]``.
     keys, values : Tensor
         Keys and values, ``[batch, kv_head, key, head_dim]``.
-    valid : Tensor
-        Bool, ``[batch, key]``: False where the slot is padding.
+    positions : Tensor
+        Logical position of each key, ``[batch, kv_head or 1, key]`` int64, ascending.
+    query_start : int
+        Logical position of the first query; the others follow without a gap.
+    valid, query_valid : Tensor
+        Bool, ``[batch, key]`` and ``[batch, query]``: False where there is padding or an empty slot.
+    row_start : list of int
+        Padding before the first real token, one entry a row.
     lengths : list of int
-        Number of valid keys of each row.
+        Real tokens seen, one entry a row, evicted ones included.
+    available : list of int
+        Real tokens among the keys, one entry a row.
     kv_heads : int
         Key/value heads of the cache, which may be fewer than those of ``keys``.
     scaling : float
@@ -52,8 +60,13 @@ class Observation:
     query: Tensor
     keys: Tensor
     values: Tensor
+    positions: Tensor
+    query_start: int
     valid: Tensor
+    query_valid: Tensor
+    row_start: list[int]
     lengths: list[int]
+    available: list[int]
     kv_heads: int
     scaling: float
     attention_mask: Tensor | None = None
@@ -75,8 +88,9 @@ class Observation:
 
     @cached_property
     def real_index(self) -> Tensor:
-        """Index of each key among its row's valid keys, ``[batch, key]`` int64, -1 for padding."""
-        return torch.where(self.valid, self.valid.cumsum(-1) - 1, -1)
+        """Index of each key among its row's real tokens, ``[batch, kv_head or 1, key]`` int64, -1 for padding."""
+        start = torch.tensor(self.row_start, device=self.positions.device).view(-1, 1, 1)
+        return torch.where(self.valid[:, None], self.positions - start, -1)
 
     @cached_property
     def window_attention(self) -> Tensor:
@@ -132,11 +146,23 @@ class Observation:
         """
         batch, heads = self.query.shape[:2]
         rows = max(16, BLOCK_ELEMENTS // (batch * heads * self.key_length))
+        # The last queries' own keys are the last keys, one for each, so a block sees none of those that follow it.
         offset = self.key_length - self.query_length
         for start in range(0, self.query_length, rows):
             stop = min(start + rows, self.query_length)
-            key_stop = offset + stop if self.attention_mask is None else self.key_length
+            key_stop = offset + stop if self.attention_mask is None and offset >= 0 else self.key_length
             yield self.compute_attention(slice(start, stop), key_stop)
+
+    def compute_column_sums(self) -> Tensor:
+        """Compute the attention each key gets from all query rows, ``[batch, kv_head, key]`` float32.
+
+        Accumulated in blocks of rows and averaged over the query heads of a group.
+        """
+        batch, heads = self.query.shape[:2]
+        sums = torch.zeros((batch, heads, self.key_length), dtype=torch.float32, device=self.keys.device)
+        for weights in self.attention_blocks():
+            sums[..., : weights.shape[-1]] += weights.sum(dim=-2)
+        return self.compute_group_mean(sums)
 
     def compute_group_mean(self, per_head: Tensor) -> Tensor:
         """Average ``[batch, head, ...]`` over the query heads that share a key/value head.
@@ -152,8 +178,7 @@ class Observation:
     def take_row(self, row: int) -> Observation:
         """Return the observation of one row of the batch alone, without its padding."""
         real = self.valid[row].nonzero()[:, 0]
-        offset = self.key_length - self.query_length
-        queries = real[real >= offset] - offset
+        queries = self.query_valid[row].nonzero()[:, 0]
 
         def pick(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
@@ -165,37 +190,50 @@ class Observation:
             query=self.query[row : row + 1, :, queries],
             keys=self.keys[row : row + 1, :, real],
             values=self.values[row : row + 1, :, real],
+            positions=self.positions[row : row + 1, :, real],
+            query_start=self.query_start + (int(queries[0]) if len(queries) else 0),
             valid=self.valid[row : row + 1, real],
+            query_valid=self.query_valid[row : row + 1, queries],
+            row_start=self.row_start[row : row + 1],
             lengths=self.lengths[row : row + 1],
+            available=self.available[row : row + 1],
             attention_mask=pick(self.attention_mask),
             position_bias=pick(self.position_bias),
         )
 
     def take_head(self, head: int, key_head: int) -> Observation:
         """Return the observation of one query head and its key head alone."""
-        mask, bias, sinks = self.attention_mask, self.position_bias, self.sink_logits
+
+        def pick(tensor: Tensor | None, index: int) -> Tensor | None:
+            return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, index : index + 1]
+
+        positions = pick(self.positions, key_head * self.positions.shape[1] // self.keys.shape[1])
         return replace(
             self,
             query=self.query[:, head : head + 1],
             keys=self.keys[:, key_head : key_head + 1],
             values=self.values[:, key_head : key_head + 1],
+            positions=self.positions if positions is None else positions,
             kv_heads=1,
-            attention_mask=mask if mask is None or mask.shape[1] == 1 else mask[:, head : head + 1],
-            position_bias=bias if bias is None or bias.shape[1] == 1 else bias[:, head : head + 1],
-            sink_logits=sinks if sinks is None else sinks.reshape(-1)[head : head + 1],
+            attention_mask=pick(self.attention_mask, head),
+            position_bias=pick(self.position_bias, head),
+            sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[head : head + 1],
         )
 
     def _allowed(self, rows: slice | Tensor, key_stop: int) -> tuple[Tensor, Tensor | None]:
-        offset = self.key_length - self.query_length
-        real = self.valid[:, None, None, :key_stop] & self.valid[:, None, offset:, None][:, :, rows]
-        if self.attention_mask is None:
-            index = torch.arange(self.key_length, device=self.keys.device)
-            return real & (index[:key_stop] <= index[offset:][rows][:, None]), None
-        mask = self.attention_mask[:, :, rows, :key_stop]
-        if mask.dtype == torch.bool:
-            return real & mask, None
-        # Half of the dtype's minimum separates "masked" from any honest additive bias.
-        return real & (mask > torch.finfo(mask.dtype).min / 2), mask.float()
+        real = self.valid[:, None, None, :key_stop] & self.query_valid[:, None, :, None][:, :, rows]
+        if self.attention_mask is not None:
+            mask = self.attention_mask[:, :, rows, :key_stop]
+            if mask.dtype == torch.bool:
+                return real & mask, None
+            # Half of the dtype's minimum separates "masked" from any honest additive bias.
+            return real & (mask > torch.finfo(mask.dtype).min / 2), mask.float()
+        positions = self.positions[:, :, None, :key_stop]
+        heads = positions.shape[1]
+        if heads > 1:
+            positions = positions.repeat_interleave(self.query.shape[1] // heads, dim=1)
+        index = torch.arange(self.query_length, device=positions.device)[rows] + self.query_start
+        return real & (positions <= index[:, None]), None
 
 
 def observe(
@@ -210,6 +248,9 @@ def observe(
     kv_heads: int,
     window_size: int,
     sink_size: int,
+    positions: Tensor | None = None,
+    seen: int | None = None,
+    row_start: list[int] | None = None,
 ) -> Observation:
     """Gather an :class:`Observation` from the arguments of one call of a layer's attention function.
 
@@ -220,23 +261,30 @@ def observe(
     module : nn.Module
         The attention module (asked for ``scaling`` where the call does not say it).
     query, key, value : Tensor
-        ``[batch, head or kv_head, query or key, head_dim]``.
+        ``[batch, head or kv_head, query or key, head_dim]``; the queries' own keys are the last ones.
     attention_mask : Tensor or None
         4-D, flash attention's 2-D ``[batch, key]``, or None.
     options : mapping
         The call's keyword arguments: ``scaling``, ``softcap``, ``s_aux``, ``position_bias``.
     kv_heads, window_size, sink_size : int
         See :class:`Observation`.
+    positions : Tensor, optional
+        Logical positions of the keys where some were evicted; None means all tokens are there.
+    seen : int, optional
+        Tokens seen, this call's included; None means as many as there are keys.
+    row_start : list of int, optional
+        Padding before each row's first real token, where an earlier call established it.
 
     Raises
     ------
     InputError
         If a row of the batch holds no real token.
     """
-    batch, key_length = key.shape[0], key.shape[-2]
+    batch, key_length, query_length = key.shape[0], key.shape[-2], query.shape[-2]
+    seen = key_length if seen is None else seen
     if attention_mask is None:
         valid = torch.ones(batch, key_length, dtype=torch.bool, device=key.device)
-        lengths = [key_length] * batch
+        available = [key_length] * batch
     else:
         if attention_mask.dim() == 2:
             valid, attention_mask = attention_mask[:, -key_length:].bool(), None
@@ -245,11 +293,16 @@ def observe(
             newest = attention_mask[:, 0, -1, :key_length]
             valid = newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
         valid = valid.expand(batch, -1)
-        lengths = [int(n) for n in valid.sum(-1).tolist()]
-        if min(lengths) == 0:
+        available = [int(n) for n in valid.sum(-1).tolist()]
+        if min(available) == 0:
             raise InputError(
-                f"row {lengths.index(0)} of the batch holds no real token: remove it or give it at least one token."
+                f"row {available.index(0)} of the batch holds no real token: remove it or give it at least one token."
             )
+    if row_start is None:
+        # Nothing was evicted yet, so what is missing before a row's first real token is padding.
+        row_start = [0] * batch if attention_mask is None and min(available) == key_length else _first_valid(valid)
+    if positions is None:
+        positions = torch.arange(key_length, device=key.device).view(1, 1, -1).expand(batch, 1, -1)
     scaling = options.get("scaling")
     if scaling is None:
         scaling = getattr(module, "scaling", None)
@@ -258,8 +311,13 @@ def observe(
         query=query.detach(),
         keys=key.detach(),
         values=value.detach(),
+        positions=positions,
+        query_start=seen - query_length,
         valid=valid,
-        lengths=lengths,
+        query_valid=valid[:, key_length - query_length :],
+        row_start=row_start,
+        lengths=[seen - start for start in row_start],
+        available=available,
         kv_heads=kv_heads,
         scaling=key.shape[-1] ** -0.5 if scaling is None else scaling,
         attention_mask=attention_mask,
@@ -269,3 +327,7 @@ def observe(
         window_size=window_size,
         sink_size=sink_size,
     )
+
+
+def _first_valid(valid: Tensor) -> list[int]:
+    return [int(index) for index in valid.int().argmax(dim=-1).tolist()]

@@ -29,8 +29,4 @@ def score_h2o(observation: Observation) -> Tensor:
     Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", 2023,
     arXiv:2306.14048, algorithm 1.
     """
-    batch, heads = observation.query.shape[:2]
-    sums = observation.keys.new_zeros((batch, heads, observation.key_length)).float()
-    for weights in observation.attention_blocks():
-        sums[..., : weights.shape[-1]] += weights.sum(dim=-2)
-    return observation.compute_group_mean(sums)
+    return observation.compute_column_sums()

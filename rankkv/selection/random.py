@@ -23,10 +23,11 @@ def score_random(observation: Observation, seed: int = 0) -> Tensor:
     Tensor
         ``[batch, kv_head, key]`` float32.
     """
-    scores = torch.zeros(len(observation.lengths), observation.kv_heads, observation.key_length)
-    valid = observation.valid.cpu()
-    for row, length in enumerate(observation.lengths):
-        # Drawn for the row alone, so that padding or neighbours in the batch do not change what it keeps.
+    index = observation.real_index.expand(-1, observation.kv_heads, -1).cpu()
+    draws = []
+    for length in observation.lengths:
+        # One token after the other, so that neither padding nor later tokens change what a token draws.
         generator = torch.Generator().manual_seed(seed * 100_003 + observation.layer_idx)
-        scores[row][:, valid[row]] = torch.rand(observation.kv_heads, length, generator=generator)
-    return scores.to(observation.keys.device)
+        drawn = torch.rand(length, observation.kv_heads, generator=generator).T
+        draws.append(drawn.gather(-1, index[len(draws)].clamp(0, length - 1)))
+    return torch.stack(draws).to(observation.keys.device)

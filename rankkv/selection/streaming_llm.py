@@ -27,4 +27,4 @@ def score_streaming_llm(observation: Observation) -> Tensor:
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023, arXiv:2309.17453, section 3.2.  The
     paper re-numbers the positions of kept keys; here they keep their original positions.
     """
-    return observation.real_index[:, None].float()
+    return observation.real_index.float()
