@@ -17,6 +17,8 @@ from .budget_allocation import (
 )
 from .config import FLOOR_TOKENS, RankKVConfig
 from .errors import BudgetError
+from .rank_aggregation import get_aggregation
+from .spans import count_spanned
 
 
 class BudgetPlan:
@@ -36,6 +38,10 @@ class BudgetPlan:
         Model indices of the compressible layers.
     total_budget : int, optional
         Tokens over all layers; overrides the config's ``budget`` and ``compression_ratio``.
+
+    Notes
+    -----
+    With ``decode="bounded"`` a budget says how far a layer may grow, so neither bound is the prompt's length.
 
     Raises
     ------
@@ -61,19 +67,26 @@ class BudgetPlan:
         self.notes: list[str] = []
         self.layer_ranks: list[float] = []
         self.budgets: list[int] = []
+        bounded = config.decode == "bounded"
         if total_budget is not None:
-            asked, total = f"total_budget={total_budget}", min(total_budget, length * count)
+            asked, total = f"total_budget={total_budget}", total_budget
         elif config.budget is not None:
-            asked, total = f"budget={config.budget} tokens a layer", min(config.budget, length) * count
+            asked, total = f"budget={config.budget} tokens a layer", config.budget * count
         else:
             asked, total = "", round(config.compression_ratio * length * count)
+        if not bounded:
+            total = min(total, length * count)
         minimum = max(FLOOR_TOKENS, total // count // 2) if config.min_budget is None else config.min_budget
-        self.floor = min(length, minimum)
+        spanned = count_spanned(config.protect, length)
+        # Protected spans come on top of what a layer needs for its sinks and newest tokens.
+        minimum = max(minimum, spanned + FLOOR_TOKENS) if spanned else minimum
+        self.floor = minimum if bounded else min(length, minimum)
         least = self.floor * count
         if total < least and asked:
             raise BudgetError(
                 f"{asked} lies below the floor of {self.floor} tokens in each of {count} layers for a prompt of {length} "
-                f"tokens; give at least budget={self.floor} (total_budget={least}), or a smaller min_budget."
+                f"tokens{f', {spanned} of them protected' if spanned else ''}; give at least budget={self.floor} "
+                f"(total_budget={least}), or a smaller min_budget."
             )
         if total < least:
             self.notes.append(
@@ -81,21 +94,40 @@ class BudgetPlan:
             )
             total = least
         self.total_budget = total
+        self._bounded = bounded
         self._lower = np.full(count, self.floor, dtype=np.int64)
-        self._upper = np.full(count, length, dtype=np.int64)
+        self._upper = np.full(count, total if bounded else length, dtype=np.int64)
+        self._all_there = True
         self._added = 0
 
     @staticmethod
     def check(config: RankKVConfig) -> None:
-        """Raise, before any model runs, if the strategy or an option of it is unknown or out of range."""
+        """Raise, before any model runs, if the strategy, an option of it or the aggregation is unknown."""
         name, options = config.resolve_strategy()
         check_options(name, options)
+        get_aggregation(config.aggregation)
 
-    def add_layer(self, rank: float | None) -> None:
+    @property
+    def needs_all_layers(self) -> bool:
+        """Whether a layer's weight depends on layers still to come, so that nothing can be released before the last."""
+        return self.needs_ranks and not self._strategy.layerwise
+
+    def add_layer(self, rank: float | None, available: int | None = None) -> None:
         """Take the rank of the next layer (None where the strategy needs none).
 
         A rank that is not finite gives the layer its uniform share, with a warning that names it.
+
+        Parameters
+        ----------
+        rank : float or None
+            Effective rank of the layer.
+        available : int, optional
+            Tokens the layer still holds, where earlier ones were evicted.
         """
+        if available is not None and available < self.length and not self._bounded:
+            self._upper[self._added] = available
+            self._lower[self._added] = min(self.floor, available)
+            self._all_there = False
         if rank is not None:
             if not math.isfinite(rank):
                 layer = self.layer_indices[self._added]
@@ -106,6 +138,7 @@ class BudgetPlan:
                     stacklevel=2,
                 )
                 self.notes.append(f"  layer {layer} has no finite rank and got its uniform share")
+                share = min(share, int(self._upper[self._added]))
                 self._lower[self._added] = self._upper[self._added] = share
                 rank = 0.0
             self.layer_ranks.append(rank)
@@ -113,9 +146,9 @@ class BudgetPlan:
 
     def compute_ceilings(self) -> list[int]:
         """Compute what the layers so far may keep while others are still to come, never less than in the end."""
-        if not self.needs_ranks:
+        if not self.needs_ranks and self._all_there:
             shares = self._compute_shares(len(self._lower))[: self._added]
-        elif self._strategy.layerwise:
+        elif self._strategy.layerwise or not self.needs_ranks:
             shares = self._compute_shares(self._added)
         else:
             # The weight of a layer still depends on those to come, so nothing can be released yet.
@@ -125,6 +158,7 @@ class BudgetPlan:
     def finish(self) -> list[int]:
         """Allocate the budgets, one integer a layer, summing exactly to the total."""
         count = len(self._lower)
+        self.total_budget = min(self.total_budget, int(self._upper.sum()))
         shares = self._compute_shares(count)
         weights = self._compute_weights(count)
         budgets = allocate_integers(shares, self.total_budget, self._lower, self._upper, weights)
@@ -132,8 +166,9 @@ class BudgetPlan:
         return list(self.budgets)
 
     def _compute_weights(self, count: int) -> np.ndarray:
-        ranks = self.layer_ranks[:count] if self.needs_ranks else [1.0] * count
-        return compute_weights(ranks, self.strategy, **self.strategy_options)
+        if self.needs_ranks:
+            return compute_weights(self.layer_ranks[:count], self.strategy, **self.strategy_options)
+        return compute_weights([1.0] * len(self._lower), self.strategy, **self.strategy_options)[:count]
 
     def _compute_shares(self, count: int) -> np.ndarray:
         return allocate_shares(

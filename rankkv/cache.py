@@ -14,16 +14,17 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from . import attention
 from .budget_plan import BudgetPlan
 from .cache_layer import RankKVLayer
+from .cache_report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
 from .compat import check_transformers
+from .compression import Compressor
 from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, UnsupportedModelError
 from .observation import Observation, observe
-from .layer_rank import compute_layer_ranks
+from .query_buffer import QueryBuffer
 from .selection import get_selector
 
-# Slots that may stand over the budget while the prefill goes on, as a share of (total budget + one layer): earlier
-# layers are not gathered anew for every layer that arrives.
-_CASCADE_SLACK = 0.04
+# Queries held beyond the observation window while a draft may still be taken back.
+_DRAFT_QUERIES = 64
 
 
 class RankKVCache(DynamicCache):
@@ -57,7 +58,7 @@ class RankKVCache(DynamicCache):
         Number of last queries observed.
     sink_size : int, default 4
         Number of first tokens protected as attention sinks.
-    decode, positions, prefill : str
+    decode, decode_interval, positions, prefill, recompress_turns, protect
         See :class:`~rankkv.RankKVConfig`.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
@@ -97,9 +98,12 @@ class RankKVCache(DynamicCache):
         window_size: int = 32,
         sink_size: int = 4,
         decode: str = "grow",
+        decode_interval: int = 128,
         positions: str = "original",
         prefill: str = "single",
+        recompress_turns: bool = False,
         min_budget: int | None = None,
+        protect: Any = None,
         config: RankKVConfig | None = None,
     ) -> None:
         given = RankKVConfig(
@@ -113,9 +117,12 @@ class RankKVCache(DynamicCache):
             window_size=window_size,
             sink_size=sink_size,
             decode=decode,
+            decode_interval=decode_interval,
             positions=positions,
             prefill=prefill,
+            recompress_turns=recompress_turns,
             min_budget=min_budget,
+            protect=protect,
         )
         if config is not None and given != RankKVConfig():
             raise ConfigError("give either config=RankKVConfig(...) or single options, not both: one would be ignored.")
@@ -130,10 +137,21 @@ class RankKVCache(DynamicCache):
         self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, RankKVLayer)]
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
-        self._text_config = text_config
-        self._plans: list[BudgetPlan] | None = None
-        self._compressed = False
+        self._backend_of = text_config
+        self._compressor = Compressor(self.config, self.selector, self.layer_indices)
+        self._forget()
+        self._recording = False
         attention.install()
+
+    def _forget(self) -> None:
+        self._compressor.plans = []
+        #: Padding before each row's first real token.
+        self._row_start: list[int] | None = None
+        self._compressed = False
+        # Compression waits: for the last chunk of the prompt, or until a draft has been judged.
+        self._deferred = self.config.prefill == "chunked"
+        self._streaming = self.config.prefill == "streaming"
+        self._compressed_at = 0
 
     # -- what transformers asks ---------------------------------------------------------------------------------
 
@@ -141,26 +159,54 @@ class RankKVCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append new keys and values, and let this layer's next attention call be observed."""
-        if isinstance(self.layers[layer_idx], RankKVLayer):
+        layer = self.layers[layer_idx]
+        if isinstance(layer, RankKVLayer):
+            if self._deferred and not self._recording and key_states.shape[-2] == 1 and layer.seen:
+                # The first one-token step: the prompt is complete.
+                self._compress_deferred()
             attention.hand_off(self, layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def activate_past_recording(self) -> None:
+        """Let drafts be taken back (assisted decoding): the prompt is compressed once its first draft is judged."""
+        if self.config.decode != "grow" or self._streaming:
+            raise ConfigError(
+                f"decode={self.config.decode!r} with prefill={self.config.prefill!r} evicts tokens that a rejected draft "
+                "would need back; use decode='grow' and prefill='single' with assisted decoding."
+            )
+        super().activate_past_recording()
+        self._recording = True
+        self._deferred = self._deferred or not self._compressed
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens (a rejected draft), then compress the prompt if that had to wait."""
+        super().crop(tokens_to_remove)
+        if self._deferred and self._recording and self.seen_tokens:
+            self._compress_deferred()
 
     def reset(self) -> None:
         """Forget everything: the next forward is a prefill."""
         super().reset()
-        self._plans, self._compressed = None, False
+        self._forget()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, its budgets included."""
         super().batch_repeat_interleave(repeats)
-        if self._plans is not None:
-            self._plans = [plan for plan in self._plans for _ in range(repeats)]
+        self._pick_rows([row for row in range(self._count_rows()) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` only, with their budgets."""
         super().batch_select_indices(indices)
-        if self._plans is not None:
-            self._plans = [self._plans[i] for i in indices.tolist()]
+        self._pick_rows(torch.arange(self._count_rows())[indices.cpu()].tolist())
+
+    def _count_rows(self) -> int:
+        return len(self._row_start or [])
+
+    def _pick_rows(self, rows: list[int]) -> None:
+        if self._row_start is not None:
+            self._row_start = [self._row_start[row] for row in rows]
+        if self._compressor.plans:
+            self._compressor.plans = [self._compressor.plans[row] for row in rows]
 
     @property
     def is_compileable(self) -> bool:
@@ -181,88 +227,124 @@ class RankKVCache(DynamicCache):
         options: dict[str, Any],
     ) -> Any:
         """Run the layer's attention with its own mask; in the prefill, compress the layer afterwards."""
-        layer = self.layers[layer_idx]
+        layer, steps = self.layers[layer_idx], query.shape[-2]
+        if layer_idx == self.layer_indices[0] and self._compressed:
+            self._check_positions(layer, steps, options.get("position_ids"))
         mask = attention_mask
         # With nothing to mask, the one query of a decode step sees every slot, and no position is asked for.
-        unmasked_step = attention_mask is None and query.shape[-2] == 1 and layer.kept_valid is None
+        unmasked_step = attention_mask is None and steps == 1 and layer.kept_valid is None
         if layer.kept_positions is not None and not unmasked_step:
             mask = attention.project_mask(
                 attention_mask,
                 layer.compute_positions(),
                 layer.compute_slot_valid(),
-                query.shape[-2],
+                steps,
                 query.shape[1],
-                self._text_config._attn_implementation,
+                self._backend_of._attn_implementation,
                 query.dtype,
             )
         output = inner(module, query, key, value, mask, **options)
-        if not self._compressed and layer.seen == query.shape[-2]:
+        if self._wants_observation(layer, steps):
             with torch.no_grad():
-                self._compress_layer(layer_idx, module, query, key, value, attention_mask, options)
+                self._observe(layer_idx, steps, module, query, key, value, mask, options)
         return output
 
-    def _compress_layer(
+    def _wants_observation(self, layer: RankKVLayer, steps: int) -> bool:
+        if not self._compressed or self.config.decode != "grow":
+            return True
+        return steps > 1 and (self.config.recompress_turns or self._streaming)
+
+    def _observe(
         self,
         layer_idx: int,
+        steps: int,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Any,
+        mask: Any,
         options: dict[str, Any],
     ) -> None:
-        config, layer = self.config, self.layers[layer_idx]
+        layer, config = self.layers[layer_idx], self.config
         observation = observe(
             layer_idx,
             module,
             query,
             key,
             value,
-            attention_mask,
+            mask,
             options,
             kv_heads=layer.keys.shape[1],
             window_size=config.window_size,
             sink_size=config.sink_size,
+            positions=None if layer.kept_positions is None else layer.compute_positions(),
+            seen=layer.seen,
+            row_start=self._row_start,
         )
-        if self._plans is None or layer_idx == self.layer_indices[0]:
-            self._plans = [BudgetPlan(config, n, self.layer_indices) for n in observation.lengths]
-        ranks: list[float | None] = [None] * len(self._plans)
-        if self._plans[0].needs_ranks:
-            ranks = compute_layer_ranks(observation, config.scope, config.aggregation).tolist()
-        for plan, rank in zip(self._plans, ranks, strict=True):
-            plan.add_layer(rank)
-        layer.begin_compression(
-            self.selector.compute_scores(observation), observation.real_index, observation.lengths
-        )
-        done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
-        if layer_idx == self.layer_indices[-1]:
-            self._shrink(done, [plan.finish() for plan in self._plans], slack=0)
-            for index in done:
-                self.layers[index].end_compression()
-            self._compressed = True
+        last = layer_idx == self.layer_indices[-1]
+        if self._deferred:
+            self._buffer(layer, observation, config.window_size + (_DRAFT_QUERIES if self._recording else 0))
+        elif not self._compressed or (steps > 1 and (config.recompress_turns or self._streaming)):
+            self._compressor.add_layer(self.layers, observation)
+            self._finish_round(last)
+        elif config.decode == "bounded":
+            self._compressor.step(layer, observation)
+        else:
+            self._buffer(layer, observation, config.window_size)
+            if layer.seen - self._compressed_at >= config.decode_interval:
+                self._compressor.add_layer(self.layers, self._observe_buffer(layer, key, value))
+                self._finish_round(last)
+        if last:
+            self._row_start = observation.row_start
+            self._streaming = self._streaming and steps > 1
+
+    def _buffer(self, layer: RankKVLayer, observation: Observation, capacity: int) -> None:
+        if observation.keys.shape != layer.keys.shape:
+            raise UnsupportedModelError(
+                f"layer {observation.layer_idx} attends to other keys than it caches, so its attention cannot be computed "
+                "after the forward; use prefill='single' and decode='grow' with this model."
+            )
+        if layer.buffer is None:
+            layer.buffer = QueryBuffer(capacity)
+        gone = layer.buffer.push(observation)
+        if gone is not None and self.selector.step == "sum":
+            self._compressor.carry(layer, gone)
+
+    def _observe_buffer(self, layer: RankKVLayer, keys: Tensor, values: Tensor) -> Observation:
+        buffer = layer.buffer
+        if buffer is None:
+            raise CacheStateError("no query of this prompt was observed; build a new cache and run the prefill again.")
+        return buffer.observe(keys, values, layer.compute_positions(), layer.compute_slot_valid())
+
+    def _finish_round(self, last: bool) -> None:
+        if last:
+            self._compressed, self._compressed_at = True, self.seen_tokens
+            for index in self.layer_indices:
+                self.layers[index].buffer = None
+
+    def _compress_deferred(self) -> None:
+        self._deferred = False
+        with torch.no_grad():
+            for index in self.layer_indices:
+                layer = self.layers[index]
+                self._compressor.add_layer(self.layers, self._observe_buffer(layer, layer.keys, layer.values))
+        self._finish_round(True)
+
+    def _check_positions(self, layer: RankKVLayer, steps: int, position_ids: Tensor | None) -> None:
+        past = layer.seen - steps
+        if position_ids is None or position_ids.dim() != 2 or self._row_start is None:
             return
-        ceilings = [plan.compute_ceilings() for plan in self._plans]
-        self._shrink(done[-1:], [row[-1:] for row in ceilings], slack=1)
-        self._release_excess(done, ceilings)
-
-    def _release_excess(self, done: list[int], ceilings: list[list[int]]) -> None:
-        """Shrink the layers with most to release until what is held fits the total, and no further."""
-        widths = [max(row[place] for row in ceilings) + 1 for place in range(len(done))]
-        excess = {place: self.layers[index].width - widths[place] for place, index in enumerate(done)}
-        total = max(plan.total_budget for plan in self._plans or [])
-        limit = total + _CASCADE_SLACK * (total + self.layers[done[-1]].seen)
-        over = sum(self.layers[index].width for index in done) - limit
-        for place in sorted(excess, key=lambda place: -excess[place]):
-            if over <= 0:
-                return
-            self._shrink(done[place : place + 1], [row[place : place + 1] for row in ceilings], slack=1)
-            over -= excess[place]
-
-    def _shrink(self, layer_indices: list[int], budgets: list[list[int]], slack: int) -> None:
-        config = self.config
-        for place, layer_idx in enumerate(layer_indices):
-            row_budgets = [row[place] for row in budgets]
-            self.layers[layer_idx].shrink(row_budgets, self.selector, config.window_size, config.sink_size, slack)
+        # Once is enough for single steps: each position follows from the last, and reading it may stall a device.
+        if steps == 1 and past != self._compressed_at:
+            return
+        rows = [past - start for start in self._row_start]
+        given = position_ids[:, 0].tolist() * (len(rows) // position_ids.shape[0])
+        if all(position < row for position, row in zip(given, rows, strict=True)):
+            raise CacheStateError(
+                f"the new tokens start at position {given[0]}, but the cache has seen {rows[0]} tokens: input_ids hold "
+                "nothing new, or attention_mask does not cover all tokens seen and the new ones. Give generate() all ids, "
+                "or only the new ids with a mask over all."
+            )
 
     # -- what users ask -----------------------------------------------------------------------------------------
 
@@ -274,17 +356,22 @@ class RankKVCache(DynamicCache):
     @property
     def kept_lengths(self) -> list[int]:
         """Slots each model layer holds, one entry a layer (a layer without keys: 0)."""
-        return [_count_slots(layer) for layer in self.layers]
+        return [count_slots(layer) for layer in self.layers]
+
+    @property
+    def plans(self) -> list[BudgetPlan]:
+        """How the last compression came to its budgets, one plan a row; empty before the prefill."""
+        return self._compressor.plans
 
     @property
     def budgets_per_row(self) -> list[list[int]]:
         """Tokens kept of the prompt, ``[row][compressible layer]``; empty before the prefill."""
-        return [list(plan.budgets) for plan in self._finished_plans()]
+        return [list(plan.budgets) for plan in self.plans]
 
     @property
     def layer_ranks_per_row(self) -> list[list[float]]:
         """Effective ranks, ``[row][compressible layer]``; empty lists where the strategy needs none."""
-        return [list(plan.layer_ranks) for plan in self._finished_plans()]
+        return [list(plan.layer_ranks) for plan in self.plans]
 
     @property
     def budgets(self) -> list[int]:
@@ -304,20 +391,15 @@ class RankKVCache(DynamicCache):
 
     def full_cache_bytes(self) -> int:
         """Return the bytes the model's plain cache would hold after the same tokens."""
-        total = 0
-        for layer in self.layers:
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-                if isinstance(tensor, Tensor) and tensor.numel():
-                    slots = layer.seen if isinstance(layer, RankKVLayer) else tensor.shape[-2]
-                    total += tensor.numel() // tensor.shape[-2] * slots * tensor.element_size()
-        return total
+        return compute_full_cache_bytes(self)
 
     def copy(self) -> RankKVCache:
         """Return an independent copy: what is generated on one does not reach the other."""
         attention.check_not_pending(self)
         twin = copy.copy(self)
         twin.layers = copy.deepcopy(self.layers)
-        twin._plans = None if self._plans is None else list(self._plans)
+        twin._compressor = copy.copy(self._compressor)
+        twin._row_start = None if self._row_start is None else list(self._row_start)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankKVCache:
@@ -340,40 +422,18 @@ class RankKVCache(DynamicCache):
         return self
 
     def finish(self) -> RankKVCache:
-        """Check that the prefill was compressed, and return the cache."""
+        """Compress a prompt that came in chunks, check that the prefill is complete, and return the cache."""
         attention.check_not_pending(self)
+        if self._deferred and self.layer_indices and self.seen_tokens:
+            self._compress_deferred()
         if self.layer_indices and self.seen_tokens and not self._compressed:
             raise CacheStateError("the prefill did not reach the last layer; build a new cache and run it again.")
+        self._streaming = False
         return self
 
     def summary(self) -> str:
         """Return a short account: tokens and bytes kept, and rank and budget of each layer (row 0)."""
         return summarize(self)
-
-    def _finished_plans(self) -> list[BudgetPlan]:
-        return self._plans if self._plans is not None and self._compressed else []
-
-
-def compute_cache_bytes(cache: Any) -> int:
-    """Compute the bytes of all keys and values a cache holds, each distinct storage counted once.
-
-    Parameters
-    ----------
-    cache : Cache
-        Any of transformers' caches.
-    """
-    storages = {}
-    for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _count_slots(layer: Any) -> int:
-    keys = getattr(layer, "keys", None)
-    return keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
 
 
 def _report_nothing_to_compress(model: Any, layers: list[Any]) -> None:
@@ -384,23 +444,3 @@ def _report_nothing_to_compress(model: Any, layers: list[Any]) -> None:
         f"no layer of {name} has a full-attention KV cache, so nothing is compressed and the model runs unchanged.",
         stacklevel=3,
     )
-
-
-def summarize(cache: RankKVCache) -> str:
-    """Write the account of :meth:`RankKVCache.summary`."""
-    kept, full = cache.cache_bytes(), cache.full_cache_bytes()
-    lines = [
-        f"RankKVCache: {cache.seen_tokens} tokens seen, {kept:,} of {full:,} bytes kept"
-        + (f" ({kept / full:.1%})" if full else ""),
-        f"selector {cache.selector}, strategy {cache.config.resolve_strategy()[0]}, scope {cache.config.scope}",
-    ]
-    others = len(cache.layers) - len(cache.layer_indices)
-    if others:
-        lines.append(f"{others} of {len(cache.layers)} layers hold no full-attention cache and are left alone")
-    for plan in cache._finished_plans()[:1]:
-        lines += plan.notes
-        ranks = plan.layer_ranks or [None] * len(plan.budgets)
-        for layer_idx, rank, budget in zip(cache.layer_indices, ranks, plan.budgets, strict=True):
-            shown = "      -" if rank is None else f"{rank:7.2f}"
-            lines.append(f"  layer {layer_idx:3d}  rank {shown}  keeps {budget:6d} of {plan.length}")
-    return "\n".join(lines)

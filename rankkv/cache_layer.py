@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .errors import CacheStateError
+from .observation import Observation
+from .query_buffer import QueryBuffer
 from .selection import Selector, select_tokens
 
 
@@ -21,7 +23,7 @@ class RankKVLayer(DynamicLayer):
     """
 
     is_sliding = False
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,9 +37,14 @@ class RankKVLayer(DynamicLayer):
         self.kept_positions: Tensor | None = None
         #: ``[batch, slot]`` bool for those slots; None if every slot holds a token.
         self.kept_valid: Tensor | None = None
+        #: Scores carried from step to step, ``[batch, kv_head or 1, slot]``, where the decode mode needs them.
+        self.running_scores: Tensor | None = None
+        #: The last queries, where compression has to wait for them.
+        self.buffer: QueryBuffer | None = None
         self._scores: Tensor | None = None
         self._real_index: Tensor | None = None
         self._lengths: list[int] = []
+        self._available: list[int] = []
 
     # -- what transformers asks ---------------------------------------------------------------------------------
 
@@ -101,6 +108,10 @@ class RankKVLayer(DynamicLayer):
             self.values = self.values[..., :-removed, :].clone(memory_format=torch.contiguous_format)
             self.seen -= removed
             self.compressed_at = min(self.compressed_at, self.seen)
+            if self.buffer is not None:
+                self.buffer.drop(removed)
+            if self.running_scores is not None:
+                self.running_scores = self.running_scores[..., : self.width]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row the state of row ``beam_idx``."""
@@ -117,10 +128,12 @@ class RankKVLayer(DynamicLayer):
     def _map_rows(self, change: Any) -> None:
         if not self.is_initialized:
             return
-        for name in ("keys", "values", "kept_positions", "kept_valid"):
+        for name in ("keys", "values", "kept_positions", "kept_valid", "running_scores"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor))
+        if self.buffer is not None:
+            self.buffer.map_rows(change)
 
     # -- what compression asks ----------------------------------------------------------------------------------
 
@@ -143,24 +156,40 @@ class RankKVLayer(DynamicLayer):
         later = self.kept_valid.new_ones((self.kept_valid.shape[0], self.seen - self.compressed_at))
         return torch.cat([self.kept_valid, later], dim=-1)
 
-    def begin_compression(self, scores: Tensor, real_index: Tensor, lengths: Sequence[int]) -> None:
-        """Take the scores ``[batch, kv_head or 1, key]`` by which the layer may shrink, once or repeatedly."""
-        self._scores, self._real_index, self._lengths = scores, real_index, list(lengths)
+    def begin_compression(self, scores: Tensor, observation: Observation) -> None:
+        """Take the scores ``[batch, kv_head or 1, slot]`` by which the layer may shrink, once or repeatedly."""
+        self._scores, self._real_index = scores, observation.real_index
+        self._lengths, self._available = observation.lengths, observation.available
+        if self.kept_positions is not None:
+            self.kept_positions, self.kept_valid = self.compute_positions(), self.compute_slot_valid()
         self.compressed_at = self.seen
 
     def shrink(
-        self, budgets: Sequence[int], selector: Selector, window_size: int, sink_size: int, slack: int = 0
+        self,
+        budgets: Sequence[int],
+        selector: Selector,
+        window_size: int,
+        sink_size: int,
+        protect: Sequence[tuple[int, int]] = (),
+        slack: int = 0,
     ) -> None:
         """Keep ``budgets`` tokens a row (plus ``slack``) and release the rest."""
         if self._scores is None or self._real_index is None:
             raise CacheStateError("the layer has no scores to select by: compression has ended.")
-        kept = select_tokens(
-            self._scores, self._real_index, self._lengths, budgets, selector, window_size, sink_size, slack
-        )
-        width = kept.shape[-1]
-        widths = [min(budget + slack, length) for budget, length in zip(budgets, self._lengths, strict=True)]
-        if width == self.width and min(widths) == width:
+        keep = [min(budget + slack, count) for budget, count in zip(budgets, self._available, strict=True)]
+        if min(keep) == self.width:
             return
+        kept = select_tokens(
+            self._scores,
+            self._real_index,
+            self._lengths,
+            budgets,
+            selector,
+            window_size,
+            sink_size,
+            protect=protect,
+            keep=keep,
+        )
         empty = kept < 0
         index = kept.clamp(min=0)
         self.keys = _gather_slots(self.keys, index)
@@ -168,10 +197,12 @@ class RankKVLayer(DynamicLayer):
         self.kept_positions = index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
         self._real_index = _gather_heads(self._real_index, index).masked_fill(empty, -1)
         self._scores = _gather_heads(self._scores, index)
-        self.kept_valid = ~empty[:, 0] if min(widths) < width else None
+        self.kept_valid = ~empty[:, 0] if min(keep) < max(keep) else None
+        self._available = keep
 
-    def end_compression(self) -> None:
-        """Release the scores."""
+    def end_compression(self, keep_scores: bool = False) -> None:
+        """Release the scores, or carry them on into decoding."""
+        self.running_scores = self._scores if keep_scores else None
         self._scores = self._real_index = None
 
 

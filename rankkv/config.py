@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigError, UnknownNameError
+from .spans import check_spans
 
 SCOPES = ("full", "window", "evictable")
-DECODE_MODES = ("grow",)
+DECODE_MODES = ("grow", "bounded", "periodic")
 POSITION_MODES = ("original",)
-PREFILL_MODES = ("single",)
+PREFILL_MODES = ("single", "chunked", "streaming")
 
 #: What `strategy=None` means without calibration: the exponent that measured best with concatenated heads.
 DEFAULT_STRATEGY = "power"
@@ -85,14 +86,23 @@ class RankKVConfig:
         Number of last queries observed (the observation window).
     sink_size : int, default 4
         Number of first tokens protected as attention sinks; 0 protects none.
-    decode : {"grow"}, default "grow"
-        What happens to generated tokens: ``"grow"`` keeps them all.
+    decode : {"grow", "bounded", "periodic"}, default "grow"
+        What happens to generated tokens: ``"grow"`` keeps them all; ``"bounded"`` lets each layer grow to its budget
+        and then evicts one token for each new one; ``"periodic"`` compresses anew every ``decode_interval`` tokens.
+    decode_interval : int, default 128
+        Tokens between two compressions with ``decode="periodic"``.
     positions : {"original"}, default "original"
         Kept keys keep their original rotary positions.
-    prefill : {"single"}, default "single"
-        The whole prompt arrives in one forward.
+    prefill : {"single", "chunked", "streaming"}, default "single"
+        ``"single"``: the first forward is the whole prompt.  ``"chunked"``: the prompt comes in several forwards and is
+        compressed, exactly as in one, at the first one-token step or at ``finish()``.  ``"streaming"``: compressed after
+        each chunk, so memory is bounded while the prompt comes in; approximate.
+    recompress_turns : bool, default False
+        Compress later multi-token forwards (new turns) too, each by its own observation window.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
+    protect : sequence of (int, int), optional
+        Spans ``(start, stop)`` of real tokens that every layer keeps: a system prompt, instructions.
 
     Raises
     ------
@@ -115,9 +125,12 @@ class RankKVConfig:
     window_size: int = 32
     sink_size: int = 4
     decode: str = "grow"
+    decode_interval: int = 128
     positions: str = "original"
     prefill: str = "single"
+    recompress_turns: bool = False
     min_budget: int | None = None
+    protect: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
@@ -131,6 +144,15 @@ class RankKVConfig:
         _check_choice("decode mode", self.decode, DECODE_MODES)
         _check_choice("positions mode", self.positions, POSITION_MODES)
         _check_choice("prefill mode", self.prefill, PREFILL_MODES)
+        _check_int("decode_interval", self.decode_interval, 1, "the tokens between two compressions while decoding")
+        if not isinstance(self.recompress_turns, bool):
+            raise ConfigError(f"recompress_turns={self.recompress_turns!r} must be True or False.")
+        object.__setattr__(self, "protect", check_spans(self.protect))
+        if self.prefill == "chunked" and self.scope == "full":
+            raise ConfigError(
+                "scope='full' needs every query of the prompt at once, which prefill='chunked' does not keep; use "
+                "scope='evictable', or prefill='single'."
+            )
         if self.strategy_options is not None:
             object.__setattr__(self, "strategy_options", MappingProxyType(dict(self.strategy_options)))
 

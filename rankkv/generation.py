@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .cache import RankKVCache, compute_cache_bytes
+from .cache import RankKVCache
+from .cache_report import compute_cache_bytes, count_slots
 from .compat import accepts_argument, cache_argument
 from .errors import InputError
 
@@ -217,7 +218,7 @@ def analyze_generation(
         tpot_seconds=(clock.arrivals[-1] - clock.arrivals[0]) / steps if steps else 0.0,
         cache_bytes=compute_cache_bytes(cache),
         full_cache_bytes=cache.full_cache_bytes() if isinstance(cache, RankKVCache) else compute_cache_bytes(cache),
-        kept_lengths=[layer.keys.shape[-2] for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)],
+        kept_lengths=[count_slots(layer) for layer in cache.layers],
         budgets=cache.budgets if isinstance(cache, RankKVCache) else [],
         layer_ranks=cache.layer_ranks if isinstance(cache, RankKVCache) else [],
     )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .observation import Observation
-from .rank_analysis import compute_aggregated_rank, round_ranks
-from .rank_kernels import compute_gram, compute_rank_from_gram
+from .rank_aggregation import compute_aggregated_rank, get_aggregation
+from .rank_kernels import compute_gram, compute_rank_from_gram, round_ranks
 
 #: Scope "full" ranks the whole attention matrix up to this many tokens ...
 EXACT_TOKENS = 2048
@@ -83,9 +83,10 @@ def _compute_full_rank(observation: Observation, aggregation: str, normalize: bo
     else:
         rows = slice(0, count)
     matrices = _head_matrices(observation, rows)
+    known = get_aggregation(aggregation)
     if aggregation == "concat":
         rank = compute_rank_from_gram(sum(compute_gram(matrix) for matrix in matrices))
-    elif aggregation in ("mean", "mass_normalized"):
+    elif known.reduce is None:
         # Every row of a whole attention matrix sums to 1, so all heads have the same mass already.
         total = next(matrices).clone()
         for matrix in matrices:
@@ -93,8 +94,7 @@ def _compute_full_rank(observation: Observation, aggregation: str, normalize: bo
         rank = compute_rank_from_gram(compute_gram(total))
     else:
         per_head = torch.stack([compute_rank_from_gram(compute_gram(matrix)) for matrix in matrices])
-        joined = {"per_head": per_head.mean, "median": per_head.median, "max": per_head.max, "min": per_head.min}
-        rank = joined[aggregation]()
+        rank = known.reduce(per_head[None])[0]
     row_count = SAMPLED_ROWS if count > EXACT_TOKENS else count
     return rank / min(row_count, observation.key_length) if normalize else rank
 

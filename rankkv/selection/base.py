@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..observation import Observation
+from ..spans import count_spanned
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Selector:
         Options bound to ``score``.
     recent_fraction : float, optional
         Fraction of a layer's budget protected as its newest tokens; None protects ``min(window_size, budget // 2)``.
+    step : {"decay", "sum", "rescore"}
+        How scores go on from query to query: ``"sum"`` adds the attention each new query pays, ``"decay"`` does so over
+        an exponential window as long as the observation window, ``"rescore"`` computes them anew from the keys.
 
     Examples
     --------
@@ -48,6 +52,7 @@ class Selector:
     source: str
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     recent_fraction: float | None = None
+    step: str = "decay"
 
     def with_options(self, **options: Any) -> Selector:
         """Return this selector with ``options`` bound.
@@ -103,7 +108,9 @@ def select_tokens(
     selector: Selector,
     window_size: int,
     sink_size: int,
-    slack: int = 0,
+    *,
+    protect: Sequence[tuple[int, int]] = (),
+    keep: Sequence[int] | None = None,
 ) -> Tensor:
     """Select the indices of the tokens to keep: the protected ones, then those of the highest score.
 
@@ -119,14 +126,17 @@ def select_tokens(
         Says how much of a budget is protected.
     window_size, sink_size : int
         See :meth:`Selector.count_protected`.
-    slack : int, default 0
-        Tokens kept beyond the budget (needed while budgets may still shrink, since protection shrinks with them).
+    protect : sequence of (start, stop)
+        Spans of real tokens that are kept before any other.
+    keep : sequence of int, optional
+        Tokens to select in each row where that differs from ``min(budget, length)``: fewer where fewer are there, one
+        more while budgets may still shrink, since the protected part shrinks with them.
 
     Returns
     -------
     Tensor
-        Int64 ``[batch, kv_head or 1, width]``, ascending, with ``width = max(min(budget + slack, length))``; a row
-        that keeps fewer tokens starts with -1.
+        Int64 ``[batch, kv_head or 1, width]``, ascending, with ``width = max(keep)``; a row that keeps fewer
+        tokens starts with -1.
 
     Examples
     --------
@@ -137,16 +147,23 @@ def select_tokens(
     [[[1, 3, 5]]]
     """
     device = scores.device
-    keep = [min(budget + slack, length) for budget, length in zip(budgets, lengths, strict=True)]
+    if keep is None:
+        keep = [min(budget, length) for budget, length in zip(budgets, lengths, strict=True)]
     width = max(keep)
-    protected = [selector.count_protected(budget, window_size, sink_size) for budget in budgets]
-    newest_from = torch.tensor([n - recent for n, (recent, _) in zip(lengths, protected, strict=True)], device=device)
-    sinks = torch.tensor([first for _, first in protected], device=device)
+    spans = [count_spanned(protect, length) for length in lengths]
+    counts = [
+        selector.count_protected(max(0, budget - spanned), window_size, sink_size)
+        for budget, spanned in zip(budgets, spans, strict=True)
+    ]
+    newest_from = torch.tensor([n - recent for n, (recent, _) in zip(lengths, counts, strict=True)], device=device)
+    sinks = torch.tensor([first for _, first in counts], device=device)
     shape = torch.broadcast_shapes(scores.shape, real_index.shape)
     real_index = real_index.expand(shape)
     # The lowest finite number, so that a score that is not a number still ranks above padding.
     scores = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min).expand(shape)
     is_protected = (real_index >= newest_from.view(-1, 1, 1)) | (real_index < sinks.view(-1, 1, 1))
+    for start, stop in protect:
+        is_protected |= (real_index >= start) & (real_index < stop)
     scores = scores.masked_fill(is_protected, float("inf")).masked_fill(real_index < 0, float("-inf"))
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
     if min(keep) < width:

@@ -1,0 +1,70 @@
+"""What a cache holds, in slots, bytes and words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from .cache_layer import RankKVLayer
+
+
+def _tensors(cache: Any) -> Iterator[tuple[Any, Tensor]]:
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, Tensor) and tensor.numel():
+                yield layer, tensor
+
+
+def count_slots(layer: Any) -> int:
+    """Count the slots of a cache layer; a layer without keys has none."""
+    keys = getattr(layer, "keys", None)
+    return keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
+
+
+def compute_cache_bytes(cache: Any) -> int:
+    """Compute the bytes of all keys and values a cache holds, each distinct storage counted once.
+
+    Parameters
+    ----------
+    cache : Cache
+        Any of transformers' caches.
+    """
+    storages = {}
+    for _, tensor in _tensors(cache):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def compute_full_cache_bytes(cache: Any) -> int:
+    """Compute the bytes the model's plain cache would hold after the tokens that ``cache`` has seen."""
+    total = 0
+    for layer, tensor in _tensors(cache):
+        slots = layer.seen if isinstance(layer, RankKVLayer) else tensor.shape[-2]
+        total += tensor.numel() // tensor.shape[-2] * slots * tensor.element_size()
+    return total
+
+
+def summarize(cache: Any) -> str:
+    """Write the account that :meth:`rankkv.RankKVCache.summary` returns."""
+    kept, full = cache.cache_bytes(), cache.full_cache_bytes()
+    share = f" ({kept / full:.1%})" if full else ""
+    lines = [
+        f"RankKVCache: {cache.seen_tokens} tokens seen, {kept:,} of {full:,} bytes kept{share}",
+        f"selector {cache.selector}, strategy {cache.config.resolve_strategy()[0]}, scope {cache.config.scope}, "
+        f"decode {cache.config.decode}, positions {cache.config.positions}, prefill {cache.config.prefill}",
+    ]
+    others = len(cache.layers) - len(cache.layer_indices)
+    if others:
+        lines.append(f"{others} of {len(cache.layers)} layers hold no full-attention cache and are left alone")
+    for plan in cache.plans[:1]:
+        lines += plan.notes
+        if plan.needs_all_layers:
+            lines.append(f"strategy {plan.strategy} weighs all layers together: nothing was released before the last one")
+        ranks = plan.layer_ranks or [None] * len(plan.budgets)
+        for layer_idx, rank, budget in zip(cache.layer_indices, ranks, plan.budgets, strict=True):
+            shown = "      -" if rank is None else f"{rank:7.2f}"
+            lines.append(f"  layer {layer_idx:3d}  rank {shown}  keeps {budget:6d} of {plan.length}")
+    return "\n".join(lines)

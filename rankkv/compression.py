@@ -1,0 +1,136 @@
+"""From observations, layer after layer, to budgets and kept tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .budget_plan import BudgetPlan
+from .cache_layer import RankKVLayer
+from .config import RankKVConfig
+from .layer_rank import compute_layer_ranks
+from .observation import Observation
+from .selection import Selector
+
+# Slots that may stand over the budget while a prefill goes on, as a share of (total budget + one layer): earlier
+# layers are not gathered anew for every layer that arrives.
+_CASCADE_SLACK = 0.04
+
+
+class Compressor:
+    """Compresses the layers of one cache, in rounds: all compressible layers, in order, make a round.
+
+    While a round is under way, budgets are computed from the layers so far and these shrink at once (a cascade): a
+    share only falls as layers arrive, and the best tokens of the best tokens are the best tokens, so the outcome is that
+    of one decision at the end, while no more than the total budget and one layer is ever held.
+
+    Parameters
+    ----------
+    config : RankKVConfig
+        The options.
+    selector : Selector
+        Token selection method.
+    layer_indices : list of int
+        Model indices of the compressible layers.
+    """
+
+    def __init__(self, config: RankKVConfig, selector: Selector, layer_indices: list[int]) -> None:
+        self.config = config
+        self.selector = selector
+        self.layer_indices = layer_indices
+        #: One plan a row, of the last round that was finished.
+        self.plans: list[BudgetPlan] = []
+        self._open: list[BudgetPlan] = []
+
+    @property
+    def carries_scores(self) -> bool:
+        """Whether scores outlive a round, to be continued by the queries that follow."""
+        continued = self.config.decode == "bounded" or self.config.prefill != "single" or self.config.recompress_turns
+        adds_up = self.selector.step == "sum" and (continued or self.config.decode == "periodic")
+        return adds_up or (self.config.decode == "bounded" and self.selector.step == "decay")
+
+    def add_layer(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
+        """Take the next layer of a round and shrink what can be shrunk; True when the round is finished."""
+        config, layer_idx = self.config, observation.layer_idx
+        layer = layers[layer_idx]
+        if layer_idx == self.layer_indices[0] or not self._open:
+            self._open = [BudgetPlan(config, length, self.layer_indices) for length in observation.lengths]
+        ranks: list[float | None] = [None] * len(self._open)
+        if self._open[0].needs_ranks:
+            ranks = compute_layer_ranks(observation, config.scope, config.aggregation).tolist()
+        for plan, rank, available in zip(self._open, ranks, observation.available, strict=True):
+            plan.add_layer(rank, available)
+        layer.begin_compression(self._compute_scores(layer, observation), observation)
+        done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
+        if len(done) < len(self.layer_indices):
+            ceilings = [plan.compute_ceilings() for plan in self._open]
+            self._shrink(layers, done, ceilings, len(done) - 1, slack=1)
+            self._release_excess(layers, done, ceilings)
+            return False
+        budgets = [plan.finish() for plan in self._open]
+        for place, index in enumerate(done):
+            self._shrink(layers, done, budgets, place, slack=0)
+            layers[index].end_compression(keep_scores=self.carries_scores)
+        self.plans, self._open = self._open, []
+        return True
+
+    def step(self, layer: RankKVLayer, observation: Observation) -> None:
+        """Keep a layer at its budget while decoding: continue its scores by the newest queries, then evict."""
+        if self.selector.step == "rescore":
+            scores = self.selector.compute_scores(observation)
+        else:
+            scores = self._continue_scores(layer, observation.compute_column_sums())
+            layer.running_scores = scores
+        place = self.layer_indices.index(observation.layer_idx)
+        budgets = [plan.budgets[place] for plan in self.plans]
+        if layer.width <= max(budgets) and min(observation.available) <= min(budgets):
+            return
+        layer.begin_compression(scores, observation)
+        self._shrink_layer(layer, budgets, slack=0)
+        layer.end_compression(keep_scores=self.selector.step != "rescore")
+
+    def carry(self, layer: RankKVLayer, observation: Observation) -> None:
+        """Continue a layer's scores by queries that will not be there when it is compressed."""
+        layer.running_scores = self._continue_scores(layer, observation.compute_column_sums())
+
+    def _compute_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:
+        scores = self.selector.compute_scores(observation)
+        if self.selector.step == "sum" and layer.running_scores is not None:
+            scores = self._continue_scores(layer, scores)
+        return scores
+
+    def _continue_scores(self, layer: RankKVLayer, scores: Tensor) -> Tensor:
+        past = layer.running_scores
+        if past is None:
+            return scores
+        keep = 1.0 if self.selector.step == "sum" else 1.0 - 1.0 / self.config.window_size
+        scores = scores.clone()
+        if keep < 1.0:
+            scores *= 1.0 - keep
+        scores[..., : past.shape[-1]] += past * keep
+        return scores
+
+    def _release_excess(self, layers: Sequence[RankKVLayer], done: list[int], ceilings: list[list[int]]) -> None:
+        """Shrink the layers with most to release until what is held fits the total, and no further."""
+        widths = [max(row[place] for row in ceilings) + 1 for place in range(len(done))]
+        excess = {place: layers[index].width - widths[place] for place, index in enumerate(done)}
+        total = max(plan.total_budget for plan in self._open)
+        limit = total + _CASCADE_SLACK * (total + layers[done[-1]].seen)
+        over = sum(layers[index].width for index in done) - limit
+        for place in sorted(excess, key=lambda place: -excess[place]):
+            if over <= 0:
+                return
+            self._shrink(layers, done, ceilings, place, slack=1)
+            over -= excess[place]
+
+    def _shrink(
+        self, layers: Sequence[RankKVLayer], done: list[int], budgets: list[list[int]], place: int, slack: int
+    ) -> None:
+        self._shrink_layer(layers[done[place]], [row[place] for row in budgets], slack)
+
+    def _shrink_layer(self, layer: RankKVLayer, budgets: list[int], slack: int) -> None:
+        config = self.config
+        with torch.no_grad():
+            layer.shrink(budgets, self.selector, config.window_size, config.sink_size, config.protect, slack)

@@ -1,0 +1,117 @@
+"""The last queries of a layer, kept while compression has to wait: chunked prefill, drafts, periodic compression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedModelError
+from .observation import Observation
+
+
+class QueryBuffer:
+    """The last ``capacity`` queries of one layer, and what is needed to compute attention from them later.
+
+    Parameters
+    ----------
+    capacity : int
+        Number of queries held.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._held: Observation | None = None
+
+    def push(self, observation: Observation) -> Observation | None:
+        """Add the queries of one forward and return those that no longer fit, ready to be scored, if there are any.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the attention depends on more than positions and padding, so that it cannot be computed later.
+        """
+        if observation.position_bias is not None:
+            raise UnsupportedModelError(
+                f"layer {observation.layer_idx} adds a position bias to its attention, which cannot be computed after the "
+                "forward; use prefill='single' and decode='grow' with this model."
+            )
+        joined = replace(observation, attention_mask=None)
+        if self._held is not None:
+            joined = replace(
+                joined,
+                query=torch.cat([self._held.query, observation.query], dim=-2),
+                query_valid=torch.cat([self._held.query_valid, observation.query_valid], dim=-1),
+                query_start=observation.query_start - self._held.query_length,
+            )
+        split = max(0, joined.query_length - self.capacity)
+        nothing = observation.keys.new_empty(0)
+        self._held = replace(
+            _take_queries(joined, slice(split, None)),
+            keys=nothing,
+            values=nothing,
+            positions=nothing,
+            valid=joined.valid.clone(),
+        )
+        # A copy, so that the few queries held do not keep the whole prompt's queries alive.
+        self._held.query = self._held.query.clone()
+        return _take_queries(joined, slice(0, split)) if split else None
+
+    def drop(self, count: int) -> None:
+        """Forget the newest ``count`` queries."""
+        if self._held is not None and count:
+            self._held = _take_queries(self._held, slice(0, max(0, self._held.query_length - count)))
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of rows (reorder, select, repeat)."""
+        if self._held is not None:
+            self._held = replace(
+                self._held,
+                query=change(self._held.query),
+                query_valid=change(self._held.query_valid),
+                valid=change(self._held.valid),
+            )
+
+    def observe(self, keys: Tensor, values: Tensor, positions: Tensor, slot_valid: Tensor | None) -> Observation:
+        """Return the held queries as an observation of the layer's present keys.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            What the layer keeps, ``[batch, kv_head, slot, head_dim]``.
+        positions : Tensor
+            ``[batch, kv_head or 1, slot]``.
+        slot_valid : Tensor, optional
+            ``[batch, slot]``; None if every slot holds a token.
+        """
+        held = self._held
+        if held is None or held.query_length == 0:
+            raise UnsupportedModelError("no query of this layer was observed, so nothing can be scored.")
+        slots = keys.shape[-2]
+        # A layer that evicted before keeps no padding; one that did not still has its tokens where they were.
+        whole = held.valid.shape[-1] >= slots and slot_valid is None and positions.shape[1] == 1
+        valid = held.valid[:, :slots] if whole else torch.ones_like(positions[:, 0], dtype=torch.bool)
+        if slot_valid is not None:
+            valid = valid & slot_valid
+        seen = held.query_start + held.query_length
+        return replace(
+            held,
+            keys=keys,
+            values=values,
+            positions=positions,
+            valid=valid,
+            lengths=[seen - start for start in held.row_start],
+            available=[int(count) for count in valid.sum(-1).tolist()],
+        )
+
+
+def _take_queries(observation: Observation, rows: slice) -> Observation:
+    start = rows.start or 0
+    return replace(
+        observation,
+        query=observation.query[:, :, rows],
+        query_valid=observation.query_valid[:, rows],
+        query_start=observation.query_start + start,
+    )
