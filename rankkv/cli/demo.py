@@ -168,13 +168,13 @@ def _print_results(console: Console, runs: list[dict[str, Any]]) -> None:
     console.print(
         f"\nRuns in this order, after a warm-up; uniform SnapKV and RankKV keep the same "
         f"{rankkv['total_budget']:,} prompt tokens over {len(rankkv['budgets'])} layers. "
-        "One run each: differences of a few percent in time are noise.",
+        "One run each: small differences in time are noise, and so is what else the machine did meanwhile.",
         soft_wrap=True,
     )
     if not full["has_fact"]:
         console.print(
-            "The full cache does not give the fact: this model does not answer the question at this length, so "
-            "what the compressed caches answer says nothing about compression.",
+            "The full cache does not give the fact: this model does not answer the question at this length, "
+            "so what the compressed caches answer says nothing about compression.",
             soft_wrap=True,
         )
 

@@ -63,10 +63,14 @@ def shorten(name: str, longest: int = 48) -> str:
 
 
 def set_title(figure: Figure, title: str, subtitle: str = "") -> None:
-    """Put a title, and under it a quieter line, at the figure's left edge."""
-    heading: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 12, "color": INK, "fontweight": "bold"}
-    figure.suptitle(f"{title}\n" if subtitle else title, **heading)
+    """Put a title, and under it a quieter line, at the figure's left edge, as large as they fit."""
+    heading: dict[str, Any] = {"x": 0.01, "ha": "left", "color": INK, "fontweight": "bold"}
+    # A second, empty line of the title keeps the room for the subtitle.
+    texts = [figure.suptitle(f"{title}\n" if subtitle else title, fontsize=12, **heading)]
     if subtitle:
-        height = figure.get_size_inches()[1]
-        # Two text lines of 12 points below the top edge, whatever the height of the figure.
-        figure.text(0.01, 1 - 0.28 / height, subtitle, ha="left", va="top", fontsize=9.5, color=QUIET)
+        below = 1 - 0.28 / figure.get_size_inches()[1]
+        texts.append(figure.text(0.01, below, subtitle, ha="left", va="top", fontsize=9.5, color=QUIET))
+    for text in texts:
+        too_wide = text.get_window_extent().width / (0.97 * figure.bbox.width)
+        if too_wide > 1:
+            text.set_fontsize(text.get_fontsize() / too_wide)
