@@ -17,7 +17,8 @@ RANKS = {
     "rankkv._version": 0,
     "rankkv.errors": 0,
     "rankkv.files": 1,
-    "rankkv.config": 1,
+    "rankkv.spans": 1,
+    "rankkv.config": 2,
     "rankkv.compat": 1,
     # rank and budget: two pure lines that know nothing of each other
     "rankkv.rank_kernels": 10,
@@ -29,11 +30,15 @@ RANKS = {
     "rankkv.budget_plan": 13,
     # from the model to the cache
     "rankkv.observation": 20,
+    "rankkv.rotary": 20,
     "rankkv.layer_rank": 21,
+    "rankkv.query_buffer": 21,
     "rankkv.selection": 30,
     "rankkv.attention": 40,
     "rankkv.cache_layer": 50,
-    "rankkv.cache": 51,
+    "rankkv.cache_report": 51,
+    "rankkv.compression": 51,
+    "rankkv.cache": 52,
     # the users of the line
     "rankkv.generation": 60,
     "rankkv.pipeline": 61,
@@ -47,6 +52,7 @@ RANKS = {
     "rankkv.evaluation": 70,
     "rankkv.plots": 70,
     "rankkv.cli": 80,
+    "rankkv.__main__": 81,
 }
 # `import rankkv` gives every public name, so it counts as the highest module that defines one.
 ROOT_RANK = max(RANKS[home] for home in rankkv._HOME_OF.values())

@@ -140,22 +140,24 @@ def test_conversion_changes_no_logit(
     assert converted_folder(tmp_path).is_dir()
 
 
-@pytest.mark.parametrize("damage", ["truncated weights", "lost tokenizer", "no marker", "garbled weights"])
+@pytest.mark.parametrize(
+    "damage", ["truncated weights", "lost chat template", "no marker", "garbled weights"]
+)
 def test_damaged_cache_is_rebuilt(damage: str, tiny_gguf: Path, tmp_path: Path) -> None:
     expected = logits_of(load_model("embedded")[0])
     folder = converted_folder(tmp_path)
     weights = folder / "model.safetensors"
     if damage == "truncated weights":
         os.truncate(weights, weights.stat().st_size // 2)
-    elif damage == "lost tokenizer":
-        (folder / "tokenizer.json").unlink()
+    elif damage == "lost chat template":
+        (folder / "chat_template.jinja").unlink()
     elif damage == "no marker":
         (folder / "complete.json").unlink()
     else:
         weights.write_bytes(b"\xff" * weights.stat().st_size)
     model, tokenizer = load_model("embedded")
     assert torch.equal(logits_of(model), expected)
-    assert tokenizer("he").input_ids
+    assert tokenizer.chat_template
     assert converted_folder(tmp_path) == folder
 
 
@@ -171,6 +173,33 @@ def test_two_processes_convert_at_the_same_time(tiny_gguf: Path, tmp_path: Path)
     expected = load_model("embedded")[0].lm_head.weight.double().sum().item()
     assert [float(out) for out, _ in answers] == [expected, expected]
     assert converted_folder(tmp_path).is_dir()
+
+
+def test_second_process_waits_for_the_first(tiny_gguf: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    from rankkv._embedded import _converted_folder
+
+    # The process loads the GGUF file first, so that all imports are behind it when it says that it is ready.
+    code = (
+        f"import rankkv; rankkv.load_model({str(tiny_gguf)!r});"
+        " print('ready', flush=True); rankkv.load_model()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tiny_gguf.parents[1]), "OMP_NUM_THREADS": "1"}
+    folder = _converted_folder(tiny_gguf)
+    folder.parent.mkdir()
+    with FileLock(f"{folder}.lock"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=-1, stderr=-1, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        assert not folder.exists()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert converted_folder(tmp_path) == folder
 
 
 def test_leftovers_of_a_killed_conversion_are_removed(tiny_gguf: Path, tmp_path: Path) -> None:
