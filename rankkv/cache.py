@@ -21,6 +21,7 @@ from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, UnsupportedModelError
 from .observation import Observation, observe
 from .query_buffer import QueryBuffer
+from .rotary import build_packers
 from .selection import get_selector
 
 # Queries held beyond the observation window while a draft may still be taken back.
@@ -138,6 +139,7 @@ class RankKVCache(DynamicCache):
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
         self._backend_of = text_config
+        self._packers = build_packers(model, self.layer_indices) if self.config.positions == "packed" else {}
         self._compressor = Compressor(self.config, self.selector, self.layer_indices)
         self._forget()
         self._recording = False
@@ -145,6 +147,8 @@ class RankKVCache(DynamicCache):
 
     def _forget(self) -> None:
         self._compressor.plans = []
+        for packer in self._packers.values():
+            packer.reset()
         #: Padding before each row's first real token.
         self._row_start: list[int] | None = None
         self._compressed = False
@@ -161,11 +165,21 @@ class RankKVCache(DynamicCache):
         """Append new keys and values, and let this layer's next attention call be observed."""
         layer = self.layers[layer_idx]
         if isinstance(layer, RankKVLayer):
+            if layer_idx == self.layer_indices[0]:
+                self._check_complete()
             if self._deferred and not self._recording and key_states.shape[-2] == 1 and layer.seen:
                 # The first one-token step: the prompt is complete.
                 self._compress_deferred()
             attention.hand_off(self, layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_complete(self) -> None:
+        seen = {self.layers[index].seen for index in self.layer_indices}
+        if len(seen) > 1:
+            raise CacheStateError(
+                f"an earlier forward with this cache was interrupted: its layers have seen {min(seen)} to {max(seen)} "
+                "tokens. Use a new cache, or reset() this one."
+            )
 
     def activate_past_recording(self) -> None:
         """Let drafts be taken back (assisted decoding): the prompt is compressed once its first draft is judged."""
@@ -188,6 +202,11 @@ class RankKVCache(DynamicCache):
         """Forget everything: the next forward is a prefill."""
         super().reset()
         self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give every row the state of row ``beam_idx``, its budgets included."""
+        super().reorder_cache(beam_idx)
+        self._pick_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, its budgets included."""
@@ -243,11 +262,21 @@ class RankKVCache(DynamicCache):
                 self._backend_of._attn_implementation,
                 query.dtype,
             )
+        query, key = self._place(layer, layer_idx, query, key)
         output = inner(module, query, key, value, mask, **options)
         if self._wants_observation(layer, steps):
             with torch.no_grad():
                 self._observe(layer_idx, steps, module, query, key, value, mask, options)
         return output
+
+    def _place(self, layer: RankKVLayer, layer_idx: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        packer = self._packers.get(layer_idx)
+        if packer is None:
+            return query, key
+        packer.note_frequencies(layer.seen - query.shape[-2])
+        if layer.kept_positions is None or self._row_start is None:
+            return query, key
+        return packer.pack(query, key, layer.compute_positions(), layer.compute_slot_valid(), self._row_start)
 
     def _wants_observation(self, layer: RankKVLayer, steps: int) -> bool:
         if not self._compressed or self.config.decode != "grow":
@@ -399,6 +428,7 @@ class RankKVCache(DynamicCache):
         twin = copy.copy(self)
         twin.layers = copy.deepcopy(self.layers)
         twin._compressor = copy.copy(self._compressor)
+        twin._packers = {index: packer.copy() for index, packer in self._packers.items()}
         twin._row_start = None if self._row_start is None else list(self._row_start)
         return twin
 

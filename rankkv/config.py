@@ -12,7 +12,7 @@ from .spans import check_spans
 
 SCOPES = ("full", "window", "evictable")
 DECODE_MODES = ("grow", "bounded", "periodic")
-POSITION_MODES = ("original",)
+POSITION_MODES = ("original", "packed")
 PREFILL_MODES = ("single", "chunked", "streaming")
 
 #: What `strategy=None` means without calibration: the exponent that measured best with concatenated heads.
@@ -91,8 +91,9 @@ class RankKVConfig:
         and then evicts one token for each new one; ``"periodic"`` compresses anew every ``decode_interval`` tokens.
     decode_interval : int, default 128
         Tokens between two compressions with ``decode="periodic"``.
-    positions : {"original"}, default "original"
-        Kept keys keep their original rotary positions.
+    positions : {"original", "packed"}, default "original"
+        ``"original"``: kept keys keep the rotary positions of their tokens.  ``"packed"``: attention sees them at
+        consecutive positions, as in StreamingLLM's own code, and new tokens right behind them.
     prefill : {"single", "chunked", "streaming"}, default "single"
         ``"single"``: the first forward is the whole prompt.  ``"chunked"``: the prompt comes in several forwards and is
         compressed, exactly as in one, at the first one-token step or at ``finish()``.  ``"streaming"``: compressed after

@@ -1,0 +1,210 @@
+"""Packed positions: kept keys turned to consecutive rotary positions, whatever rotary embedding the model has.
+
+Nothing is assumed about the model's code.  Two short forwards, the second a few positions later, show for each layer how
+its keys turn with position; the model's own frequencies must explain what is seen, or the layer is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from .compat import accepts_argument, cache_argument
+from .errors import UnsupportedModelError
+
+_SHIFT = 5
+_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class LayerRotation:
+    """How one layer turns its keys with position.
+
+    Parameters
+    ----------
+    module, name : nn.Module, str
+        Where the frequencies are: a buffer of the model's own rotary module (it may change with length).
+    interleaved : bool
+        Whether the pairs are neighbours (2i, 2i + 1) or halves (i, i + n / 2).
+    from_end : bool
+        Whether the turned part is the last of the head's dimensions.
+    """
+
+    module: nn.Module
+    name: str
+    interleaved: bool
+    from_end: bool
+
+    @property
+    def frequencies(self) -> Tensor:
+        """Angles per position, ``[pair]`` float32."""
+        return getattr(self.module, self.name).detach().float()
+
+    def turn(self, states: Tensor, angles: Tensor) -> Tensor:
+        """Turn ``states [..., slot, head_dim]`` by ``angles [..., slot, pair]``; returns the states' dtype."""
+        size = 2 * angles.shape[-1]
+        width = states.shape[-1]
+        start = width - size if self.from_end else 0
+        part = states[..., start : start + size].float()
+        if self.interleaved:
+            first, second = part[..., 0::2], part[..., 1::2]
+        else:
+            first, second = part[..., : size // 2], part[..., size // 2 :]
+        cos, sin = angles.cos(), angles.sin()
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        joined = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
+        out = states.clone()
+        out[..., start : start + size] = joined.to(states.dtype)
+        return out
+
+
+def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotation | None]:
+    """Find out how each of these layers turns its keys with position; None where it does not (NoPE layers).
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Runs two forwards of six tokens.
+    layer_indices : list of int
+        The layers asked about.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a layer's keys change with position in another way, such as by learned positions.
+    """
+    if not accepts_argument(model, "position_ids"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no position_ids, so positions='packed' cannot work; use positions='original'."
+        )
+    here, there = _keys_at(model, 0), _keys_at(model, _SHIFT)
+    buffers = [
+        (module, name)
+        for module in model.modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq") and "original" not in name
+    ]
+    return {index: _explain(here[index], there[index], buffers, model, index) for index in layer_indices}
+
+
+def _keys_at(model: Any, start: int) -> list[Tensor]:
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    input_ids = (torch.arange(_TOKENS, device=device) * 7 + 3)[None] % vocabulary
+    position_ids = torch.arange(start, start + _TOKENS, device=device)[None]
+    with torch.no_grad():
+        model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **cache_argument(cache))
+    return [getattr(layer, "keys", None) for layer in cache.layers]
+
+
+def _explain(
+    here: Tensor, there: Tensor, buffers: list[tuple[nn.Module, str]], model: Any, layer_idx: int
+) -> LayerRotation | None:
+    here, there = here.float(), there.float()
+    tolerance = 2e-2 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
+
+    def error(guess: Tensor) -> float:
+        return float((guess.to(there.device) - there).norm() / there.norm().clamp(min=1e-12))
+
+    best: tuple[float, LayerRotation | None] = (error(here), None)
+    for module, name in buffers:
+        for interleaved in (False, True):
+            for from_end in (False, True):
+                rotation = LayerRotation(module, name, interleaved, from_end)
+                angles = rotation.frequencies.to(here.device) * _SHIFT
+                if 2 * len(angles) > here.shape[-1]:
+                    continue
+                found = error(rotation.turn(here, angles.expand(*here.shape[:-1], -1)))
+                if found < best[0]:
+                    best = (found, rotation)
+    if best[0] > tolerance:
+        raise UnsupportedModelError(
+            f"layer {layer_idx} of {type(model).__name__} does not turn its keys by rotary positions (the best guess is off "
+            f"by {best[0]:.2g}), so positions='packed' cannot work; use positions='original'."
+        )
+    return best[1]
+
+
+class PackedPositions:
+    """Shows one layer's attention its kept keys at consecutive positions.
+
+    Stored keys keep the rotation the model gave them, so nothing drifts however often tokens are evicted; the turned
+    keys exist for one attention call.
+
+    Parameters
+    ----------
+    rotation : LayerRotation
+        How the layer turns its keys.
+    """
+
+    def __init__(self, rotation: LayerRotation) -> None:
+        self.rotation = rotation
+        # Where the model changed its frequencies (dynamic scaling, longrope): from this position on, these.
+        self._epochs: list[tuple[int, Tensor]] = []
+
+    def copy(self) -> PackedPositions:
+        """Return an independent copy."""
+        twin = PackedPositions(self.rotation)
+        twin._epochs = list(self._epochs)
+        return twin
+
+    def reset(self) -> None:
+        """Forget which frequencies earlier tokens were turned with."""
+        self._epochs = []
+
+    def note_frequencies(self, position: int) -> None:
+        """Remember the frequencies that tokens from ``position`` on were turned with."""
+        now = self.rotation.frequencies
+        if not self._epochs or not torch.equal(self._epochs[-1][1], now):
+            self._epochs = [epoch for epoch in self._epochs if epoch[0] < position]
+            self._epochs.append((position, now.clone()))
+
+    def pack(
+        self, query: Tensor, keys: Tensor, positions: Tensor, slot_valid: Tensor | None, row_start: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys from their original positions to consecutive ones.
+
+        Parameters
+        ----------
+        query : Tensor
+            ``[batch, head, query, head_dim]``; their own keys are the last ones.
+        keys : Tensor
+            ``[batch, kv_head, slot, head_dim]``.
+        positions : Tensor
+            Logical position of each slot, ``[batch, kv_head or 1, slot]``.
+        slot_valid : Tensor, optional
+            ``[batch, slot]``, False for the empty slots a shorter row starts with.
+        row_start : list of int
+            Padding before each row's first real token.
+        """
+        slots, steps = keys.shape[-2], query.shape[-2]
+        packed = torch.arange(slots, device=keys.device).expand(positions.shape[0], 1, -1)
+        if slot_valid is not None:
+            packed = packed - (~slot_valid).sum(-1).view(-1, 1, 1)
+        original = positions - torch.tensor(row_start, device=positions.device).view(-1, 1, 1)
+        now = self._epochs[-1][1].to(keys.device)
+        old_angles = original[..., None] * self._frequencies_at(positions)
+        angles = packed[..., None] * now - old_angles
+        return (
+            self.rotation.turn(query, angles[..., -steps:, :] if angles.shape[1] == 1 else angles[:, :1, -steps:, :]),
+            self.rotation.turn(keys, angles),
+        )
+
+    def _frequencies_at(self, positions: Tensor) -> Tensor:
+        first = self._epochs[0][1].to(positions.device)
+        table = first.expand(*positions.shape, -1)
+        for start, frequencies in self._epochs[1:]:
+            later = (positions >= start)[..., None]
+            table = torch.where(later, frequencies.to(positions.device), table)
+        return table
+
+
+def build_packers(model: Any, layer_indices: list[int]) -> dict[int, PackedPositions]:
+    """Build what shows each rotary layer its keys at consecutive positions."""
+    rotations = find_rotations(model, layer_indices)
+    return {index: PackedPositions(found) for index, found in rotations.items() if found is not None}
