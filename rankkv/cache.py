@@ -126,7 +126,9 @@ class RankKVCache(DynamicCache):
             protect=protect,
         )
         if config is not None and given != RankKVConfig():
-            raise ConfigError("give either config=RankKVConfig(...) or single options, not both: one would be ignored.")
+            raise ConfigError(
+                "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
+            )
         check_transformers()
         attention.check_observable(model)
         self.config = config or given
@@ -342,7 +344,9 @@ class RankKVCache(DynamicCache):
     def _observe_buffer(self, layer: RankKVLayer, keys: Tensor, values: Tensor) -> Observation:
         buffer = layer.buffer
         if buffer is None:
-            raise CacheStateError("no query of this prompt was observed; build a new cache and run the prefill again.")
+            raise CacheStateError(
+                "no query of this prompt was observed; build a new cache and run the prefill again."
+            )
         return buffer.observe(keys, values, layer.compute_positions(), layer.compute_slot_valid())
 
     def _finish_round(self, last: bool) -> None:
@@ -457,7 +461,9 @@ class RankKVCache(DynamicCache):
         if self._deferred and self.layer_indices and self.seen_tokens:
             self._compress_deferred()
         if self.layer_indices and self.seen_tokens and not self._compressed:
-            raise CacheStateError("the prefill did not reach the last layer; build a new cache and run it again.")
+            raise CacheStateError(
+                "the prefill did not reach the last layer; build a new cache and run it again."
+            )
         self._streaming = False
         return self
 
