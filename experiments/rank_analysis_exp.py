@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]]:
 
     import torch
 
-    from rankkv import RankKVAnalyzer, RankKVConfig, load_model, load_texts
+    from rankkv import RankKVAnalyzer, RankKVConfig, RankKVResult, load_model, load_texts
     from rankkv.budget_plan import BudgetPlan
     from rankkv.plots import plot_layer_ranks, plot_strategy_budgets, save_figure
     from rankkv.plots.style import new_figure
@@ -152,7 +152,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]]:
     chosen = choose_samples(pieces, arguments.num_samples, arguments.max_length, arguments.seed)
     print(
         f"{len(texts)} texts make {len(pieces)} samples of {arguments.max_length} tokens "
-        f"(short texts joined, the rest of a long one dropped); {len(chosen)} of them drawn with seed {arguments.seed}.",
+        f"(short texts joined, the rest of a long one dropped); "
+        f"{len(chosen)} of them drawn with seed {arguments.seed}.",
         file=sys.stderr,
     )
     strategy, options = config.resolve_strategy()
@@ -164,7 +165,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]]:
         aggregation=arguments.aggregation,
         strategy_options=options,
     )
-    results = []
+    results: list[RankKVResult] = []
     with tqdm(
         total=len(chosen),
         file=sys.stderr,

@@ -173,7 +173,7 @@ def _print_results(console: Console, runs: list[dict[str, Any]]) -> None:
     )
     if not full["has_fact"]:
         console.print(
-            "The full cache does not give the fact: this model does not answer the question at this length, "
+            f"The full cache does not give the fact within {len(full['token_ids'])} tokens, "
             "so what the compressed caches answer says nothing about compression.",
             soft_wrap=True,
         )
