@@ -81,7 +81,12 @@ def _take_hand_off(module: nn.Module) -> tuple[ObservingCache, int] | None:
 
 def _wrap(inner_of: Callable[[nn.Module], Callable[..., Any]], named_after: Callable[..., Any] | None) -> Any:
     def observed_attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **options: Any,
     ) -> Any:
         inner = inner_of(module)
         owner = _take_hand_off(module)
@@ -162,9 +167,13 @@ def check_observable(model: PreTrainedModel) -> None:
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise UnsupportedModelError(f"{name} is not a transformers model: pass a loaded causal language model.")
+        raise UnsupportedModelError(
+            f"{name} is not a transformers model: pass a loaded causal language model."
+        )
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; RankKV compresses decoder-only language models.")
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder; RankKV compresses decoder-only language models."
+        )
     if hasattr(model, "can_generate") and not model.can_generate():
         raise UnsupportedModelError(f"{name} cannot generate: load it with AutoModelForCausalLM.")
     attention_modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
@@ -182,7 +191,8 @@ def check_observable(model: PreTrainedModel) -> None:
 
 def _uses_interface(module: nn.Module) -> bool:
     return any(
-        hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__[:-1]
+        hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS")
+        for cls in type(module).__mro__[:-1]
     )
 
 

@@ -172,5 +172,9 @@ class BudgetPlan:
 
     def _compute_shares(self, count: int) -> np.ndarray:
         return allocate_shares(
-            self._compute_weights(count), self.total_budget, self._lower[:count], self._upper[:count], partial=True
+            self._compute_weights(count),
+            self.total_budget,
+            self._lower[:count],
+            self._upper[:count],
+            partial=True,
         )

@@ -52,7 +52,7 @@ class RankKVLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens and return all that are kept."""
-        if not self.is_initialized:
+        if self.seen == 0:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
             self.is_initialized = True
@@ -81,7 +81,7 @@ class RankKVLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self._forget()
 
@@ -194,7 +194,9 @@ class RankKVLayer(DynamicLayer):
         index = kept.clamp(min=0)
         self.keys = _gather_slots(self.keys, index)
         self.values = _gather_slots(self.values, index)
-        self.kept_positions = index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
+        self.kept_positions = (
+            index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
+        )
         self._real_index = _gather_heads(self._real_index, index).masked_fill(empty, -1)
         self._scores = _gather_heads(self._scores, index)
         self.kept_valid = ~empty[:, 0] if min(keep) < max(keep) else None

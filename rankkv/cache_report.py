@@ -58,11 +58,15 @@ def summarize(cache: Any) -> str:
     ]
     others = len(cache.layers) - len(cache.layer_indices)
     if others:
-        lines.append(f"{others} of {len(cache.layers)} layers hold no full-attention cache and are left alone")
+        lines.append(
+            f"{others} of {len(cache.layers)} layers hold no full-attention cache and are left alone"
+        )
     for plan in cache.plans[:1]:
         lines += plan.notes
         if plan.needs_all_layers:
-            lines.append(f"strategy {plan.strategy} weighs all layers together: nothing was released before the last one")
+            lines.append(
+                f"strategy {plan.strategy} weighs all layers together: nothing was released before the last one"
+            )
         ranks = plan.layer_ranks or [None] * len(plan.budgets)
         for layer_idx, rank, budget in zip(cache.layer_indices, ranks, plan.budgets, strict=True):
             shown = "      -" if rank is None else f"{rank:7.2f}"

@@ -47,7 +47,9 @@ class Compressor:
     @property
     def carries_scores(self) -> bool:
         """Whether scores outlive a round, to be continued by the queries that follow."""
-        continued = self.config.decode == "bounded" or self.config.prefill != "single" or self.config.recompress_turns
+        continued = (
+            self.config.decode == "bounded" or self.config.prefill != "single" or self.config.recompress_turns
+        )
         adds_up = self.selector.step == "sum" and (continued or self.config.decode == "periodic")
         return adds_up or (self.config.decode == "bounded" and self.selector.step == "decay")
 
@@ -112,7 +114,9 @@ class Compressor:
         scores[..., : past.shape[-1]] += past * keep
         return scores
 
-    def _release_excess(self, layers: Sequence[RankKVLayer], done: list[int], ceilings: list[list[int]]) -> None:
+    def _release_excess(
+        self, layers: Sequence[RankKVLayer], done: list[int], ceilings: list[list[int]]
+    ) -> None:
         """Shrink the layers with most to release until what is held fits the total, and no further."""
         widths = [max(row[place] for row in ceilings) + 1 for place in range(len(done))]
         excess = {place: layers[index].width - widths[place] for place, index in enumerate(done)}

@@ -145,7 +145,9 @@ class RankKVConfig:
         _check_choice("decode mode", self.decode, DECODE_MODES)
         _check_choice("positions mode", self.positions, POSITION_MODES)
         _check_choice("prefill mode", self.prefill, PREFILL_MODES)
-        _check_int("decode_interval", self.decode_interval, 1, "the tokens between two compressions while decoding")
+        _check_int(
+            "decode_interval", self.decode_interval, 1, "the tokens between two compressions while decoding"
+        )
         if not isinstance(self.recompress_turns, bool):
             raise ConfigError(f"recompress_turns={self.recompress_turns!r} must be True or False.")
         object.__setattr__(self, "protect", check_spans(self.protect))

@@ -26,7 +26,9 @@ def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
         If they are not integers, not 1-D or 2-D, empty, or the mask has another shape.
     """
     if not isinstance(input_ids, Tensor):
-        raise InputError(f"input_ids must be a tensor of token ids [batch, token], got {type(input_ids).__name__}.")
+        raise InputError(
+            f"input_ids must be a tensor of token ids [batch, token], got {type(input_ids).__name__}."
+        )
     if input_ids.is_floating_point() or input_ids.dim() not in (1, 2):
         raise InputError(
             f"input_ids must be integers of shape [batch, token], got {input_ids.dtype} {tuple(input_ids.shape)}."
@@ -65,7 +67,9 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
         model(input_ids=input_ids, **options)
 
 
-def compress(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> RankKVCache:
+def compress(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> RankKVCache:
     """Prefill a context once and return its compressed cache, to ask many questions of.
 
     Parameters
@@ -205,7 +209,11 @@ def analyze_generation(
     if input_ids.shape[0] != 1:
         raise InputError(f"a measured generation takes one prompt, got a batch of {input_ids.shape[0]}.")
     clock = _Clock(on_token)
-    options: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), **generate_options}
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "attention_mask": torch.ones_like(input_ids),
+        **generate_options,
+    }
     start = time.perf_counter()
     output = model.generate(
         input_ids, max_new_tokens=max_new_tokens, streamer=clock, **cache_argument(cache), **options
@@ -217,7 +225,9 @@ def analyze_generation(
         ttft_seconds=clock.arrivals[0] - start,
         tpot_seconds=(clock.arrivals[-1] - clock.arrivals[0]) / steps if steps else 0.0,
         cache_bytes=compute_cache_bytes(cache),
-        full_cache_bytes=cache.full_cache_bytes() if isinstance(cache, RankKVCache) else compute_cache_bytes(cache),
+        full_cache_bytes=cache.full_cache_bytes()
+        if isinstance(cache, RankKVCache)
+        else compute_cache_bytes(cache),
         kept_lengths=[count_slots(layer) for layer in cache.layers],
         budgets=cache.budgets if isinstance(cache, RankKVCache) else [],
         layer_ranks=cache.layer_ranks if isinstance(cache, RankKVCache) else [],

@@ -50,7 +50,10 @@ def compute_layer_ranks(
     """
     if scope == "full":
         ranks = torch.stack(
-            [_compute_full_rank(observation.take_row(row), aggregation, normalize) for row in range(len(observation.lengths))]
+            [
+                _compute_full_rank(observation.take_row(row), aggregation, normalize)
+                for row in range(len(observation.lengths))
+            ]
         )
     else:
         window = observation.window_attention
@@ -85,7 +88,10 @@ def _compute_full_rank(observation: Observation, aggregation: str, normalize: bo
     matrices = _head_matrices(observation, rows)
     known = get_aggregation(aggregation)
     if aggregation == "concat":
-        rank = compute_rank_from_gram(sum(compute_gram(matrix) for matrix in matrices))
+        gram = compute_gram(next(matrices))
+        for matrix in matrices:
+            gram += compute_gram(matrix)
+        rank = compute_rank_from_gram(gram)
     elif known.reduce is None:
         # Every row of a whole attention matrix sums to 1, so all heads have the same mass already.
         total = next(matrices).clone()

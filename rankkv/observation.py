@@ -300,7 +300,9 @@ def observe(
             )
     if row_start is None:
         # Nothing was evicted yet, so what is missing before a row's first real token is padding.
-        row_start = [0] * batch if attention_mask is None and min(available) == key_length else _first_valid(valid)
+        row_start = (
+            [0] * batch if attention_mask is None and min(available) == key_length else _first_valid(valid)
+        )
     if positions is None:
         positions = torch.arange(key_length, device=key.device).view(1, 1, -1).expand(batch, 1, -1)
     scaling = options.get("scaling")

@@ -28,7 +28,9 @@ from .observation import observe
 class _PassingLayer(DynamicLayer):
     """A layer that hands new keys and values through and keeps nothing of them."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
 
@@ -257,11 +259,15 @@ class RankKVAnalyzer:
         """
         input_ids = check_input_ids(input_ids, attention_mask)
         if input_ids.shape[0] != 1:
-            raise InputError(f"analyze takes one prompt, got a batch of {input_ids.shape[0]}: call it once a row.")
+            raise InputError(
+                f"analyze takes one prompt, got a batch of {input_ids.shape[0]}: call it once a row."
+            )
         config = RankKVConfig(**{**self._options(), "compression_ratio": compression_ratio})
         probe = _ProbeCache(self.model, config, on_layer)
         if not probe.layer_indices:
-            raise UnsupportedModelError(f"{type(self.model).__name__} has no full-attention layer to analyze.")
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has no full-attention layer to analyze."
+            )
         attention.install()
         run_prefill(self.model, probe, input_ids.to(self.model.device), attention_mask)
         attention.check_not_pending(probe)
@@ -306,7 +312,10 @@ class RankKVAnalyzer:
         rows = {"rankkv": result.strategy, **{name: name for name in baselines}}
         return {
             row: BudgetAllocator(
-                name, min_budget=min(floor, result.total_budget // count), max_budget=result.seq_len, **options.get(name, {})
+                name,
+                min_budget=min(floor, result.total_budget // count),
+                max_budget=result.seq_len,
+                **options.get(name, {}),
             ).allocate(result.layer_ranks, result.total_budget)
             for row, name in rows.items()
         }

@@ -74,7 +74,9 @@ class QueryBuffer:
                 valid=change(self._held.valid),
             )
 
-    def observe(self, keys: Tensor, values: Tensor, positions: Tensor, slot_valid: Tensor | None) -> Observation:
+    def observe(
+        self, keys: Tensor, values: Tensor, positions: Tensor, slot_valid: Tensor | None
+    ) -> Observation:
         """Return the held queries as an observation of the layer's present keys.
 
         Parameters

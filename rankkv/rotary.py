@@ -91,7 +91,7 @@ def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotat
     return {index: _explain(here[index], there[index], buffers, model, index) for index in layer_indices}
 
 
-def _keys_at(model: Any, start: int) -> list[Tensor]:
+def _keys_at(model: Any, start: int) -> list[Any]:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -191,7 +191,9 @@ class PackedPositions:
         old_angles = original[..., None] * self._frequencies_at(positions)
         angles = packed[..., None] * now - old_angles
         return (
-            self.rotation.turn(query, angles[..., -steps:, :] if angles.shape[1] == 1 else angles[:, :1, -steps:, :]),
+            self.rotation.turn(
+                query, angles[..., -steps:, :] if angles.shape[1] == 1 else angles[:, :1, -steps:, :]
+            ),
             self.rotation.turn(keys, angles),
         )
 

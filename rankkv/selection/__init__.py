@@ -14,7 +14,9 @@ from .streaming_llm import score_streaming_llm
 SELECTORS: dict[str, Selector] = {
     "snapkv": Selector("snapkv", score_snapkv, "window attention", "arXiv:2404.14469"),
     "h2o": Selector("h2o", score_h2o, "whole attention", "arXiv:2306.14048", step="sum"),
-    "streaming_llm": Selector("streaming_llm", score_streaming_llm, "nothing", "arXiv:2309.17453", step="rescore"),
+    "streaming_llm": Selector(
+        "streaming_llm", score_streaming_llm, "nothing", "arXiv:2309.17453", step="rescore"
+    ),
     "random": Selector("random", score_random, "nothing", "control", step="rescore"),
 }
 

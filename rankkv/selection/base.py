@@ -69,11 +69,13 @@ class Selector:
                 f"recent_fraction={recent_fraction!r} of selector {self.name!r} is outside [0, 1]: it is the fraction "
                 "of a layer's budget that is kept for the newest tokens."
             )
-        known = [name for name in inspect.signature(self.score).parameters][1:]
+        known = list(inspect.signature(self.score).parameters)[1:]
         for name in options:
             if name not in known:
                 listed = ", ".join([*known, "recent_fraction"])
-                raise ConfigError(f"selector {self.name!r} has no option {name!r}; its options are: {listed}.")
+                raise ConfigError(
+                    f"selector {self.name!r} has no option {name!r}; its options are: {listed}."
+                )
         bound = MappingProxyType({**self.options, **options})
         return replace(self, options=bound, recent_fraction=recent_fraction)
 
@@ -155,7 +157,9 @@ def select_tokens(
         selector.count_protected(max(0, budget - spanned), window_size, sink_size)
         for budget, spanned in zip(budgets, spans, strict=True)
     ]
-    newest_from = torch.tensor([n - recent for n, (recent, _) in zip(lengths, counts, strict=True)], device=device)
+    newest_from = torch.tensor(
+        [n - recent for n, (recent, _) in zip(lengths, counts, strict=True)], device=device
+    )
     sinks = torch.tensor([first for _, first in counts], device=device)
     shape = torch.broadcast_shapes(scores.shape, real_index.shape)
     real_index = real_index.expand(shape)

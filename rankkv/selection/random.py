@@ -24,7 +24,7 @@ def score_random(observation: Observation, seed: int = 0) -> Tensor:
         ``[batch, kv_head, key]`` float32.
     """
     index = observation.real_index.expand(-1, observation.kv_heads, -1).cpu()
-    draws = []
+    draws: list[Tensor] = []
     for length in observation.lengths:
         # One token after the other, so that neither padding nor later tokens change what a token draws.
         generator = torch.Generator().manual_seed(seed * 100_003 + observation.layer_idx)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,7 +11,7 @@ from torch.nn import functional
 from ..errors import ConfigError
 from ..observation import Observation
 
-_POOLS = {"max": functional.max_pool1d, "avg": functional.avg_pool1d}
+_POOLS: dict[str, Callable[..., Tensor]] = {"max": functional.max_pool1d, "avg": functional.avg_pool1d}
 
 
 def score_snapkv(observation: Observation, pooling: str = "max", kernel_size: int = 5) -> Tensor:
@@ -42,14 +44,19 @@ def score_snapkv(observation: Observation, pooling: str = "max", kernel_size: in
     Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", 2024, arXiv:2404.14469, section 4.
     """
     if pooling not in _POOLS:
-        raise ConfigError(f"pooling={pooling!r} of selector 'snapkv' must be one of: {', '.join(sorted(_POOLS))}.")
+        raise ConfigError(
+            f"pooling={pooling!r} of selector 'snapkv' must be one of: {', '.join(sorted(_POOLS))}."
+        )
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-        raise ConfigError(f"kernel_size={kernel_size!r} of selector 'snapkv' must be an odd integer of at least 1.")
+        raise ConfigError(
+            f"kernel_size={kernel_size!r} of selector 'snapkv' must be an odd integer of at least 1."
+        )
     votes = observation.window_attention.mean(dim=-2)
     split = observation.key_length - min(observation.window_size, observation.query_length)
     parts = [votes[..., :split], votes[..., split:]]
     pool = _POOLS[pooling]
     pooled = [
-        pool(part, kernel_size, stride=1, padding=kernel_size // 2) if part.shape[-1] else part for part in parts
+        pool(part, kernel_size, stride=1, padding=kernel_size // 2) if part.shape[-1] else part
+        for part in parts
     ]
     return observation.compute_group_mean(torch.cat(pooled, dim=-1))
