@@ -84,8 +84,8 @@ class BudgetPlan:
         least = self.floor * count
         if total < least and asked:
             raise BudgetError(
-                f"{asked} lies below the floor of {self.floor} tokens in each of {count} layers for a prompt of {length} "
-                f"tokens{f', {spanned} of them protected' if spanned else ''}; give at least budget={self.floor} "
+                f"{asked} lies below the floor of {self.floor} tokens in each of {count} layers for a prompt of "
+                f"{length} tokens{f', {spanned} of them protected' if spanned else ''}; give at least budget={self.floor} "
                 f"(total_budget={least}), or a smaller min_budget."
             )
         if total < least:
@@ -133,8 +133,8 @@ class BudgetPlan:
                 layer = self.layer_indices[self._added]
                 share = self.total_budget // len(self._lower)
                 warnings.warn(
-                    f"the attention of layer {layer} is not finite, so its effective rank is unknown; the layer gets its "
-                    f"uniform share of {share} tokens. Check the model's dtype (bfloat16 or float32 instead of float16).",
+                    f"the attention of layer {layer} is not finite, so its effective rank is unknown; the layer gets "
+                    f"its uniform share of {share} tokens. Check the model's dtype (bfloat16 or float32, not float16).",
                     stacklevel=2,
                 )
                 self.notes.append(f"  layer {layer} has no finite rank and got its uniform share")

@@ -16,16 +16,11 @@ from .budget_plan import BudgetPlan
 from .cache_layer import RankKVLayer
 from .cache_report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
 from .compat import check_transformers
-from .compression import Compressor
 from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, UnsupportedModelError
-from .observation import Observation, observe
-from .query_buffer import QueryBuffer
+from .flow import Flow
 from .rotary import build_packers
 from .selection import get_selector
-
-# Queries held beyond the observation window while a draft may still be taken back.
-_DRAFT_QUERIES = 64
 
 
 class RankKVCache(DynamicCache):
@@ -85,6 +80,8 @@ class RankKVCache(DynamicCache):
     (60, 60)
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         model: Any,
@@ -142,22 +139,8 @@ class RankKVCache(DynamicCache):
             _report_nothing_to_compress(model, self.layers)
         self._backend_of = text_config
         self._packers = build_packers(model, self.layer_indices) if self.config.positions == "packed" else {}
-        self._compressor = Compressor(self.config, self.selector, self.layer_indices)
-        self._forget()
-        self._recording = False
+        self._flow = Flow(self.config, self.selector, self.layer_indices)
         attention.install()
-
-    def _forget(self) -> None:
-        self._compressor.plans = []
-        for packer in self._packers.values():
-            packer.reset()
-        #: Padding before each row's first real token.
-        self._row_start: list[int] | None = None
-        self._compressed = False
-        # Compression waits: for the last chunk of the prompt, or until a draft has been judged.
-        self._deferred = self.config.prefill == "chunked"
-        self._streaming = self.config.prefill == "streaming"
-        self._compressed_at = 0
 
     # -- what transformers asks ---------------------------------------------------------------------------------
 
@@ -169,9 +152,7 @@ class RankKVCache(DynamicCache):
         if isinstance(layer, RankKVLayer):
             if layer_idx == self.layer_indices[0]:
                 self._check_complete()
-            if self._deferred and not self._recording and key_states.shape[-2] == 1 and layer.seen:
-                # The first one-token step: the prompt is complete.
-                self._compress_deferred()
+            self._flow.before_update(self.layers, layer, key_states.shape[-2])
             attention.hand_off(self, layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -185,49 +166,35 @@ class RankKVCache(DynamicCache):
 
     def activate_past_recording(self) -> None:
         """Let drafts be taken back (assisted decoding): the prompt is compressed once its first draft is judged."""
-        if self.config.decode != "grow" or self._streaming:
-            raise ConfigError(
-                f"decode={self.config.decode!r} with prefill={self.config.prefill!r} evicts tokens that a rejected draft "
-                "would need back; use decode='grow' and prefill='single' with assisted decoding."
-            )
+        self._flow.start_recording()
         super().activate_past_recording()
-        self._recording = True
-        self._deferred = self._deferred or not self._compressed
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens (a rejected draft), then compress the prompt if that had to wait."""
         super().crop(tokens_to_remove)
-        if self._deferred and self._recording and self.seen_tokens:
-            self._compress_deferred()
+        self._flow.after_crop(self.layers)
 
     def reset(self) -> None:
         """Forget everything: the next forward is a prefill."""
         super().reset()
-        self._forget()
+        self._flow.reset()
+        for packer in self._packers.values():
+            packer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row the state of row ``beam_idx``, its budgets included."""
         super().reorder_cache(beam_idx)
-        self._pick_rows(beam_idx.tolist())
+        self._flow.pick_rows(indices=beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, its budgets included."""
         super().batch_repeat_interleave(repeats)
-        self._pick_rows([row for row in range(self._count_rows()) for _ in range(repeats)])
+        self._flow.pick_rows(repeats=repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` only, with their budgets."""
         super().batch_select_indices(indices)
-        self._pick_rows(torch.arange(self._count_rows())[indices.cpu()].tolist())
-
-    def _count_rows(self) -> int:
-        return len(self._row_start or [])
-
-    def _pick_rows(self, rows: list[int]) -> None:
-        if self._row_start is not None:
-            self._row_start = [self._row_start[row] for row in rows]
-        if self._compressor.plans:
-            self._compressor.plans = [self._compressor.plans[row] for row in rows]
+        self._flow.pick_rows(indices=indices)
 
     @property
     def is_compileable(self) -> bool:
@@ -249,8 +216,8 @@ class RankKVCache(DynamicCache):
     ) -> Any:
         """Run the layer's attention with its own mask; in the prefill, compress the layer afterwards."""
         layer, steps = self.layers[layer_idx], query.shape[-2]
-        if layer_idx == self.layer_indices[0] and self._compressed:
-            self._check_positions(layer, steps, options.get("position_ids"))
+        if layer_idx == self.layer_indices[0] and self._flow.compressed:
+            self._flow.check_positions(layer, steps, options.get("position_ids"))
         mask = attention_mask
         # With nothing to mask, the one query of a decode step sees every slot, and no position is asked for.
         unmasked_step = attention_mask is None and steps == 1 and layer.kept_valid is None
@@ -266,9 +233,9 @@ class RankKVCache(DynamicCache):
             )
         query, key = self._place(layer, layer_idx, query, key)
         output = inner(module, query, key, value, mask, **options)
-        if self._wants_observation(layer, steps):
+        if self._flow.wants_observation(steps):
             with torch.no_grad():
-                self._observe(layer_idx, steps, module, query, key, value, mask, options)
+                self._flow.observe(self.layers, layer_idx, module, query, key, value, mask, options)
         return output
 
     def _place(self, layer: RankKVLayer, layer_idx: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,108 +243,11 @@ class RankKVCache(DynamicCache):
         if packer is None:
             return query, key
         packer.note_frequencies(layer.seen - query.shape[-2])
-        if layer.kept_positions is None or self._row_start is None:
+        if layer.kept_positions is None or self._flow.row_start is None:
             return query, key
-        return packer.pack(query, key, layer.compute_positions(), layer.compute_slot_valid(), self._row_start)
-
-    def _wants_observation(self, layer: RankKVLayer, steps: int) -> bool:
-        if not self._compressed or self.config.decode != "grow":
-            return True
-        return steps > 1 and (self.config.recompress_turns or self._streaming)
-
-    def _observe(
-        self,
-        layer_idx: int,
-        steps: int,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        options: dict[str, Any],
-    ) -> None:
-        layer, config = self.layers[layer_idx], self.config
-        observation = observe(
-            layer_idx,
-            module,
-            query,
-            key,
-            value,
-            mask,
-            options,
-            kv_heads=layer.keys.shape[1],
-            window_size=config.window_size,
-            sink_size=config.sink_size,
-            positions=None if layer.kept_positions is None else layer.compute_positions(),
-            seen=layer.seen,
-            row_start=self._row_start,
+        return packer.pack(
+            query, key, layer.compute_positions(), layer.compute_slot_valid(), self._flow.row_start
         )
-        last = layer_idx == self.layer_indices[-1]
-        if self._deferred:
-            self._buffer(layer, observation, config.window_size + (_DRAFT_QUERIES if self._recording else 0))
-        elif not self._compressed or (steps > 1 and (config.recompress_turns or self._streaming)):
-            self._compressor.add_layer(self.layers, observation)
-            self._finish_round(last)
-        elif config.decode == "bounded":
-            self._compressor.step(layer, observation)
-        else:
-            self._buffer(layer, observation, config.window_size)
-            if layer.seen - self._compressed_at >= config.decode_interval:
-                self._compressor.add_layer(self.layers, self._observe_buffer(layer, key, value))
-                self._finish_round(last)
-        if last:
-            self._row_start = observation.row_start
-            self._streaming = self._streaming and steps > 1
-
-    def _buffer(self, layer: RankKVLayer, observation: Observation, capacity: int) -> None:
-        if observation.keys.shape != layer.keys.shape:
-            raise UnsupportedModelError(
-                f"layer {observation.layer_idx} attends to other keys than it caches, so its attention cannot be computed "
-                "after the forward; use prefill='single' and decode='grow' with this model."
-            )
-        if layer.buffer is None:
-            layer.buffer = QueryBuffer(capacity)
-        gone = layer.buffer.push(observation)
-        if gone is not None and self.selector.step == "sum":
-            self._compressor.carry(layer, gone)
-
-    def _observe_buffer(self, layer: RankKVLayer, keys: Tensor, values: Tensor) -> Observation:
-        buffer = layer.buffer
-        if buffer is None:
-            raise CacheStateError(
-                "no query of this prompt was observed; build a new cache and run the prefill again."
-            )
-        return buffer.observe(keys, values, layer.compute_positions(), layer.compute_slot_valid())
-
-    def _finish_round(self, last: bool) -> None:
-        if last:
-            self._compressed, self._compressed_at = True, self.seen_tokens
-            for index in self.layer_indices:
-                self.layers[index].buffer = None
-
-    def _compress_deferred(self) -> None:
-        self._deferred = False
-        with torch.no_grad():
-            for index in self.layer_indices:
-                layer = self.layers[index]
-                self._compressor.add_layer(self.layers, self._observe_buffer(layer, layer.keys, layer.values))
-        self._finish_round(True)
-
-    def _check_positions(self, layer: RankKVLayer, steps: int, position_ids: Tensor | None) -> None:
-        past = layer.seen - steps
-        if position_ids is None or position_ids.dim() != 2 or self._row_start is None:
-            return
-        # Once is enough for single steps: each position follows from the last, and reading it may stall a device.
-        if steps == 1 and past != self._compressed_at:
-            return
-        rows = [past - start for start in self._row_start]
-        given = position_ids[:, 0].tolist() * (len(rows) // position_ids.shape[0])
-        if all(position < row for position, row in zip(given, rows, strict=True)):
-            raise CacheStateError(
-                f"the new tokens start at position {given[0]}, but the cache has seen {rows[0]} tokens: input_ids hold "
-                "nothing new, or attention_mask does not cover all tokens seen and the new ones. Give generate() all ids, "
-                "or only the new ids with a mask over all."
-            )
 
     # -- what users ask -----------------------------------------------------------------------------------------
 
@@ -394,7 +264,7 @@ class RankKVCache(DynamicCache):
     @property
     def plans(self) -> list[BudgetPlan]:
         """How the last compression came to its budgets, one plan a row; empty before the prefill."""
-        return self._compressor.plans
+        return self._flow.compressor.plans
 
     @property
     def budgets_per_row(self) -> list[list[int]]:
@@ -431,9 +301,8 @@ class RankKVCache(DynamicCache):
         attention.check_not_pending(self)
         twin = copy.copy(self)
         twin.layers = copy.deepcopy(self.layers)
-        twin._compressor = copy.copy(self._compressor)
+        twin._flow = self._flow.copy()
         twin._packers = {index: packer.copy() for index, packer in self._packers.items()}
-        twin._row_start = None if self._row_start is None else list(self._row_start)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankKVCache:
@@ -458,13 +327,7 @@ class RankKVCache(DynamicCache):
     def finish(self) -> RankKVCache:
         """Compress a prompt that came in chunks, check that the prefill is complete, and return the cache."""
         attention.check_not_pending(self)
-        if self._deferred and self.layer_indices and self.seen_tokens:
-            self._compress_deferred()
-        if self.layer_indices and self.seen_tokens and not self._compressed:
-            raise CacheStateError(
-                "the prefill did not reach the last layer; build a new cache and run it again."
-            )
-        self._streaming = False
+        self._flow.finish(self.layers)
         return self
 
     def summary(self) -> str:

@@ -98,9 +98,9 @@ class RankKVLayer(DynamicLayer):
         removed = -tokens_to_remove if tokens_to_remove < 0 else max(0, self.seen - tokens_to_remove)
         if removed > self.seen - self.compressed_at and self.kept_positions is not None:
             raise CacheStateError(
-                f"cannot remove {removed} tokens: the cache was compressed after {self.compressed_at} of its {self.seen} "
-                f"tokens, and evicted tokens cannot come back. Remove at most {self.seen - self.compressed_at} tokens, or "
-                "build a new cache."
+                f"cannot remove {removed} tokens: the cache was compressed after {self.compressed_at} of its "
+                f"{self.seen} tokens, and evicted tokens cannot come back. Remove at most "
+                f"{self.seen - self.compressed_at} tokens, or build a new cache."
             )
         if removed:
             # Cloned, so that the removed tokens' memory is freed and not only hidden.

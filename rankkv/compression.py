@@ -23,8 +23,8 @@ class Compressor:
     """Compresses the layers of one cache, in rounds: all compressible layers, in order, make a round.
 
     While a round is under way, budgets are computed from the layers so far and these shrink at once (a cascade): a
-    share only falls as layers arrive, and the best tokens of the best tokens are the best tokens, so the outcome is that
-    of one decision at the end, while no more than the total budget and one layer is ever held.
+    share only falls as layers arrive, and the best tokens of the best tokens are the best tokens, so the outcome is
+    that of one decision at the end, while no more than the total budget and one layer is ever held.
 
     Parameters
     ----------

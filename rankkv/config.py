@@ -96,8 +96,8 @@ class RankKVConfig:
         consecutive positions, as in StreamingLLM's own code, and new tokens right behind them.
     prefill : {"single", "chunked", "streaming"}, default "single"
         ``"single"``: the first forward is the whole prompt.  ``"chunked"``: the prompt comes in several forwards and is
-        compressed, exactly as in one, at the first one-token step or at ``finish()``.  ``"streaming"``: compressed after
-        each chunk, so memory is bounded while the prompt comes in; approximate.
+        compressed, exactly as in one, at the first one-token step or at ``finish()``.  ``"streaming"``: compressed
+        after each chunk, so memory is bounded while the prompt comes in; approximate.
     recompress_turns : bool, default False
         Compress later multi-token forwards (new turns) too, each by its own observation window.
     min_budget : int, optional

@@ -37,6 +37,8 @@ class _PassingLayer(DynamicLayer):
 class _ProbeCache(DynamicCache):
     """Stands in for a cache during one forward and takes the rank of each full-attention layer."""
 
+    layers: list[Any]
+
     def __init__(self, model: Any, config: RankKVConfig, on_layer: Callable[[int, int], None] | None) -> None:
         text_config = model.config.get_text_config(decoder=True)
         super().__init__(config=text_config)

@@ -35,8 +35,8 @@ class QueryBuffer:
         """
         if observation.position_bias is not None:
             raise UnsupportedModelError(
-                f"layer {observation.layer_idx} adds a position bias to its attention, which cannot be computed after the "
-                "forward; use prefill='single' and decode='grow' with this model."
+                f"layer {observation.layer_idx} adds a position bias to its attention, which cannot be computed after "
+                "the forward; use prefill='single' and decode='grow' with this model."
             )
         joined = replace(observation, attention_mask=None)
         if self._held is not None:

@@ -1,7 +1,7 @@
 """Packed positions: kept keys turned to consecutive rotary positions, whatever rotary embedding the model has.
 
-Nothing is assumed about the model's code.  Two short forwards, the second a few positions later, show for each layer how
-its keys turn with position; the model's own frequencies must explain what is seen, or the layer is refused.
+Nothing is assumed about the model's code.  Two short forwards, the second a few positions later, show for each layer
+how its keys turn with position; the model's own frequencies must explain what is seen, or the layer is refused.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotat
     """
     if not accepts_argument(model, "position_ids"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes no position_ids, so positions='packed' cannot work; use positions='original'."
+            f"{type(model).__name__} takes no position_ids, so positions='packed' cannot work; use "
+            "positions='original'."
         )
     here, there = _keys_at(model, 0), _keys_at(model, _SHIFT)
     buffers = [
@@ -124,8 +125,8 @@ def _explain(
                     best = (found, rotation)
     if best[0] > tolerance:
         raise UnsupportedModelError(
-            f"layer {layer_idx} of {type(model).__name__} does not turn its keys by rotary positions (the best guess is off "
-            f"by {best[0]:.2g}), so positions='packed' cannot work; use positions='original'."
+            f"layer {layer_idx} of {type(model).__name__} does not turn its keys by rotary positions (the best guess is "
+            f"off by {best[0]:.2g}), so positions='packed' cannot work; use positions='original'."
         )
     return best[1]
 

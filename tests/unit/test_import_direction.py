@@ -38,7 +38,8 @@ RANKS = {
     "rankkv.cache_layer": 50,
     "rankkv.cache_report": 51,
     "rankkv.compression": 51,
-    "rankkv.cache": 52,
+    "rankkv.flow": 52,
+    "rankkv.cache": 53,
     # the users of the line
     "rankkv.generation": 60,
     "rankkv.pipeline": 61,

@@ -1,0 +1,217 @@
+"""When a cache is compressed: at once, after the last chunk, once a draft is judged, at each turn, while decoding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache_layer import RankKVLayer
+from .compression import Compressor
+from .config import RankKVConfig
+from .errors import CacheStateError, ConfigError, UnsupportedModelError
+from .observation import Observation, observe
+from .query_buffer import QueryBuffer
+from .selection import Selector
+
+# Queries held beyond the observation window while a draft may still be taken back.
+_DRAFT_QUERIES = 64
+
+
+class Flow:
+    """Decides for every attention call of one cache what is observed and whether a compression follows.
+
+    Parameters
+    ----------
+    config : RankKVConfig
+        The options.
+    selector : Selector
+        Token selection method.
+    layer_indices : list of int
+        Model indices of the compressible layers.
+    """
+
+    def __init__(self, config: RankKVConfig, selector: Selector, layer_indices: list[int]) -> None:
+        self.config = config
+        self.selector = selector
+        self.layer_indices = layer_indices
+        self.compressor = Compressor(config, selector, layer_indices)
+        self.recording = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next forward is a prefill."""
+        self.compressor.plans = []
+        #: Padding before each row's first real token; None before the first forward.
+        self.row_start: list[int] | None = None
+        self.compressed = False
+        self.compressed_at = 0
+        # Compression waits: for the last chunk of the prompt, or until a draft has been judged.
+        self.deferred = self.config.prefill == "chunked"
+        self.streaming = self.config.prefill == "streaming"
+
+    def copy(self) -> Flow:
+        """Return an independent copy (the layers are copied by the cache)."""
+        twin = copy.copy(self)
+        twin.compressor = copy.copy(self.compressor)
+        twin.row_start = None if self.row_start is None else list(self.row_start)
+        return twin
+
+    def pick_rows(self, repeats: int = 1, indices: Tensor | None = None) -> None:
+        """Follow a change of rows: each repeated, or those of ``indices`` only."""
+        if self.row_start is None:
+            return
+        rows = [row for row in range(len(self.row_start)) for _ in range(repeats)]
+        if indices is not None:
+            rows = torch.arange(len(rows))[indices.cpu()].tolist()
+        self.row_start = [self.row_start[row] for row in rows]
+        if self.compressor.plans:
+            self.compressor.plans = [self.compressor.plans[row] for row in rows]
+
+    def start_recording(self) -> None:
+        """Let drafts be taken back from now on (assisted decoding).
+
+        Raises
+        ------
+        ConfigError
+            If an option evicts tokens that a rejected draft would need back.
+        """
+        if self.config.decode != "grow" or self.streaming:
+            raise ConfigError(
+                f"decode={self.config.decode!r} with prefill={self.config.prefill!r} evicts tokens that a rejected "
+                "draft would need back; use decode='grow' and prefill='single' with assisted decoding."
+            )
+        self.recording = True
+        self.deferred = self.deferred or not self.compressed
+
+    def before_update(self, layers: list[Any], layer: RankKVLayer, steps: int) -> None:
+        """Compress a prompt that came in chunks when its first one-token step arrives."""
+        if self.deferred and not self.recording and steps == 1 and layer.seen:
+            self.compress_deferred(layers)
+
+    def after_crop(self, layers: list[Any]) -> None:
+        """Compress the prompt once its first draft has been judged."""
+        if self.deferred and self.recording and self.row_start is not None:
+            self.compress_deferred(layers)
+
+    def finish(self, layers: list[Any]) -> None:
+        """Compress a prompt that came in chunks, and check that the prefill is complete."""
+        if self.row_start is None or not self.layer_indices:
+            return
+        if self.deferred:
+            self.compress_deferred(layers)
+        if not self.compressed:
+            raise CacheStateError(
+                "the prefill did not reach the last layer; build a new cache and run it again."
+            )
+        self.streaming = False
+
+    def wants_observation(self, steps: int) -> bool:
+        """Tell whether a call with ``steps`` queries has to be looked at."""
+        if not self.compressed or self.config.decode != "grow":
+            return True
+        return steps > 1 and (self.config.recompress_turns or self.streaming)
+
+    def observe(
+        self,
+        layers: list[Any],
+        layer_idx: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        options: dict[str, Any],
+    ) -> None:
+        """Look at one attention call, and compress the layer if its time has come."""
+        layer, config, steps = layers[layer_idx], self.config, query.shape[-2]
+        observation = observe(
+            layer_idx,
+            module,
+            query,
+            key,
+            value,
+            mask,
+            options,
+            kv_heads=layer.keys.shape[1],
+            window_size=config.window_size,
+            sink_size=config.sink_size,
+            positions=None if layer.kept_positions is None else layer.compute_positions(),
+            seen=layer.seen,
+            row_start=self.row_start,
+        )
+        last = layer_idx == self.layer_indices[-1]
+        if self.deferred:
+            self._buffer(layer, observation, config.window_size + (_DRAFT_QUERIES if self.recording else 0))
+        elif not self.compressed or (steps > 1 and (config.recompress_turns or self.streaming)):
+            self.compressor.add_layer(layers, observation)
+            self._end_round(layers, last)
+        elif config.decode == "bounded":
+            self.compressor.step(layer, observation)
+        else:
+            self._buffer(layer, observation, config.window_size)
+            if layer.seen - self.compressed_at >= config.decode_interval:
+                self.compressor.add_layer(layers, self._observe_buffer(layer, key, value))
+                self._end_round(layers, last)
+        if last:
+            self.row_start = observation.row_start
+            self.streaming = self.streaming and steps > 1
+
+    def compress_deferred(self, layers: list[Any]) -> None:
+        """Compress all layers from the queries held back."""
+        self.deferred = False
+        with torch.no_grad():
+            for index in self.layer_indices:
+                layer = layers[index]
+                self.compressor.add_layer(layers, self._observe_buffer(layer, layer.keys, layer.values))
+        self._end_round(layers, True)
+
+    def check_positions(self, layer: RankKVLayer, steps: int, position_ids: Tensor | None) -> None:
+        """Check that new tokens go on where the tokens seen end.
+
+        Raises
+        ------
+        CacheStateError
+            If their positions lie among those already seen.
+        """
+        past = layer.seen - steps
+        if position_ids is None or position_ids.dim() != 2 or self.row_start is None:
+            return
+        # Once is enough for single steps: each position follows from the last, and reading it may stall a device.
+        if steps == 1 and past != self.compressed_at:
+            return
+        rows = [past - start for start in self.row_start]
+        given = position_ids[:, 0].tolist() * (len(rows) // position_ids.shape[0])
+        if all(position < row for position, row in zip(given, rows, strict=True)):
+            raise CacheStateError(
+                f"the new tokens start at position {given[0]}, but the cache has seen {rows[0]} tokens: input_ids hold "
+                "nothing new, or attention_mask does not cover all tokens seen and the new ones. Give generate() all "
+                "ids, or only the new ids with a mask over all."
+            )
+
+    def _buffer(self, layer: RankKVLayer, observation: Observation, capacity: int) -> None:
+        if observation.keys.shape != layer.keys.shape:
+            raise UnsupportedModelError(
+                f"layer {observation.layer_idx} attends to other keys than it caches, so its attention cannot be "
+                "computed after the forward; use prefill='single' and decode='grow' with this model."
+            )
+        if layer.buffer is None:
+            layer.buffer = QueryBuffer(capacity)
+        gone = layer.buffer.push(observation)
+        if gone is not None and self.selector.step == "sum":
+            self.compressor.carry(layer, gone)
+
+    def _observe_buffer(self, layer: RankKVLayer, keys: Tensor, values: Tensor) -> Observation:
+        if layer.buffer is None:
+            raise CacheStateError(
+                "no query of this prompt was observed; build a new cache and run the prefill again."
+            )
+        return layer.buffer.observe(keys, values, layer.compute_positions(), layer.compute_slot_valid())
+
+    def _end_round(self, layers: list[Any], last: bool) -> None:
+        if last:
+            self.compressed, self.compressed_at = True, layers[self.layer_indices[-1]].seen
+            for index in self.layer_indices:
+                layers[index].buffer = None
