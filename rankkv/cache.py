@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from . import attention
+from . import attention, cache_files
 from .budget_plan import BudgetPlan
-from .cache_layer import RankKVLayer
+from .cache_layer import RankKVLayer, release_hidden
 from .cache_report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
-from .compat import check_transformers
+from .compat import check_transformers, find_layer_devices
 from .config import RankKVConfig
-from .errors import CacheStateError, ConfigError, UnsupportedModelError
+from .errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from .flow import Flow
 from .rotary import build_packers
 from .selection import get_selector
@@ -139,6 +141,8 @@ class RankKVCache(DynamicCache):
             _report_nothing_to_compress(model, self.layers)
         self._backend_of = text_config
         self._packers = build_packers(model, self.layer_indices) if self.config.positions == "packed" else {}
+        # Weak: a cache must not keep a model alive, and copies of it must not copy the model.
+        self._model = weakref.ref(model)
         self._flow = Flow(self.config, self.selector, self.layer_indices)
         attention.install()
 
@@ -154,7 +158,10 @@ class RankKVCache(DynamicCache):
                 self._check_complete()
             self._flow.before_update(self.layers, layer, key_states.shape[-2])
             attention.hand_off(self, layer_idx)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if key_states.shape[-2] > 1 and not isinstance(layer, RankKVLayer):
+            release_hidden(layer)
+        return states
 
     def _check_complete(self) -> None:
         seen = {self.layers[index].seen for index in self.layer_indices}
@@ -296,6 +303,14 @@ class RankKVCache(DynamicCache):
         """Return the bytes the model's plain cache would hold after the same tokens."""
         return compute_full_cache_bytes(self)
 
+    def _fingerprint(self) -> str:
+        model = self._model()
+        if model is None:
+            raise CacheStateError(
+                "the model of this cache is gone: keep a reference to it while the cache is in use."
+            )
+        return cache_files.compute_model_fingerprint(model)
+
     def copy(self) -> RankKVCache:
         """Return an independent copy: what is generated on one does not reach the other."""
         attention.check_not_pending(self)
@@ -329,6 +344,35 @@ class RankKVCache(DynamicCache):
         attention.check_not_pending(self)
         self._flow.finish(self.layers)
         return self
+
+    def save(self, path: str | Path) -> Path:
+        """Write the compressed cache to one safetensors file and return its path.
+
+        Raises
+        ------
+        CacheStateError
+            If the prefill is not complete, or a layer's state is no keys and values.
+        """
+        return cache_files.save_cache(self, path, self._fingerprint())
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> RankKVCache:
+        """Read a cache that :meth:`save` wrote, for the same model.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, no saved cache, or one of another model.
+        """
+        header = cache_files.read_cache_header(path)
+        cache = cls(model, config=cache_files.restore_config(header))
+        if cache._fingerprint() != header["fingerprint"]:
+            raise InputError(
+                f"{path} was saved from another model (or the same in another dtype): keys and values of one model "
+                "mean nothing to another. Load it with the model it came from."
+            )
+        cache_files.restore_state(cache, path, header, find_layer_devices(model))
+        return cache
 
     def summary(self) -> str:
         """Return a short account: tokens and bytes kept, and rank and budget of each layer (row 0)."""

@@ -208,6 +208,14 @@ class RankKVLayer(DynamicLayer):
         self._scores = self._real_index = None
 
 
+def release_hidden(layer: Any) -> None:
+    """Free what a sliding layer no longer shows: its keys and values are views of the whole prompt's."""
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, Tensor) and tensor.nbytes < tensor.untyped_storage().nbytes():
+            setattr(layer, name, tensor.clone(memory_format=torch.contiguous_format))
+
+
 def _gather_heads(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.expand(-1, index.shape[1], -1).gather(-1, index)
 
