@@ -152,12 +152,16 @@ def _masked_oracle_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = (query @ key.mT).float() * scaling
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
     assert attention_mask is not None, "the oracle's mask function always gives a 4-D mask"
     logits = logits + attention_mask
     evicted = getattr(module, "oracle_evicted", None)
@@ -166,7 +170,9 @@ def _masked_oracle_attention(
         hidden[..., : evicted.shape[-1]] = evicted
         hidden = hidden.repeat_interleave(groups, 1)[:, :, None]
         logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
-    output = logits.softmax(-1).to(value.dtype) @ value
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
+    output = logits.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value
     return output.transpose(1, 2).contiguous(), None
 
 
