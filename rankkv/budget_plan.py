@@ -85,8 +85,8 @@ class BudgetPlan:
         if total < least and asked:
             raise BudgetError(
                 f"{asked} lies below the floor of {self.floor} tokens in each of {count} layers for a prompt of "
-                f"{length} tokens{f', {spanned} of them protected' if spanned else ''}; give at least budget={self.floor} "
-                f"(total_budget={least}), or a smaller min_budget."
+                f"{length} tokens{f', {spanned} of them protected' if spanned else ''}; give at least "
+                f"budget={self.floor} (total_budget={least}), or a smaller min_budget."
             )
         if total < least:
             self.notes.append(

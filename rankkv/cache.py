@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ class RankKVCache(DynamicCache):
         # Weak: a cache must not keep a model alive, and copies of it must not copy the model.
         self._model = weakref.ref(model)
         self._flow = Flow(self.config, self.selector, self.layer_indices)
+        # The keys each layer's attention was last given, for layers that attend to those of another.
+        self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
         attention.install()
 
     # -- what transformers asks ---------------------------------------------------------------------------------
@@ -225,36 +228,62 @@ class RankKVCache(DynamicCache):
         layer, steps = self.layers[layer_idx], query.shape[-2]
         if layer_idx == self.layer_indices[0] and self._flow.compressed:
             self._flow.check_positions(layer, steps, options.get("position_ids"))
-        mask = attention_mask
-        # With nothing to mask, the one query of a decode step sees every slot, and no position is asked for.
-        unmasked_step = attention_mask is None and steps == 1 and layer.kept_valid is None
-        if layer.kept_positions is not None and not unmasked_step:
-            mask = attention.project_mask(
-                attention_mask,
-                layer.compute_positions(),
-                layer.compute_slot_valid(),
-                steps,
-                query.shape[1],
-                self._backend_of._attn_implementation,
-                query.dtype,
-            )
-        query, key = self._place(layer, layer_idx, query, key)
+        slots = layer.slot_map
+        self._attended[layer_idx] = (weakref.ref(key), slots)
+        if layer_idx in self._packers:
+            self._packers[layer_idx].note_frequencies(layer.seen - steps)
+        query, key, mask = self._fit(layer_idx, slots, query, key, attention_mask)
         output = inner(module, query, key, value, mask, **options)
         if self._flow.wants_observation(steps):
             with torch.no_grad():
                 self._flow.observe(self.layers, layer_idx, module, query, key, value, mask, options)
         return output
 
-    def _place(self, layer: RankKVLayer, layer_idx: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def find_attended(self, key: Tensor) -> int | None:
+        """Return the layer whose attention was last given these very keys, if there is one."""
+        found = (index for index, (attended, _) in self._attended.items() if attended() is key)
+        return next(found, None)
+
+    def attend_shared(
+        self,
+        layer_idx: int,
+        inner: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        options: dict[str, Any],
+    ) -> Any:
+        """Run the attention of a layer that has no keys of its own, with the mask of those kept by ``layer_idx``."""
+        slots = self._attended[layer_idx][1]
+        query, key, mask = self._fit(layer_idx, slots, query, key, attention_mask)
+        return inner(module, query, key, value, mask, **options)
+
+    def _fit(
+        self, layer_idx: int, slots: SlotMap | None, query: Tensor, key: Tensor, mask: Any
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Fit one call of attention to the slots that the layer keeps."""
+        if slots is None:
+            return query, key, mask
+        steps = query.shape[-2]
+        # With nothing to mask, the one query of a decode step sees every slot, and no position is asked for.
+        if mask is not None or steps > 1 or slots.kept_valid is not None:
+            mask = attention.project_mask(
+                mask,
+                slots.compute_positions(),
+                slots.compute_valid(),
+                steps,
+                query.shape[1],
+                self._backend_of._attn_implementation,
+                query.dtype,
+            )
         packer = self._packers.get(layer_idx)
-        if packer is None:
-            return query, key
-        packer.note_frequencies(layer.seen - query.shape[-2])
-        if layer.kept_positions is None or self._flow.row_start is None:
-            return query, key
-        return packer.pack(
-            query, key, layer.compute_positions(), layer.compute_slot_valid(), self._flow.row_start
-        )
+        if packer is not None and self._flow.row_start is not None:
+            query, key = packer.pack(
+                query, key, slots.compute_positions(), slots.compute_valid(), self._flow.row_start
+            )
+        return query, key, mask
 
     # -- what users ask -----------------------------------------------------------------------------------------
 
@@ -317,6 +346,7 @@ class RankKVCache(DynamicCache):
         twin = copy.copy(self)
         twin.layers = copy.deepcopy(self.layers)
         twin._flow = self._flow.copy()
+        twin._attended = {}
         twin._packers = {index: packer.copy() for index, packer in self._packers.items()}
         return twin
 

@@ -46,3 +46,14 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 def accepts_argument(model: Any, name: str) -> bool:
     """Tell whether the model's forward takes an argument of this name."""
     return name in inspect.signature(model.forward).parameters
+
+
+def find_layer_devices(model: Any) -> dict[int, Any]:
+    """Find the device of each layer's attention, by layer index."""
+    devices: dict[int, Any] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        parameter = next(module.parameters(), None)
+        if isinstance(index, int) and parameter is not None:
+            devices[index] = parameter.device
+    return devices

@@ -125,8 +125,8 @@ def _explain(
                     best = (found, rotation)
     if best[0] > tolerance:
         raise UnsupportedModelError(
-            f"layer {layer_idx} of {type(model).__name__} does not turn its keys by rotary positions (the best guess is "
-            f"off by {best[0]:.2g}), so positions='packed' cannot work; use positions='original'."
+            f"layer {layer_idx} of {type(model).__name__} does not turn its keys by rotary positions (the best guess "
+            f"is off by {best[0]:.2g}), so positions='packed' cannot work; use positions='original'."
         )
     return best[1]
 
@@ -146,24 +146,24 @@ class PackedPositions:
     def __init__(self, rotation: LayerRotation) -> None:
         self.rotation = rotation
         # Where the model changed its frequencies (dynamic scaling, longrope): from this position on, these.
-        self._epochs: list[tuple[int, Tensor]] = []
+        self.epochs: list[tuple[int, Tensor]] = []
 
     def copy(self) -> PackedPositions:
         """Return an independent copy."""
         twin = PackedPositions(self.rotation)
-        twin._epochs = list(self._epochs)
+        twin.epochs = list(self.epochs)
         return twin
 
     def reset(self) -> None:
         """Forget which frequencies earlier tokens were turned with."""
-        self._epochs = []
+        self.epochs = []
 
     def note_frequencies(self, position: int) -> None:
         """Remember the frequencies that tokens from ``position`` on were turned with."""
         now = self.rotation.frequencies
-        if not self._epochs or not torch.equal(self._epochs[-1][1], now):
-            self._epochs = [epoch for epoch in self._epochs if epoch[0] < position]
-            self._epochs.append((position, now.clone()))
+        if not self.epochs or not torch.equal(self.epochs[-1][1], now):
+            self.epochs = [epoch for epoch in self.epochs if epoch[0] < position]
+            self.epochs.append((position, now.clone()))
 
     def pack(
         self, query: Tensor, keys: Tensor, positions: Tensor, slot_valid: Tensor | None, row_start: list[int]
@@ -188,7 +188,7 @@ class PackedPositions:
         if slot_valid is not None:
             packed = packed - (~slot_valid).sum(-1).view(-1, 1, 1)
         original = positions - torch.tensor(row_start, device=positions.device).view(-1, 1, 1)
-        now = self._epochs[-1][1].to(keys.device)
+        now = self.epochs[-1][1].to(keys.device)
         old_angles = original[..., None] * self._frequencies_at(positions)
         angles = packed[..., None] * now - old_angles
         return (
@@ -199,9 +199,9 @@ class PackedPositions:
         )
 
     def _frequencies_at(self, positions: Tensor) -> Tensor:
-        first = self._epochs[0][1].to(positions.device)
+        first = self.epochs[0][1].to(positions.device)
         table = first.expand(*positions.shape, -1)
-        for start, frequencies in self._epochs[1:]:
+        for start, frequencies in self.epochs[1:]:
             later = (positions >= start)[..., None]
             table = torch.where(later, frequencies.to(positions.device), table)
         return table

@@ -73,4 +73,4 @@ def set_title(figure: Figure, title: str, subtitle: str = "") -> None:
     for text in texts:
         too_wide = text.get_window_extent().width / (0.97 * figure.bbox.width)
         if too_wide > 1:
-            text.set_fontsize(text.get_fontsize() / too_wide)
+            text.set_fontsize(float(text.get_fontsize()) / too_wide)

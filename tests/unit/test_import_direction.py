@@ -38,6 +38,7 @@ RANKS = {
     "rankkv.cache_layer": 50,
     "rankkv.cache_report": 51,
     "rankkv.compression": 51,
+    "rankkv.cache_files": 52,
     "rankkv.flow": 52,
     "rankkv.cache": 53,
     # the users of the line

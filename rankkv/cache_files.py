@@ -1,0 +1,184 @@
+"""Compressed caches on disk: safetensors only, and only for the model they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from .budget_plan import BudgetPlan
+from .cache_layer import RankKVLayer
+from .config import RankKVConfig
+from .errors import CacheStateError, InputError
+from .selection import Selector, get_selector
+
+_FORMAT = "rankkv-cache-1"
+_LAYER_TENSORS = ("keys", "values", "kept_positions", "kept_valid", "running_scores")
+
+
+def compute_model_fingerprint(model: Any) -> str:
+    """Compute what tells one model from another: its shape and a sample of its weights.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+
+    Returns
+    -------
+    str
+        Hexadecimal digest; the same model in another dtype may give another one.
+    """
+    config = model.config.get_text_config(decoder=True).to_dict()
+    shape = {
+        name: config[name] for name in sorted(config) if name.startswith(("num_", "hidden", "head", "vocab"))
+    }
+    digest = hashlib.sha256(json.dumps([type(model).__name__, shape], default=str).encode())
+    for parameter in (model.get_input_embeddings().weight, list(model.parameters())[-1]):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
+    """Write a finished cache to one safetensors file, atomically.
+
+    Parameters
+    ----------
+    cache : RankKVCache
+        Not in the middle of a prefill.
+    path : str or Path
+        Where the file goes.
+    fingerprint : str
+        Of the model it came from.
+
+    Raises
+    ------
+    CacheStateError
+        If the prefill is not complete, or a layer holds a state that is no keys and values.
+    """
+    flow = cache._flow
+    if flow.row_start is None or flow.deferred or not flow.compressed:
+        raise CacheStateError(
+            "the prompt is not compressed yet: call finish() after the last chunk, then save()."
+        )
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        record: dict[str, Any] = {"type": type(layer).__name__}
+        if isinstance(layer, RankKVLayer):
+            record |= {"seen": layer.seen, "compressed_at": layer.compressed_at}
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            record |= {"cumulative_length": layer.cumulative_length}
+        else:
+            raise CacheStateError(f"layer {index} is a {type(layer).__name__}, which cannot be saved.")
+        for name in _LAYER_TENSORS:
+            tensor = getattr(layer, name, None)
+            if tensor is not None:
+                tensors[f"{index}.{name}"] = tensor.contiguous().cpu()
+        layers.append(record)
+    for index, packer in cache._packers.items():
+        for number, (start, frequencies) in enumerate(packer.epochs):
+            tensors[f"{index}.epoch.{number}.{start}"] = frequencies.contiguous().cpu()
+    header = {
+        "format": _FORMAT,
+        "fingerprint": fingerprint,
+        "options": {**cache.config.to_dict(), "selector": _describe(cache.selector)},
+        "layers": layers,
+        "flow": {"row_start": flow.row_start, "compressed_at": flow.compressed_at},
+        "plans": [_plan_record(plan) for plan in flow.compressor.plans],
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"rankkv": json.dumps(header)})
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_cache_header(path: str | Path) -> dict[str, Any]:
+    """Read the description of a saved cache.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or no saved cache.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path} is not a file: give the path that save() wrote.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("rankkv", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is not a safetensors file ({error}).") from error
+    if header.get("format") != _FORMAT:
+        raise InputError(f"{path} holds no RankKV cache of format {_FORMAT}: {header.get('format')!r}.")
+    return header
+
+
+def restore_config(header: dict[str, Any]) -> RankKVConfig:
+    """Build the options of a saved cache."""
+    options = dict(header["options"])
+    options["selector"] = get_selector(options["selector"]["name"], **options["selector"]["options"])
+    options["protect"] = [tuple(span) for span in options["protect"]]
+    return RankKVConfig(**options)
+
+
+def restore_state(
+    cache: Any, path: str | Path, header: dict[str, Any], devices: dict[int, torch.device]
+) -> None:
+    """Fill an empty cache with the saved state, each layer on its own device."""
+    with safe_open(str(path), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            index, _, what = name.partition(".")
+            tensor = file.get_tensor(name).to(devices.get(int(index), "cpu"))
+            if what.startswith("epoch."):
+                cache._packers[int(index)].epochs.append((int(what.rpartition(".")[2]), tensor))
+                continue
+            layer = cache.layers[int(index)]
+            setattr(layer, what, tensor)
+            if what == "keys":
+                layer.dtype, layer.device, layer.is_initialized = tensor.dtype, tensor.device, True
+    for layer, record in zip(cache.layers, header["layers"], strict=True):
+        for name, value in record.items():
+            if name != "type":
+                setattr(layer, name, value)
+    flow = cache._flow
+    flow.row_start, flow.compressed_at = list(header["flow"]["row_start"]), header["flow"]["compressed_at"]
+    flow.compressed, flow.deferred, flow.streaming = True, False, False
+    flow.compressor.plans = [_restore_plan(cache, record) for record in header["plans"]]
+
+
+def _describe(selector: Selector) -> dict[str, Any]:
+    options = dict(selector.options)
+    if selector.recent_fraction is not None:
+        options["recent_fraction"] = selector.recent_fraction
+    return {"name": selector.name, "options": options}
+
+
+def _plan_record(plan: BudgetPlan) -> dict[str, Any]:
+    return {
+        name: getattr(plan, name) for name in ("length", "total_budget", "budgets", "layer_ranks", "notes")
+    }
+
+
+def _restore_plan(cache: Any, record: dict[str, Any]) -> BudgetPlan:
+    plan = BudgetPlan(cache.config, record["length"], cache.layer_indices)
+    for name, value in record.items():
+        setattr(plan, name, value)
+    return plan
