@@ -69,6 +69,7 @@ def demo(
             f"answer; give at most {context - max_new_tokens - _ROOM_FOR_QUESTION}."
         )
 
+    busy = _measure_load()
     input_ids, document = _build_prompt(tokenizer, tokens)
     input_ids = input_ids.to(language_model.device)
     console.print(
@@ -92,7 +93,11 @@ def demo(
 
     record = {
         "versions": collect_versions(),
-        "machine": {"cpus": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "load_average_at_start": busy,
+        },
         "seed": SEED,
         "model": model,
         "compression_ratio": compression_ratio,
@@ -102,6 +107,12 @@ def demo(
         "runs": runs,
     }
     _print_results(console, runs)
+    if busy is not None and busy > 0.75 * (os.cpu_count() or 1):
+        console.print(
+            f"The machine was busy before the first run (load average {busy:.1f} on {os.cpu_count()} cores): "
+            "do not compare these times.",
+            soft_wrap=True,
+        )
     written = [write_json(output_dir / "demo.json", record)]
     try:
         written += _draw_figures(runs, model, output_dir / "figures")
@@ -110,6 +121,11 @@ def demo(
     console.print("\nWritten: " + ", ".join(str(path) for path in written), markup=False, soft_wrap=True)
     if json:
         print_json(record)
+
+
+def _measure_load() -> float | None:
+    """Return the load average of the last minute, or None where the system keeps none."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _build_prompt(tokenizer: Any, tokens: int) -> tuple[Any, dict[str, Any]]:
@@ -168,7 +184,7 @@ def _print_results(console: Console, runs: list[dict[str, Any]]) -> None:
     console.print(
         f"\nRuns in this order, after a warm-up; uniform SnapKV and RankKV keep the same "
         f"{rankkv['total_budget']:,} prompt tokens over {len(rankkv['budgets'])} layers. "
-        "One run each: small differences in time are noise, and so is what else the machine did meanwhile.",
+        "One run each: small differences in time are noise.",
         soft_wrap=True,
     )
     if not full["has_fact"]:
