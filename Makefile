@@ -39,7 +39,8 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy rankkv
 
 bench: $(STAMP) ## latency and memory of prefill and decode
-	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.latency --tokens 2048 --repeats 5
+	$(BIN)/python -m benchmarks.analysis --tokens 2048
 
 clean: ## remove .venv, caches and builds (the converted model in the user's cache folder stays)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

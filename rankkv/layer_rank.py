@@ -12,7 +12,7 @@ from .rank_aggregation import compute_aggregated_rank, get_aggregation
 from .rank_kernels import compute_gram, compute_rank_from_gram, round_ranks
 
 #: Scope "full" ranks the whole attention matrix up to this many tokens ...
-EXACT_TOKENS = 2048
+EXACT_TOKENS = 1024
 #: ... and beyond it this many query rows, spread evenly over the prompt.
 SAMPLED_ROWS = 512
 
