@@ -10,6 +10,8 @@ O5 bytes: the memory held is that of the tokens kept, and the rest is gone.
 from __future__ import annotations
 
 import copy
+import weakref
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rankkv import RankKVCache
 from rankkv.compat import cache_argument
+from rankkv.observation import Observation, observe
 
 MASKED_ORACLE = "masked_oracle"
 PAD = 0
@@ -145,6 +148,19 @@ def assert_identity(
 # -- O2 masked oracle -----------------------------------------------------------------------------------
 
 
+_last_keys: list[tuple[weakref.ref[Tensor], Tensor]] = []
+
+
+def _evicted_keys(module: Any, key: Tensor) -> Tensor | None:
+    evicted = getattr(module, "oracle_evicted", None)
+    if evicted is not None:
+        _last_keys[:] = [(ref, mask) for ref, mask in _last_keys if ref() is not None]
+        _last_keys.append((weakref.ref(key), evicted))
+        return evicted
+    # A layer without keys of its own attends to those of another layer, and misses what that one evicted.
+    return next((mask for ref, mask in _last_keys if ref() is key), None)
+
+
 def _masked_oracle_attention(
     module: Any,
     query: Tensor,
@@ -156,6 +172,7 @@ def _masked_oracle_attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
+    evicted = _evicted_keys(module, key)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -164,11 +181,11 @@ def _masked_oracle_attention(
         logits = (logits / softcap).tanh() * softcap
     assert attention_mask is not None, "the oracle's mask function always gives a 4-D mask"
     logits = logits + attention_mask
-    evicted = getattr(module, "oracle_evicted", None)
     if evicted is not None:
         hidden = torch.zeros(*evicted.shape[:2], key.shape[-2], dtype=torch.bool)
         hidden[..., : evicted.shape[-1]] = evicted
-        hidden = hidden.repeat_interleave(groups, 1)[:, :, None]
+        # A cache may have fewer heads than the keys that attention sees (latent attention).
+        hidden = hidden.repeat_interleave(query.shape[1] // evicted.shape[1], 1)[:, :, None]
         logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
     if s_aux is not None:
         logits = torch.cat([logits, s_aux.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
@@ -288,3 +305,55 @@ def assert_bytes_match(cache: RankKVCache) -> None:
         assert keys.is_contiguous()
         expected += 2 * rows * heads * slots * dim * keys.element_size()
     assert storage_bytes(cache) == expected == cache.cache_bytes()
+
+
+# -- what a layer's attention used --------------------------------------------------------------------------
+
+
+def capture_calls(model: Any, input_ids: Tensor, mask: Tensor | None = None) -> list[tuple[Any, ...]]:
+    """Return, a layer each, the arguments of ``observe`` that one forward's attention calls make."""
+    calls: list[tuple[Any, ...]] = []
+
+    def capture(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    ) -> Any:
+        calls.append((module.layer_idx, module, query, key, value, attention_mask, options))
+        return inner(module, query, key, value, attention_mask, **options)
+
+    backend = model.config._attn_implementation
+    registered = AttentionInterface._global_mapping
+    before = registered.get(backend)
+    if before is None:
+        inner = sys.modules[type(model).__module__].eager_attention_forward
+    else:
+        inner = before
+    AttentionInterface.register(backend, capture)
+    try:
+        forward(model, DynamicCache(config=model.config), input_ids, mask)
+    finally:
+        if before is None:
+            registered.pop(backend)
+        else:
+            AttentionInterface.register(backend, before)
+    return calls
+
+
+def observe_layers(
+    model: Any, input_ids: Tensor, mask: Tensor | None = None, window_size: int = 32, sink_size: int = 4
+) -> list[Observation]:
+    """Return the observations of one forward, a layer each."""
+    return [
+        observe(*call, kv_heads=call[3].shape[1], window_size=window_size, sink_size=sink_size)
+        for call in capture_calls(model, input_ids, mask)
+    ]
+
+
+def eager_attentions(model: Any, input_ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """Return the weights ``[batch, head, query, key]`` the model's eager attention computes, a layer each."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    options: dict[str, Any] = {}
+    if mask is not None:
+        options = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        return list(twin(input_ids, output_attentions=True, use_cache=False, **options).attentions)
