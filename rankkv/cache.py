@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from . import attention, cache_files
 from .budget_plan import BudgetPlan
-from .cache_layer import RankKVLayer, release_hidden
+from .cache_layer import RankKVLayer, SlotMap, release_hidden
 from .cache_report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
 from .compat import check_transformers, find_layer_devices
 from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from .flow import Flow
+from .resting_layer import RestingLayer
 from .rotary import build_packers
 from .selection import get_selector
 
@@ -57,7 +57,7 @@ class RankKVCache(DynamicCache):
         Number of last queries observed.
     sink_size : int, default 4
         Number of first tokens protected as attention sinks.
-    decode, decode_interval, positions, prefill, recompress_turns, protect
+    decode, decode_interval, positions, prefill, recompress_turns, storage, protect
         See :class:`~rankkv.RankKVConfig`.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
@@ -103,6 +103,7 @@ class RankKVCache(DynamicCache):
         positions: str = "original",
         prefill: str = "single",
         recompress_turns: bool = False,
+        storage: str = "full",
         min_budget: int | None = None,
         protect: Any = None,
         config: RankKVConfig | None = None,
@@ -122,6 +123,7 @@ class RankKVCache(DynamicCache):
             positions=positions,
             prefill=prefill,
             recompress_turns=recompress_turns,
+            storage=storage,
             min_budget=min_budget,
             protect=protect,
         )
@@ -136,7 +138,7 @@ class RankKVCache(DynamicCache):
         BudgetPlan.check(self.config)
         text_config = model.config.get_text_config(decoder=True)
         super().__init__(config=text_config)
-        self.layers = [RankKVLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [self._build_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, RankKVLayer)]
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
@@ -148,6 +150,9 @@ class RankKVCache(DynamicCache):
         # The keys each layer's attention was last given, for layers that attend to those of another.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
         attention.install()
+
+    def _build_layer(self) -> RankKVLayer:
+        return RankKVLayer() if self.config.storage == "full" else RestingLayer(self.config.storage)
 
     # -- what transformers asks ---------------------------------------------------------------------------------
 
@@ -237,6 +242,8 @@ class RankKVCache(DynamicCache):
         if self._flow.wants_observation(steps):
             with torch.no_grad():
                 self._flow.observe(self.layers, layer_idx, module, query, key, value, mask, options)
+        if self._flow.compressed:
+            layer.rest()
         return output
 
     def find_attended(self, key: Tensor) -> int | None:

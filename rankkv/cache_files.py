@@ -158,6 +158,8 @@ def restore_state(
         for name, value in record.items():
             if name != "type":
                 setattr(layer, name, value)
+        if isinstance(layer, RankKVLayer):
+            layer.rest()
     flow = cache._flow
     flow.row_start, flow.compressed_at = list(header["flow"]["row_start"]), header["flow"]["compressed_at"]
     flow.compressed, flow.deferred, flow.streaming = True, False, False

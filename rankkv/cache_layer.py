@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,38 @@ from .errors import CacheStateError
 from .observation import Observation
 from .query_buffer import QueryBuffer
 from .selection import Selector, select_tokens
+
+
+@dataclass(frozen=True)
+class SlotMap:
+    """Where the slots of a layer stood at one moment.
+
+    Parameters
+    ----------
+    kept_positions : Tensor
+        Logical positions of the tokens kept at the last compression, ``[batch, kv_head or 1, slot]`` int64.
+    kept_valid : Tensor, optional
+        ``[batch, slot]`` bool for those slots; None if every slot held a token.
+    compressed_at, seen : int
+        Tokens seen at the last compression, and at this moment.
+    """
+
+    kept_positions: Tensor
+    kept_valid: Tensor | None
+    compressed_at: int
+    seen: int
+
+    def compute_positions(self) -> Tensor:
+        """Compute the logical position of every slot, ``[batch, kv_head or 1, slot]`` int64."""
+        later = torch.arange(self.compressed_at, self.seen, device=self.kept_positions.device)
+        return torch.cat([self.kept_positions, later.expand(*self.kept_positions.shape[:2], -1)], dim=-1)
+
+    def compute_valid(self) -> Tensor | None:
+        """Compute which slots hold a token, ``[batch, slot]`` bool; None if all do."""
+        if self.kept_valid is None:
+            return None
+        later = self.kept_valid.new_ones((self.kept_valid.shape[0], self.seen - self.compressed_at))
+        return torch.cat([self.kept_valid, later], dim=-1)
 
 
 class RankKVLayer(DynamicLayer):
@@ -142,19 +175,24 @@ class RankKVLayer(DynamicLayer):
         """Number of slots (the widest row's kept tokens)."""
         return self.keys.shape[-2] if self.is_initialized else 0
 
+    @property
+    def slot_map(self) -> SlotMap | None:
+        """Where the slots stand; None if all tokens were kept."""
+        if self.kept_positions is None:
+            return None
+        return SlotMap(self.kept_positions, self.kept_valid, self.compressed_at, self.seen)
+
     def compute_positions(self) -> Tensor:
         """Compute the logical position of every slot, ``[batch, kv_head or 1, slot]`` int64."""
-        if self.kept_positions is None:
+        slots = self.slot_map
+        if slots is None:
             return torch.arange(self.seen, device=self.device).expand(self.keys.shape[0], 1, -1)
-        later = torch.arange(self.compressed_at, self.seen, device=self.device)
-        return torch.cat([self.kept_positions, later.expand(*self.kept_positions.shape[:2], -1)], dim=-1)
+        return slots.compute_positions()
 
     def compute_slot_valid(self) -> Tensor | None:
         """Compute which slots hold a token, ``[batch, slot]`` bool; None if all do."""
-        if self.kept_valid is None:
-            return None
-        later = self.kept_valid.new_ones((self.kept_valid.shape[0], self.seen - self.compressed_at))
-        return torch.cat([self.kept_valid, later], dim=-1)
+        slots = self.slot_map
+        return None if slots is None else slots.compute_valid()
 
     def begin_compression(self, scores: Tensor, observation: Observation) -> None:
         """Take the scores ``[batch, kv_head or 1, slot]`` by which the layer may shrink, once or repeatedly."""
@@ -206,6 +244,13 @@ class RankKVLayer(DynamicLayer):
         """Release the scores, or carry them on into decoding."""
         self.running_scores = self._scores if keep_scores else None
         self._scores = self._real_index = None
+
+    def rest(self) -> None:
+        """Go over to the form in which keys and values wait for the next forward: here, as they are."""
+
+    def held(self) -> list[Tensor]:
+        """Return the tensors that hold keys and values now."""
+        return [self.keys, self.values] if self.is_initialized else []
 
 
 def release_hidden(layer: Any) -> None:

@@ -17,6 +17,15 @@ def _tensors(cache: Any) -> Iterator[tuple[Any, Tensor]]:
                 yield layer, tensor
 
 
+def _held(cache: Any) -> Iterator[Tensor]:
+    for layer in cache.layers:
+        if isinstance(layer, RankKVLayer):
+            yield from layer.held()
+        else:
+            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+            yield from (tensor for tensor in tensors if isinstance(tensor, Tensor))
+
+
 def count_slots(layer: Any) -> int:
     """Count the slots of a cache layer; a layer without keys has none."""
     keys = getattr(layer, "keys", None)
@@ -32,7 +41,7 @@ def compute_cache_bytes(cache: Any) -> int:
         Any of transformers' caches.
     """
     storages = {}
-    for _, tensor in _tensors(cache):
+    for tensor in _held(cache):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -13,6 +13,7 @@ from .spans import check_spans
 SCOPES = ("full", "window", "evictable")
 DECODE_MODES = ("grow", "bounded", "periodic")
 POSITION_MODES = ("original", "packed")
+STORAGE_MODES = ("full", "int8", "offload")
 PREFILL_MODES = ("single", "chunked", "streaming")
 
 #: What `strategy=None` means without calibration: the exponent that measured best with concatenated heads.
@@ -100,6 +101,9 @@ class RankKVConfig:
         after each chunk, so memory is bounded while the prompt comes in; approximate.
     recompress_turns : bool, default False
         Compress later multi-token forwards (new turns) too, each by its own observation window.
+    storage : {"full", "int8", "offload"}, default "full"
+        How kept tokens wait between two forwards: as they are, as int8 with one scale a token and head, or in CPU
+        memory.  Tokens are evicted first, and what stays is stored.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
     protect : sequence of (int, int), optional
@@ -130,6 +134,7 @@ class RankKVConfig:
     positions: str = "original"
     prefill: str = "single"
     recompress_turns: bool = False
+    storage: str = "full"
     min_budget: int | None = None
     protect: Any = None
 
@@ -145,6 +150,7 @@ class RankKVConfig:
         _check_choice("decode mode", self.decode, DECODE_MODES)
         _check_choice("positions mode", self.positions, POSITION_MODES)
         _check_choice("prefill mode", self.prefill, PREFILL_MODES)
+        _check_choice("storage", self.storage, STORAGE_MODES)
         _check_int(
             "decode_interval", self.decode_interval, 1, "the tokens between two compressions while decoding"
         )

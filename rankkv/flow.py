@@ -215,3 +215,4 @@ class Flow:
             self.compressed, self.compressed_at = True, layers[self.layer_indices[-1]].seen
             for index in self.layer_indices:
                 layers[index].buffer = None
+                layers[index].rest()

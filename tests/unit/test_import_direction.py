@@ -36,6 +36,8 @@ RANKS = {
     "rankkv.selection": 30,
     "rankkv.attention": 40,
     "rankkv.cache_layer": 50,
+    "rankkv.storage": 49,
+    "rankkv.resting_layer": 51,
     "rankkv.cache_report": 51,
     "rankkv.compression": 51,
     "rankkv.cache_files": 52,
