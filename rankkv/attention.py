@@ -45,6 +45,22 @@ class ObservingCache(Protocol):
     ) -> Any:
         """Run ``inner`` with the layer's own mask and look at what it used."""
 
+    def find_attended(self, key: Tensor) -> int | None:
+        """Return the layer whose attention was last given these very keys, if there is one."""
+
+    def attend_shared(
+        self,
+        layer_idx: int,
+        inner: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        options: dict[str, Any],
+    ) -> Any:
+        """Run ``inner`` for a layer that attends to the keys of layer ``layer_idx``."""
+
 
 def hand_off(cache: ObservingCache, layer_idx: int) -> None:
     """Announce that the next attention call of this thread belongs to ``cache`` and ``layer_idx``.
@@ -79,6 +95,14 @@ def _take_hand_off(module: nn.Module) -> tuple[ObservingCache, int] | None:
     return None if cache is None else (cache, pending[1])
 
 
+def _find_lender(key: Tensor) -> tuple[ObservingCache, int] | None:
+    # A layer without keys of its own attends to another layer's, the very tensor that layer was given.
+    current = getattr(_local, "current", None)
+    cache = None if current is None else current()
+    layer_idx = None if cache is None else cache.find_attended(key)
+    return None if cache is None or layer_idx is None else (cache, layer_idx)
+
+
 def _wrap(inner_of: Callable[[nn.Module], Callable[..., Any]], named_after: Callable[..., Any] | None) -> Any:
     def observed_attention(
         module: nn.Module,
@@ -90,10 +114,15 @@ def _wrap(inner_of: Callable[[nn.Module], Callable[..., Any]], named_after: Call
     ) -> Any:
         inner = inner_of(module)
         owner = _take_hand_off(module)
-        if owner is None:
-            return inner(module, query, key, value, attention_mask, **options)
-        cache, layer_idx = owner
-        return cache.attend(layer_idx, inner, module, query, key, value, attention_mask, options)
+        if owner is not None:
+            cache, layer_idx = owner
+            _local.current = weakref.ref(cache)
+            return cache.attend(layer_idx, inner, module, query, key, value, attention_mask, options)
+        lender = _find_lender(key)
+        if lender is not None:
+            cache, layer_idx = lender
+            return cache.attend_shared(layer_idx, inner, module, query, key, value, attention_mask, options)
+        return inner(module, query, key, value, attention_mask, **options)
 
     return observed_attention if named_after is None else wraps(named_after)(observed_attention)
 

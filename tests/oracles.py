@@ -10,8 +10,8 @@ O5 bytes: the memory held is that of the tokens kept, and the rest is gone.
 from __future__ import annotations
 
 import copy
-import weakref
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
