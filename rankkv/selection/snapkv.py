@@ -51,8 +51,11 @@ def score_snapkv(observation: Observation, pooling: str = "max", kernel_size: in
         raise ConfigError(
             f"kernel_size={kernel_size!r} of selector 'snapkv' must be an odd integer of at least 1."
         )
-    votes = observation.window_attention.mean(dim=-2)
-    split = observation.key_length - min(observation.window_size, observation.query_length)
+    rows = min(observation.window_size, observation.query_length)
+    # A row shorter than the window has padding in it, which is no query and must not dilute the mean.
+    queries = observation.query_valid[:, -rows:].sum(dim=-1).clamp(min=1)
+    votes = observation.window_attention.sum(dim=-2) / queries[:, None, None]
+    split = observation.key_length - rows
     parts = [votes[..., :split], votes[..., split:]]
     pool = _POOLS[pooling]
     pooled = [
