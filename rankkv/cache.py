@@ -379,6 +379,7 @@ class RankKVCache(DynamicCache):
     def finish(self) -> RankKVCache:
         """Compress a prompt that came in chunks, check that the prefill is complete, and return the cache."""
         attention.check_not_pending(self)
+        self._check_complete()
         self._flow.finish(self.layers)
         return self
 
