@@ -1,0 +1,149 @@
+"""The rank of an observed layer equals that of the attention matrices the model's eager attention returns."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+
+from rankkv import analyze_attention_ranks, layer_rank
+from rankkv.layer_rank import compute_layer_ranks
+from rankkv.observation import observe
+from rankkv.rank_analysis import AGGREGATIONS, SCOPES
+
+PROMPTS = (oracles.random_prompt(70, seed=1), oracles.random_prompt(52, seed=2))
+SIZES = {"window_size": 16, "sink_size": 4}
+
+
+@pytest.fixture(scope="module", params=["llama-sdpa", "neox-eager"])
+def model(request, tiny_llama, tiny_neox):
+    family, backend = request.param.split("-")
+    return {"llama": tiny_llama, "neox": tiny_neox}[family](attn_implementation=backend)
+
+
+def ranks_of(layers, *args):
+    return torch.stack([compute_layer_ranks(layer, *args) for layer in layers], dim=-1)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(
+        actual.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_equals_the_rank_of_eager_attention(model, scope, aggregation, normalize):
+    expected = analyze_attention_ranks(
+        oracles.eager_attentions(model, PROMPTS[0]), aggregation, normalize, scope=scope, **SIZES
+    )
+    actual = ranks_of(oracles.observe_layers(model, PROMPTS[0], **SIZES), scope, aggregation, normalize)
+    close(actual[0], expected.layer_ranks)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_padded_row_has_the_rank_of_the_row_alone(model, scope, aggregation):
+    together = ranks_of(
+        oracles.observe_layers(model, *oracles.left_pad(PROMPTS), **SIZES), scope, aggregation
+    )
+    for row, prompt in enumerate(PROMPTS):
+        alone = ranks_of(oracles.observe_layers(model, prompt, **SIZES), scope, aggregation)
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_ranks_lie_between_one_and_the_smaller_side(model, scope):
+    ranks = ranks_of(oracles.observe_layers(model, PROMPTS[0], **SIZES), scope)
+    assert ((ranks >= 1) & (ranks <= (70 if scope == "full" else 16))).all()
+
+
+def test_scopes_differ(model):
+    layers = oracles.observe_layers(model, PROMPTS[0], **SIZES)
+    full, window, evictable = (ranks_of(layers, scope) for scope in ("full", "window", "evictable"))
+    assert (full > window).all()
+    assert not torch.allclose(window, evictable, rtol=1e-3)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_long_prompts_are_ranked_by_evenly_spread_rows(model, monkeypatch, aggregation):
+    monkeypatch.setattr(layer_rank, "EXACT_TOKENS", 64)
+    monkeypatch.setattr(layer_rank, "SAMPLED_ROWS", 20)
+    # The middle of each of 20 stretches of 3.5 tokens.
+    rows = [int((i + 0.5) * 70 / 20) for i in range(20)]
+    attentions = [layer[:, :, rows] for layer in oracles.eager_attentions(model, PROMPTS[0])]
+    expected = analyze_attention_ranks(attentions, aggregation)
+    actual = ranks_of(oracles.observe_layers(model, PROMPTS[0], **SIZES), "full", aggregation)
+    close(actual[0], expected.layer_ranks)
+    # A prompt up to the stated length stays exact.
+    short = PROMPTS[0][:, :64]
+    exact = analyze_attention_ranks(oracles.eager_attentions(model, short), aggregation).layer_ranks
+    close(ranks_of(oracles.observe_layers(model, short, **SIZES), "full", aggregation)[0], exact)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 20])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_nothing_evictable_has_rank_zero(model, aggregation, length):
+    # 16 recent tokens and 4 sinks.
+    ranks = ranks_of(oracles.observe_layers(model, PROMPTS[0][:, :length], **SIZES), "evictable", aggregation)
+    assert ranks.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_a_short_row_beside_a_long_one_has_nothing_evictable(model):
+    ids, mask = oracles.left_pad([PROMPTS[0], PROMPTS[1][:, :12]])
+    ranks = ranks_of(oracles.observe_layers(model, ids, mask, **SIZES), "evictable")
+    assert (ranks[0] >= 1).all()
+    assert ranks[1].tolist() == [0.0, 0.0, 0.0]
+
+
+def make(query, key):
+    tensors = (query[None, None], key[None, None], key[None, None])
+    return observe(0, torch.nn.Module(), *tensors, None, {"scaling": 1.0}, kv_heads=1, **SIZES)
+
+
+def test_known_matrices():
+    eye = torch.eye(40)
+    # All mass on the first token.
+    first = make(torch.ones(40, 1), 60.0 * (torch.arange(40) == 0)[:, None])
+    close(compute_layer_ranks(first, "full"), [1.0])
+    # Each token attends to itself.
+    close(compute_layer_ranks(make(200 * eye, eye), "full"), [40.0])
+    # Uniform causal attention: the singular values of a known matrix.
+    uniform = torch.ones(40, 40).tril() / torch.arange(1, 41)[:, None]
+    share = torch.linalg.svdvals(uniform.double())
+    share = share / share.sum()
+    close(
+        compute_layer_ranks(make(torch.zeros(40, 1), torch.zeros(40, 1)), "full"),
+        [float(torch.exp(-(share * share.log()).sum()))],
+    )
+
+
+def test_ranks_are_rounded_so_that_float_noise_does_not_move_a_token(model):
+    for rank in ranks_of(oracles.observe_layers(model, PROMPTS[0], **SIZES))[0].tolist():
+        assert rank == float(f"{rank:.5e}")
+
+
+def test_attention_that_is_not_finite_has_no_rank(model):
+    call = oracles.capture_calls(model, torch.cat([PROMPTS[0], PROMPTS[0]]))[0]
+    layer_idx, module, query, *rest = call
+    query = query.clone()
+    query[0, 0, -1, 0] = float("nan")
+    layer = observe(layer_idx, module, query, *rest, kv_heads=call[3].shape[1], **SIZES)
+    for scope in SCOPES:
+        ranks = compute_layer_ranks(layer, scope)
+        assert ranks.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_ranked_as_its_upcast(model, dtype):
+    # No mask means causal, which is what the model's own mask says.
+    layer_idx, module, query, key, value, _, options = oracles.capture_calls(model, PROMPTS[0])[0]
+    mask = None
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    sizes = {"kv_heads": key.shape[1], **SIZES}
+    half = observe(layer_idx, module, query, key, value, mask, options, **sizes)
+    ranks = compute_layer_ranks(half)
+    upcast = observe(layer_idx, module, query.float(), key.float(), value.float(), mask, options, **sizes)
+    assert 1 <= float(ranks) <= 16
+    torch.testing.assert_close(ranks, compute_layer_ranks(upcast), rtol=2e-2, atol=0)
