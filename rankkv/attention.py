@@ -27,6 +27,9 @@ _EAGER = "eager_attention_forward"
 _originals: dict[str, Callable[..., Any] | None] = {}
 _install_lock = threading.Lock()
 _local = threading.local()
+_alive: set[int] = set()
+# A plain flag, so that a compiled model without such a cache keeps its whole graph.
+_any_cache_alive = False
 
 
 class ObservingCache(Protocol):
@@ -113,18 +116,50 @@ def _wrap(inner_of: Callable[[nn.Module], Callable[..., Any]], named_after: Call
         **options: Any,
     ) -> Any:
         inner = inner_of(module)
-        owner = _take_hand_off(module)
-        if owner is not None:
-            cache, layer_idx = owner
-            _local.current = weakref.ref(cache)
-            return cache.attend(layer_idx, inner, module, query, key, value, attention_mask, options)
-        lender = _find_lender(key)
-        if lender is not None:
-            cache, layer_idx = lender
-            return cache.attend_shared(layer_idx, inner, module, query, key, value, attention_mask, options)
-        return inner(module, query, key, value, attention_mask, **options)
+        if not _any_cache_alive:
+            return inner(module, query, key, value, attention_mask, **options)
+        return _dispatch(inner, module, query, key, value, attention_mask, options)
 
     return observed_attention if named_after is None else wraps(named_after)(observed_attention)
+
+
+# Never part of a compiled graph: which cache owns a call is known only when it runs.
+@torch.compiler.disable
+def _dispatch(
+    inner: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    options: dict[str, Any],
+) -> Any:
+    owner = _take_hand_off(module)
+    if owner is not None:
+        cache, layer_idx = owner
+        _local.current = weakref.ref(cache)
+        return cache.attend(layer_idx, inner, module, query, key, value, attention_mask, options)
+    lender = _find_lender(key)
+    if lender is not None:
+        cache, layer_idx = lender
+        return cache.attend_shared(layer_idx, inner, module, query, key, value, attention_mask, options)
+    return inner(module, query, key, value, attention_mask, **options)
+
+
+def watch_for(cache: ObservingCache) -> None:
+    """Look at attention calls as long as ``cache`` lives, wrapping the attention functions if they are not yet."""
+    global _any_cache_alive
+    install()
+    with _install_lock:
+        _alive.add(id(cache))
+        _any_cache_alive = True
+    weakref.finalize(cache, _forget_cache, id(cache))
+
+
+def _forget_cache(cache_id: int) -> None:
+    global _any_cache_alive
+    _alive.discard(cache_id)
+    _any_cache_alive = bool(_alive)
 
 
 def _find_eager(module: nn.Module) -> Callable[..., Any]:

@@ -149,13 +149,14 @@ class RankKVCache(DynamicCache):
         self._flow = Flow(self.config, self.selector, self.layer_indices)
         # The keys each layer's attention was last given, for layers that attend to those of another.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
-        attention.install()
+        attention.watch_for(self)
 
     def _build_layer(self) -> RankKVLayer:
         return RankKVLayer() if self.config.storage == "full" else RestingLayer(self.config.storage)
 
     # -- what transformers asks ---------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -355,6 +356,7 @@ class RankKVCache(DynamicCache):
         twin._flow = self._flow.copy()
         twin._attended = {}
         twin._packers = {index: packer.copy() for index, packer in self._packers.items()}
+        attention.watch_for(twin)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankKVCache:

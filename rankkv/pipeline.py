@@ -270,7 +270,7 @@ class RankKVAnalyzer:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no full-attention layer to analyze."
             )
-        attention.install()
+        attention.watch_for(probe)
         run_prefill(self.model, probe, input_ids.to(self.model.device), attention_mask)
         attention.check_not_pending(probe)
         plan = BudgetPlan(config, probe.length, probe.layer_indices, total_budget)
