@@ -35,12 +35,17 @@ def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
         )
     if input_ids.numel() == 0:
         raise InputError("the prompt is empty: give at least one token.")
-    input_ids = input_ids if input_ids.dim() == 2 else input_ids[None]
-    if attention_mask is not None and tuple(attention_mask.shape) != tuple(input_ids.shape):
-        raise InputError(
-            f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids {tuple(input_ids.shape)}."
+    if attention_mask is not None:
+        given = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
         )
-    return input_ids
+        if given != tuple(input_ids.shape):
+            raise InputError(
+                f"attention_mask {given} must be a tensor of the shape of input_ids {tuple(input_ids.shape)}."
+            )
+    return input_ids if input_ids.dim() == 2 else input_ids[None]
 
 
 def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -59,6 +64,7 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
     if accepts_argument(model, "logits_to_keep"):
         options["logits_to_keep"] = 1
     if attention_mask is not None:
+        attention_mask = attention_mask.view(input_ids.shape).to(input_ids.device)
         options["attention_mask"] = attention_mask
         if accepts_argument(model, "position_ids"):
             # As generate() does: a row's positions count its real tokens.

@@ -278,10 +278,11 @@ def observe(
     Raises
     ------
     InputError
-        If a row of the batch holds no real token.
+        If a row of the batch holds no real token, or ends in padding.
     """
     batch, key_length, query_length = key.shape[0], key.shape[-2], query.shape[-2]
     seen = key_length if seen is None else seen
+    attention_mask_given = attention_mask is not None
     if attention_mask is None:
         valid = torch.ones(batch, key_length, dtype=torch.bool, device=key.device)
         available = [key_length] * batch
@@ -297,6 +298,13 @@ def observe(
         if min(available) == 0:
             raise InputError(
                 f"row {available.index(0)} of the batch holds no real token: remove it or give it at least one token."
+            )
+    if row_start is None and attention_mask_given:
+        ends_real = valid[:, -1].tolist()
+        if not all(ends_real):
+            raise InputError(
+                f"row {ends_real.index(False)} of the batch ends in padding, where the last queries are observed: pad on "
+                "the left (tokenizer.padding_side = 'left')."
             )
     if row_start is None:
         # Nothing was evicted yet, so what is missing before a row's first real token is padding.
