@@ -192,10 +192,15 @@ class Flow:
             )
 
     def _buffer(self, layer: RankKVLayer, observation: Observation, capacity: int) -> None:
-        if observation.keys.shape != layer.keys.shape:
+        if self.deferred and observation.keys.shape != layer.keys.shape:
             raise UnsupportedModelError(
                 f"layer {observation.layer_idx} attends to other keys than it caches, so its attention cannot be "
                 "computed after the forward; use prefill='single' and decode='grow' with this model."
+            )
+        if self.deferred and observation.hides_real_tokens:
+            raise UnsupportedModelError(
+                f"the attention of layer {observation.layer_idx} hides more than padding and what comes later, so it "
+                "cannot be computed after the forward; use prefill='single' with this model."
             )
         if layer.buffer is None:
             layer.buffer = QueryBuffer(capacity)

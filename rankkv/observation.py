@@ -86,6 +86,14 @@ class Observation:
         """Number of keys, padding included."""
         return self.keys.shape[-2]
 
+    @property
+    def hides_real_tokens(self) -> bool:
+        """Whether the newest query cannot see all real tokens of its row (a sliding or chunked mask)."""
+        if self.attention_mask is None:
+            return False
+        visible = is_visible(self.attention_mask[:, 0, -1]).expand(len(self.lengths), -1).sum(-1).tolist()
+        return any(seen < length for seen, length in zip(visible, self.lengths, strict=True))
+
     @cached_property
     def real_index(self) -> Tensor:
         """Index of each key among its row's real tokens, ``[batch, kv_head or 1, key]`` int64, -1 for padding."""
@@ -226,14 +234,19 @@ class Observation:
             mask = self.attention_mask[:, :, rows, :key_stop]
             if mask.dtype == torch.bool:
                 return real & mask, None
-            # Half of the dtype's minimum separates "masked" from any honest additive bias.
-            return real & (mask > torch.finfo(mask.dtype).min / 2), mask.float()
+            return real & is_visible(mask), mask.float()
         positions = self.positions[:, :, None, :key_stop]
         heads = positions.shape[1]
         if heads > 1:
             positions = positions.repeat_interleave(self.query.shape[1] // heads, dim=1)
         index = torch.arange(self.query_length, device=positions.device)[rows] + self.query_start
         return real & (positions <= index[:, None]), None
+
+
+def is_visible(mask: Tensor) -> Tensor:
+    """Tell what a mask, bool or additive, leaves visible, as bool."""
+    # Half of the dtype's minimum separates "masked" from any honest additive bias.
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def observe(
@@ -290,9 +303,10 @@ def observe(
         if attention_mask.dim() == 2:
             valid, attention_mask = attention_mask[:, -key_length:].bool(), None
         else:
-            # Real tokens are those that the newest query may see.
-            newest = attention_mask[:, 0, -1, :key_length]
-            valid = newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
+            # Real tokens see themselves; where earlier queries are gone, the newest sees what is real.
+            whole = query_length == key_length
+            seen_keys = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1) if whole else attention_mask[:, 0, -1]
+            valid = is_visible(seen_keys[:, :key_length])
         valid = valid.expand(batch, -1)
         available = [int(n) for n in valid.sum(-1).tolist()]
         if min(available) == 0:
