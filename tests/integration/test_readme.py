@@ -148,7 +148,6 @@ def test_without_make_does_what_make_does():
 
 
 def test_commands_exist():
-    import click
     import typer
 
     from rankkv.cli import app
@@ -168,8 +167,7 @@ def test_commands_exist():
             assert set(rest) <= targets
         elif program == "rankkv":
             # Parses the options with their types, and runs nothing.
-            command = group.get_command(click.Context(group), rest[0])
-            context = command.make_context(rest[0], rest[1:])
+            context = group.commands[rest[0]].make_context(rest[0], rest[1:])
             if context.params.get("prompt_file"):
                 assert (ROOT / context.params["prompt_file"]).is_file()
         elif rest[0].endswith(".py"):
