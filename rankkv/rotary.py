@@ -82,17 +82,30 @@ def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotat
             f"{type(model).__name__} takes no position_ids, so positions='packed' cannot work; use "
             "positions='original'."
         )
-    here, there = _keys_at(model, 0), _keys_at(model, _SHIFT)
+    text_config = model.config.get_text_config(decoder=True)
+    if "mrope_section" in (getattr(text_config, "rope_parameters", None) or {}):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives the tokens of an image several positions each, so positions='packed' cannot "
+            "work; use positions='original'."
+        )
+    (here, values), (there, other_values) = _states_at(model, 0), _states_at(model, _SHIFT)
     buffers = [
         (module, name)
         for module in model.modules()
         for name, _ in module.named_buffers(recurse=False)
         if name.endswith("inv_freq") and "original" not in name
     ]
-    return {index: _explain(here[index], there[index], buffers, model, index) for index in layer_indices}
+    rotations = {index: _explain(here[index], there[index], buffers, model, index) for index in layer_indices}
+    for index in layer_indices:
+        if _error(values[index], other_values[index]) > _get_tolerance(model):
+            raise UnsupportedModelError(
+                f"layer {index} of {type(model).__name__} keeps its positions with its values, so positions='packed' "
+                "cannot work; use positions='original'."
+            )
+    return rotations
 
 
-def _keys_at(model: Any, start: int) -> list[Any]:
+def _states_at(model: Any, start: int) -> tuple[list[Any], list[Any]]:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -100,19 +113,24 @@ def _keys_at(model: Any, start: int) -> list[Any]:
     position_ids = torch.arange(start, start + _TOKENS, device=device)[None]
     with torch.no_grad():
         model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **cache_argument(cache))
-    return [getattr(layer, "keys", None) for layer in cache.layers]
+    states = ([getattr(layer, name, None) for layer in cache.layers] for name in ("keys", "values"))
+    return next(states), next(states)
+
+
+def _error(guess: Tensor, truth: Tensor) -> float:
+    guess, truth = guess.to(truth.device).float(), truth.float()
+    return float((guess - truth).norm() / truth.norm().clamp(min=1e-12))
+
+
+def _get_tolerance(model: Any) -> float:
+    return 2e-2 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
 
 
 def _explain(
     here: Tensor, there: Tensor, buffers: list[tuple[nn.Module, str]], model: Any, layer_idx: int
 ) -> LayerRotation | None:
     here, there = here.float(), there.float()
-    tolerance = 2e-2 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
-
-    def error(guess: Tensor) -> float:
-        return float((guess.to(there.device) - there).norm() / there.norm().clamp(min=1e-12))
-
-    best: tuple[float, LayerRotation | None] = (error(here), None)
+    best: tuple[float, LayerRotation | None] = (_error(here, there), None)
     for module, name in buffers:
         for interleaved in (False, True):
             for from_end in (False, True):
@@ -120,10 +138,10 @@ def _explain(
                 angles = rotation.frequencies.to(here.device) * _SHIFT
                 if 2 * len(angles) > here.shape[-1]:
                     continue
-                found = error(rotation.turn(here, angles.expand(*here.shape[:-1], -1)))
+                found = _error(rotation.turn(here, angles.expand(*here.shape[:-1], -1)), there)
                 if found < best[0]:
                     best = (found, rotation)
-    if best[0] > tolerance:
+    if best[0] > _get_tolerance(model):
         raise UnsupportedModelError(
             f"layer {layer_idx} of {type(model).__name__} does not turn its keys by rotary positions (the best guess "
             f"is off by {best[0]:.2g}), so positions='packed' cannot work; use positions='original'."
