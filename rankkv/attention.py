@@ -65,8 +65,10 @@ class ObservingCache(Protocol):
         """Run ``inner`` for a layer that attends to the keys of layer ``layer_idx``."""
 
 
-def hand_off(cache: ObservingCache, layer_idx: int) -> None:
+def hand_off(cache: ObservingCache, layer_idx: int, key_length: int) -> None:
     """Announce that the next attention call of this thread belongs to ``cache`` and ``layer_idx``.
+
+    A call of another layer, or over another number of keys, is none of this cache's: its forward was interrupted.
 
     Raises
     ------
@@ -76,7 +78,7 @@ def hand_off(cache: ObservingCache, layer_idx: int) -> None:
     """
     pending = getattr(_local, "pending", None)
     # Weak, so that a forward that was interrupted does not keep its cache alive.
-    _local.pending = (weakref.ref(cache), layer_idx)
+    _local.pending = (weakref.ref(cache), layer_idx, key_length)
     if pending is not None and pending[0]() is cache and layer_idx >= pending[1]:
         _local.pending = None
         raise UnsupportedModelError(
@@ -86,12 +88,12 @@ def hand_off(cache: ObservingCache, layer_idx: int) -> None:
         )
 
 
-def _take_hand_off(module: nn.Module) -> tuple[ObservingCache, int] | None:
+def _take_hand_off(module: nn.Module, key: Tensor) -> tuple[ObservingCache, int] | None:
     pending = getattr(_local, "pending", None)
     if pending is None:
         return None
     layer_idx = getattr(module, "layer_idx", pending[1])
-    if layer_idx != pending[1]:
+    if layer_idx != pending[1] or key.shape[-2] != pending[2]:
         return None
     _local.pending = None
     cache = pending[0]()
@@ -134,7 +136,7 @@ def _dispatch(
     attention_mask: Any,
     options: dict[str, Any],
 ) -> Any:
-    owner = _take_hand_off(module)
+    owner = _take_hand_off(module, key)
     if owner is not None:
         cache, layer_idx = owner
         _local.current = weakref.ref(cache)

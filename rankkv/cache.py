@@ -166,9 +166,10 @@ class RankKVCache(DynamicCache):
             if layer_idx == self.layer_indices[0]:
                 self._check_complete()
             self._flow.before_update(self.layers, layer, key_states.shape[-2])
-            attention.hand_off(self, layer_idx)
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if key_states.shape[-2] > 1 and not isinstance(layer, RankKVLayer):
+        if isinstance(layer, RankKVLayer):
+            attention.hand_off(self, layer_idx, states[0].shape[-2])
+        elif key_states.shape[-2] > 1:
             release_hidden(layer)
         return states
 

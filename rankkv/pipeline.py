@@ -53,7 +53,7 @@ class _ProbeCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if isinstance(self.layers[layer_idx], _PassingLayer):
-            attention.hand_off(self, layer_idx)
+            attention.hand_off(self, layer_idx, key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def attend(
