@@ -44,8 +44,9 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 
 
 def accepts_argument(model: Any, name: str) -> bool:
-    """Tell whether the model's forward takes an argument of this name."""
-    return name in inspect.signature(model.forward).parameters
+    """Tell whether the model's forward takes an argument of this name; a PEFT wrapper hands it on to its base model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(base.forward).parameters
 
 
 def find_layer_devices(model: Any) -> dict[int, Any]:
