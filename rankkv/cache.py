@@ -214,6 +214,11 @@ class RankKVCache(DynamicCache):
         self._flow.pick_rows(indices=indices)
 
     @property
+    def is_croppable(self) -> bool:
+        """Whether the newest tokens can be removed again, so that a rejected draft leaves no trace."""
+        return self._flow.can_take_back and all(getattr(layer, "is_croppable", True) for layer in self.layers)
+
+    @property
     def is_compileable(self) -> bool:
         """False: lengths differ by layer and change with every prompt."""
         return False

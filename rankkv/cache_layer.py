@@ -135,14 +135,14 @@ class RankKVLayer(DynamicLayer):
                 f"{self.seen} tokens, and evicted tokens cannot come back. Remove at most "
                 f"{self.seen - self.compressed_at} tokens, or build a new cache."
             )
+        if removed and self.buffer is not None:
+            self.buffer.drop(removed)
         if removed:
             # Cloned, so that the removed tokens' memory is freed and not only hidden.
             self.keys = self.keys[..., :-removed, :].clone(memory_format=torch.contiguous_format)
             self.values = self.values[..., :-removed, :].clone(memory_format=torch.contiguous_format)
             self.seen -= removed
             self.compressed_at = min(self.compressed_at, self.seen)
-            if self.buffer is not None:
-                self.buffer.drop(removed)
             if self.running_scores is not None:
                 self.running_scores = self.running_scores[..., : self.width]
 

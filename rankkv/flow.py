@@ -12,12 +12,12 @@ from .cache_layer import RankKVLayer
 from .compression import Compressor
 from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, UnsupportedModelError
-from .observation import Observation, observe
+from .observation import Observation, check_rows, observe
 from .query_buffer import QueryBuffer
 from .selection import Selector
 
 # Queries held beyond the observation window while a draft may still be taken back.
-_DRAFT_QUERIES = 64
+_DRAFT_QUERIES = 256
 
 
 class Flow:
@@ -38,7 +38,6 @@ class Flow:
         self.selector = selector
         self.layer_indices = layer_indices
         self.compressor = Compressor(config, selector, layer_indices)
-        self.recording = False
         self.reset()
 
     def reset(self) -> None:
@@ -50,6 +49,7 @@ class Flow:
         self.compressed_at = 0
         # Compression waits: for the last chunk of the prompt, or until a draft has been judged.
         self.deferred = self.config.prefill == "chunked"
+        self.recording = False
         self.streaming = self.config.prefill == "streaming"
 
     def copy(self) -> Flow:
@@ -70,6 +70,11 @@ class Flow:
         if self.compressor.plans:
             self.compressor.plans = [self.compressor.plans[row] for row in rows]
 
+    @property
+    def can_take_back(self) -> bool:
+        """Whether the newest tokens can be removed again: no option evicts others to make room for them."""
+        return self.config.decode == "grow" and not self.streaming and not self.config.recompress_turns
+
     def start_recording(self) -> None:
         """Let drafts be taken back from now on (assisted decoding).
 
@@ -78,10 +83,11 @@ class Flow:
         ConfigError
             If an option evicts tokens that a rejected draft would need back.
         """
-        if self.config.decode != "grow" or self.streaming:
+        if not self.can_take_back:
             raise ConfigError(
-                f"decode={self.config.decode!r} with prefill={self.config.prefill!r} evicts tokens that a rejected "
-                "draft would need back; use decode='grow' and prefill='single' with assisted decoding."
+                f"decode={self.config.decode!r} with prefill={self.config.prefill!r} and "
+                f"recompress_turns={self.config.recompress_turns} evicts tokens that a rejected draft would need back; "
+                "use decode='grow', prefill='single' or 'chunked', and recompress_turns=False with assisted decoding."
             )
         self.recording = True
         self.deferred = self.deferred or not self.compressed
@@ -141,10 +147,12 @@ class Flow:
             positions=None if layer.kept_positions is None else layer.compute_positions(),
             seen=layer.seen,
             row_start=self.row_start,
+            more_to_come=self.deferred or self.streaming,
         )
         last = layer_idx == self.layer_indices[-1]
         if self.deferred:
-            self._buffer(layer, observation, config.window_size + (_DRAFT_QUERIES if self.recording else 0))
+            spare = _DRAFT_QUERIES if self.recording else 0
+            self._buffer(layer, observation, config.window_size + spare, spare)
         elif not self.compressed or (steps > 1 and (config.recompress_turns or self.streaming)):
             self.compressor.add_layer(layers, observation)
             self._end_round(layers, last)
@@ -161,6 +169,9 @@ class Flow:
 
     def compress_deferred(self, layers: list[Any]) -> None:
         """Compress all layers from the queries held back."""
+        if self.row_start is not None:
+            seen = layers[self.layer_indices[0]].seen
+            check_rows([seen - start for start in self.row_start])
         self.deferred = False
         with torch.no_grad():
             for index in self.layer_indices:
@@ -191,7 +202,9 @@ class Flow:
                 "ids, or only the new ids with a mask over all."
             )
 
-    def _buffer(self, layer: RankKVLayer, observation: Observation, capacity: int) -> None:
+    def _buffer(
+        self, layer: RankKVLayer, observation: Observation, capacity: int, spare: int | None = None
+    ) -> None:
         if self.deferred and observation.keys.shape != layer.keys.shape:
             raise UnsupportedModelError(
                 f"layer {observation.layer_idx} attends to other keys than it caches, so its attention cannot be "
@@ -203,7 +216,7 @@ class Flow:
                 "cannot be computed after the forward; use prefill='single' with this model."
             )
         if layer.buffer is None:
-            layer.buffer = QueryBuffer(capacity)
+            layer.buffer = QueryBuffer(capacity, spare)
         gone = layer.buffer.push(observation)
         if gone is not None and self.selector.step == "sum":
             self.compressor.carry(layer, gone)

@@ -80,6 +80,8 @@ def _cut_evictable(window: Tensor, observation: Observation) -> Tensor:
 
 def _compute_full_rank(observation: Observation, aggregation: str, normalize: bool) -> Tensor:
     count = observation.query_length
+    if count == 0:
+        return torch.zeros((), dtype=torch.float64, device=observation.keys.device)
     if count > EXACT_TOKENS:
         spread = (torch.arange(SAMPLED_ROWS, device=observation.keys.device) + 0.5) * (count / SAMPLED_ROWS)
         rows: slice | Tensor = spread.long()

@@ -264,6 +264,7 @@ def observe(
     positions: Tensor | None = None,
     seen: int | None = None,
     row_start: list[int] | None = None,
+    more_to_come: bool = False,
 ) -> Observation:
     """Gather an :class:`Observation` from the arguments of one call of a layer's attention function.
 
@@ -287,6 +288,8 @@ def observe(
         Tokens seen, this call's included; None means as many as there are keys.
     row_start : list of int, optional
         Padding before each row's first real token, where an earlier call established it.
+    more_to_come : bool, default False
+        Whether this may be a chunk of the prompt, so that a row may hold nothing but padding yet.
 
     Raises
     ------
@@ -309,12 +312,10 @@ def observe(
             valid = is_visible(seen_keys[:, :key_length])
         valid = valid.expand(batch, -1)
         available = [int(n) for n in valid.sum(-1).tolist()]
-        if min(available) == 0:
-            raise InputError(
-                f"row {available.index(0)} of the batch holds no real token: remove it or give it at least one token."
-            )
+        if not more_to_come:
+            check_rows(available)
     if row_start is None and attention_mask_given:
-        ends_real = valid[:, -1].tolist()
+        ends_real = [end or count == 0 for end, count in zip(valid[:, -1].tolist(), available, strict=True)]
         if not all(ends_real):
             raise InputError(
                 f"row {ends_real.index(False)} of the batch ends in padding, where the last queries are observed: pad on "
@@ -325,6 +326,13 @@ def observe(
         row_start = (
             [0] * batch if attention_mask is None and min(available) == key_length else _first_valid(valid)
         )
+    elif max(row_start) >= seen - query_length > 0:
+        # A row of nothing but padding so far may start in this call.
+        past = seen - query_length
+        starts = _first_valid(valid[:, key_length - query_length :])
+        row_start = [
+            past + new if start >= past else start for start, new in zip(row_start, starts, strict=True)
+        ]
     if positions is None:
         positions = torch.arange(key_length, device=key.device).view(1, 1, -1).expand(batch, 1, -1)
     scaling = options.get("scaling")
@@ -353,5 +361,21 @@ def observe(
     )
 
 
+def check_rows(tokens: list[int]) -> None:
+    """Raise if a row of the batch holds no real token.
+
+    Raises
+    ------
+    InputError
+        With the number of the row.
+    """
+    if min(tokens) <= 0:
+        raise InputError(
+            f"row {tokens.index(min(tokens))} of the batch holds no real token: remove it or give it at least one token."
+        )
+
+
 def _first_valid(valid: Tensor) -> list[int]:
-    return [int(index) for index in valid.int().argmax(dim=-1).tolist()]
+    # A row without a real token counts as all padding.
+    first = torch.where(valid.any(dim=-1), valid.int().argmax(dim=-1), valid.shape[-1])
+    return [int(index) for index in first.tolist()]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedModelError
+from .errors import CacheStateError, UnsupportedModelError
 from .observation import Observation
 
 
@@ -19,11 +19,15 @@ class QueryBuffer:
     ----------
     capacity : int
         Number of queries held.
+    spare : int, optional
+        Queries held beyond those that are needed, so that as many can be dropped; None drops any number.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, spare: int | None = None) -> None:
         self.capacity = capacity
+        self.spare = spare
         self._held: Observation | None = None
+        self._overflowed = False
 
     def push(self, observation: Observation) -> Observation | None:
         """Add the queries of one forward and return those that no longer fit, ready to be scored, if there are any.
@@ -47,6 +51,7 @@ class QueryBuffer:
                 query_start=observation.query_start - self._held.query_length,
             )
         split = max(0, joined.query_length - self.capacity)
+        self._overflowed |= split > 0
         nothing = observation.keys.new_empty(0)
         self._held = replace(
             _take_queries(joined, slice(split, None)),
@@ -60,7 +65,18 @@ class QueryBuffer:
         return _take_queries(joined, slice(0, split)) if split else None
 
     def drop(self, count: int) -> None:
-        """Forget the newest ``count`` queries."""
+        """Forget the newest ``count`` queries.
+
+        Raises
+        ------
+        CacheStateError
+            If earlier queries would be needed in their place that are no longer there.
+        """
+        if self.spare is not None and self._overflowed and count > self.spare:
+            raise CacheStateError(
+                f"cannot take back {count} tokens before the prompt is compressed: at most {self.spare} can be. Draft "
+                f"fewer at a time (num_assistant_tokens or prompt_lookup_num_tokens), or call finish() before crop()."
+            )
         if self._held is not None and count:
             self._held = _take_queries(self._held, slice(0, max(0, self._held.query_length - count)))
 
@@ -72,6 +88,7 @@ class QueryBuffer:
                 query=change(self._held.query),
                 query_valid=change(self._held.query_valid),
                 valid=change(self._held.valid),
+                row_start=change(torch.tensor(self._held.row_start)).tolist(),
             )
 
     def observe(

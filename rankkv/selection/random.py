@@ -28,6 +28,7 @@ def score_random(observation: Observation, seed: int = 0) -> Tensor:
     for length in observation.lengths:
         # One token after the other, so that neither padding nor later tokens change what a token draws.
         generator = torch.Generator().manual_seed(seed * 100_003 + observation.layer_idx)
-        drawn = torch.rand(length, observation.kv_heads, generator=generator).T
-        draws.append(drawn.gather(-1, index[len(draws)].clamp(0, length - 1)))
+        # A row of nothing but padding, as a chunk may be, still needs a number to point at.
+        drawn = torch.rand(max(1, length), observation.kv_heads, generator=generator).T
+        draws.append(drawn.gather(-1, index[len(draws)].clamp(0, max(0, length - 1))))
     return torch.stack(draws).to(observation.keys.device)
