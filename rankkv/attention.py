@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from . import block_masks
 from .errors import CacheStateError, UnsupportedModelError
+from .observation import is_visible
 
 #: Backends whose masks are understood; eager is the model module's own function.
-SUPPORTED_BACKENDS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+SUPPORTED_BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 _EAGER = "eager_attention_forward"
 _originals: dict[str, Callable[..., Any] | None] = {}
@@ -277,7 +279,7 @@ def project_mask(
     ----------
     attention_mask : Tensor or None
         What transformers made for all layers: 4-D ``[batch, 1 or head, query, seen]``, flash attention's 2-D
-        ``[batch, seen]``, or None.
+        ``[batch, seen]``, flex_attention's block mask, or None.
     positions : Tensor
         ``[batch, kv_head or 1, slot]`` int64, logical position of each slot (ascending).
     slot_valid : Tensor, optional
@@ -292,8 +294,14 @@ def project_mask(
     Returns
     -------
     Tensor or None
-        ``[batch, 1 or query_heads, query, slot]``, ``[batch, slot]``, or None where nothing needs masking.
+        ``[batch, 1 or query_heads, query, slot]``, ``[batch, slot]``, flex_attention's block mask, or None where
+        nothing needs masking.
     """
+    flex = backend == block_masks.BACKEND
+    if flex and (attention_mask is None or block_masks.is_block_mask(attention_mask)):
+        return block_masks.project_block_mask(
+            attention_mask, positions, slot_valid, query_length, query_heads
+        )
     if attention_mask is None:
         return _mask_from_slots(positions, slot_valid, query_length, backend, dtype)
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
@@ -324,7 +332,8 @@ def project_mask(
     if query_length == 1 and mask.device.type == "cpu" and _hides_nothing(mask):
         # Without a mask the fast kernels stay available; on other devices asking would stall the stream.
         return None
-    return mask
+    # flex_attention reads a dense mask's first head for all of them.
+    return block_masks.build_block_mask(is_visible(mask)) if flex else mask
 
 
 def _hides_nothing(mask: Tensor) -> bool:

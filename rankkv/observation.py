@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .block_masks import reduce_block_mask
 from .errors import InputError
 
 #: Elements of one block of attention weights (float32): 32 Mi elements are 128 MiB.
@@ -303,6 +304,8 @@ def observe(
         valid = torch.ones(batch, key_length, dtype=torch.bool, device=key.device)
         available = [key_length] * batch
     else:
+        if not isinstance(attention_mask, Tensor):
+            attention_mask = reduce_block_mask(attention_mask, query_length, key_length)
         if attention_mask.dim() == 2:
             valid, attention_mask = attention_mask[:, -key_length:].bool(), None
         else:
@@ -318,8 +321,8 @@ def observe(
         ends_real = [end or count == 0 for end, count in zip(valid[:, -1].tolist(), available, strict=True)]
         if not all(ends_real):
             raise InputError(
-                f"row {ends_real.index(False)} of the batch ends in padding, where the last queries are observed: pad on "
-                "the left (tokenizer.padding_side = 'left')."
+                f"row {ends_real.index(False)} of the batch ends in padding, where the last queries are observed: pad "
+                "on the left (tokenizer.padding_side = 'left')."
             )
     if row_start is None:
         # Nothing was evicted yet, so what is missing before a row's first real token is padding.
@@ -371,7 +374,8 @@ def check_rows(tokens: list[int]) -> None:
     """
     if min(tokens) <= 0:
         raise InputError(
-            f"row {tokens.index(min(tokens))} of the batch holds no real token: remove it or give it at least one token."
+            f"row {tokens.index(min(tokens))} of the batch holds no real token: remove it or give it at least one "
+            "token."
         )
 
 

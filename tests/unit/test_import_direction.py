@@ -29,6 +29,7 @@ RANKS = {
     "rankkv.budget_allocation": 12,
     "rankkv.budget_plan": 13,
     # from the model to the cache
+    "rankkv.block_masks": 10,
     "rankkv.observation": 20,
     "rankkv.rotary": 20,
     "rankkv.layer_rank": 21,
