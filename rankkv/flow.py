@@ -208,7 +208,7 @@ class Flow:
         if self.deferred and observation.keys.shape != layer.keys.shape:
             raise UnsupportedModelError(
                 f"layer {observation.layer_idx} attends to other keys than it caches, so its attention cannot be "
-                "computed after the forward; use prefill='single' and decode='grow' with this model."
+                "computed after the forward; use prefill='single', and no assisted decoding, with this model."
             )
         if self.deferred and observation.hides_real_tokens:
             raise UnsupportedModelError(

@@ -33,7 +33,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-_USUAL: dict[str, Any] = {
+USUAL: dict[str, Any] = {
     **_COMMON,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -41,7 +41,7 @@ _USUAL: dict[str, Any] = {
     "max_position_embeddings": 2048,
 }
 _EXPERTS: dict[str, Any] = {
-    **_USUAL,
+    **USUAL,
     "num_experts": 4,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
@@ -50,7 +50,7 @@ _EXPERTS: dict[str, Any] = {
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 _MLA: dict[str, Any] = {
-    **_USUAL,
+    **USUAL,
     "num_key_value_heads": 4,
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
@@ -82,22 +82,38 @@ class Family:
         Pattern of the message, where it is unchanged or refused.
     compressible : tuple of int, optional
         Layers that are compressed; None means all.
-    backends : tuple of str
-        Attention backends the family has.
+    chunks : bool
+        Whether the model itself, with transformers' own cache, can take a prompt in chunks.
+    sinks : bool
+        Whether its attention has learned sinks, which flex_attention computes on a GPU only.
+    latent : bool
+        Whether its cache holds what keys and values are computed from.
     """
 
     model: str
-    options: Mapping[str, Any] = field(default_factory=lambda: _USUAL)
+    options: Mapping[str, Any] = field(default_factory=lambda: USUAL)
     config: str | None = None
     outcome: str = COMPRESSED
     says: str = ""
     compressible: tuple[int, ...] | None = None
-    backends: tuple[str, ...] = ("sdpa", "eager")
+    chunks: bool = True
+    sinks: bool = False
+    latent: bool = False
 
     @property
     def exists(self) -> bool:
         """Whether the installed transformers has the family."""
         return hasattr(transformers, self.model)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Attention backends that the model has and a CPU runs, the usual one first."""
+        model_class = getattr(transformers, self.model)
+        return (
+            *(["sdpa"] if model_class._supports_sdpa else []),
+            "eager",
+            *(["flex_attention"] if model_class._supports_flex_attn and not self.sinks else []),
+        )
 
     def build(self, backend: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
         """Build the model; the same weights every time."""
@@ -142,10 +158,10 @@ FAMILIES: dict[str, Family] = {
         },
         compressible=(1, 3),
     ),
-    "Mistral": Family("MistralForCausalLM", {**_USUAL, "sliding_window": None}),
+    "Mistral": Family("MistralForCausalLM", {**USUAL, "sliding_window": None}),
     "Mistral, sliding window": Family(
         "MistralForCausalLM",
-        {**_USUAL, "sliding_window": WINDOW},
+        {**USUAL, "sliding_window": WINDOW},
         outcome=UNCHANGED,
         says="no layer of MistralForCausalLM has a full-attention KV cache",
         compressible=(),
@@ -153,7 +169,7 @@ FAMILIES: dict[str, Family] = {
     "Ministral": Family(
         "MinistralForCausalLM",
         {
-            **_USUAL,
+            **USUAL,
             "num_hidden_layers": 4,
             "head_dim": 16,
             "sliding_window": WINDOW,
@@ -164,7 +180,7 @@ FAMILIES: dict[str, Family] = {
     "Mixtral": Family("MixtralForCausalLM", {**_EXPERTS, "sliding_window": None}),
     "Qwen2": Family("Qwen2ForCausalLM"),
     "Qwen2-MoE": Family("Qwen2MoeForCausalLM", {**_EXPERTS, "shared_expert_intermediate_size": 32}),
-    "Qwen3": Family("Qwen3ForCausalLM", {**_USUAL, "head_dim": 16}),
+    "Qwen3": Family("Qwen3ForCausalLM", {**USUAL, "head_dim": 16}),
     "Qwen3-MoE": Family("Qwen3MoeForCausalLM", {**_EXPERTS, "head_dim": 16}),
     "Qwen3-Next": Family(
         "Qwen3NextForCausalLM",
@@ -184,7 +200,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen3.5": Family(
         "Qwen3_5ForCausalLM",
         {
-            **_USUAL,
+            **USUAL,
             "num_hidden_layers": 4,
             "head_dim": 16,
             "layer_types": _HYBRID,
@@ -196,12 +212,12 @@ FAMILIES: dict[str, Family] = {
         compressible=(1, 3),
     ),
     "Phi": Family("PhiForCausalLM"),
-    "Phi-3": Family("Phi3ForCausalLM", {**_USUAL, "sliding_window": None}),
-    "Gemma": Family("GemmaForCausalLM", {**_USUAL, "head_dim": 16}),
+    "Phi-3": Family("Phi3ForCausalLM", {**USUAL, "sliding_window": None}),
+    "Gemma": Family("GemmaForCausalLM", {**USUAL, "head_dim": 16}),
     "Gemma 2": Family(
         "Gemma2ForCausalLM",
         {
-            **_USUAL,
+            **USUAL,
             "num_hidden_layers": 4,
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
@@ -211,12 +227,11 @@ FAMILIES: dict[str, Family] = {
             "layer_types": _SLIDING_THEN_FULL,
         },
         compressible=(1, 3),
-        backends=("eager",),
     ),
     "Gemma 3": Family(
         "Gemma3ForCausalLM",
         {
-            **_USUAL,
+            **USUAL,
             "num_hidden_layers": 4,
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
@@ -229,7 +244,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma 3n": Family(
         "Gemma3nForCausalLM",
         {
-            **_USUAL,
+            **USUAL,
             "num_hidden_layers": 4,
             "head_dim": 16,
             "sliding_window": WINDOW,
@@ -248,7 +263,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma 4": Family(
         "Gemma4ForCausalLM",
         {
-            **_USUAL,
+            **USUAL,
             "num_hidden_layers": 4,
             "head_dim": 16,
             "sliding_window": WINDOW,
@@ -274,7 +289,6 @@ FAMILIES: dict[str, Family] = {
         {**_COMMON, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
         outcome=REFUSED,
         says=_BYPASSES,
-        backends=("eager",),
     ),
     "gpt-oss": Family(
         "GptOssForCausalLM",
@@ -286,7 +300,7 @@ FAMILIES: dict[str, Family] = {
             "layer_types": _SLIDING_THEN_FULL,
         },
         compressible=(1, 3),
-        backends=("eager",),
+        sinks=True,
     ),
     "OPT": Family(
         "OPTForCausalLM",
@@ -310,43 +324,40 @@ FAMILIES: dict[str, Family] = {
         {**_COMMON, "n_layer": 2},
         outcome=REFUSED,
         says=_BYPASSES,
-        backends=("eager",),
     ),
     "MPT": Family(
         "MptForCausalLM",
         {**_COMMON, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 2048},
         outcome=REFUSED,
         says=_BYPASSES,
-        backends=("eager",),
     ),
     "Mamba": Family(
         "MambaForCausalLM",
         {**_COMMON, "num_hidden_layers": 2, "state_size": 8},
         outcome=REFUSED,
         says=_BYPASSES,
-        backends=("eager",),
     ),
     "OLMo": Family("OlmoForCausalLM"),
     "OLMo 2": Family("Olmo2ForCausalLM"),
     "OLMo 3": Family(
         "Olmo3ForCausalLM",
-        {**_USUAL, "num_hidden_layers": 4, "sliding_window": WINDOW, "layer_types": _SLIDING_THEN_FULL},
+        {**USUAL, "num_hidden_layers": 4, "sliding_window": WINDOW, "layer_types": _SLIDING_THEN_FULL},
         compressible=(1, 3),
     ),
     "OLMoE": Family("OlmoeForCausalLM", _EXPERTS),
-    "StarCoder2": Family("Starcoder2ForCausalLM", {**_USUAL, "sliding_window": None}),
+    "StarCoder2": Family("Starcoder2ForCausalLM", {**USUAL, "sliding_window": None}),
     "Granite": Family(
-        "GraniteForCausalLM", {**_USUAL, "attention_multiplier": 0.1, "residual_multiplier": 0.5}
+        "GraniteForCausalLM", {**USUAL, "attention_multiplier": 0.1, "residual_multiplier": 0.5}
     ),
     "Granite-MoE": Family("GraniteMoeForCausalLM", {**_EXPERTS, "attention_multiplier": 0.1}),
     "SmolLM3": Family(
-        "SmolLM3ForCausalLM", {**_USUAL, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
+        "SmolLM3ForCausalLM", {**USUAL, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
     ),
     "Cohere": Family("CohereForCausalLM"),
     "Cohere2": Family(
         "Cohere2ForCausalLM",
         {
-            **_USUAL,
+            **USUAL,
             "num_hidden_layers": 4,
             "head_dim": 16,
             "sliding_window": WINDOW,
@@ -354,26 +365,26 @@ FAMILIES: dict[str, Family] = {
         },
         compressible=(1, 3),
     ),
-    "DeepSeek-V2": Family("DeepseekV2ForCausalLM", _MLA),
-    "DeepSeek-V3": Family("DeepseekV3ForCausalLM", _MLA),
-    "GLM": Family("GlmForCausalLM", {**_USUAL, "head_dim": 16}),
-    "GLM-4": Family("Glm4ForCausalLM", {**_USUAL, "head_dim": 16}),
+    "DeepSeek-V2": Family("DeepseekV2ForCausalLM", _MLA, latent=True),
+    "DeepSeek-V3": Family("DeepseekV3ForCausalLM", _MLA, latent=True),
+    "GLM": Family("GlmForCausalLM", {**USUAL, "head_dim": 16}),
+    "GLM-4": Family("Glm4ForCausalLM", {**USUAL, "head_dim": 16}),
     "GLM-4-MoE": Family("Glm4MoeForCausalLM", {**_MLA, "head_dim": 16, "num_key_value_heads": 2}),
     "StableLM": Family("StableLmForCausalLM"),
     "Nemotron": Family("NemotronForCausalLM"),
     "EXAONE 4": Family(
         "Exaone4ForCausalLM",
-        {**_USUAL, "num_hidden_layers": 4, "sliding_window": WINDOW, "layer_types": _SLIDING_THEN_FULL},
+        {**USUAL, "num_hidden_layers": 4, "sliding_window": WINDOW, "layer_types": _SLIDING_THEN_FULL},
         compressible=(1, 3),
     ),
-    "ERNIE 4.5": Family("Ernie4_5ForCausalLM", {**_USUAL, "head_dim": 16}),
-    "Hunyuan": Family("HunYuanDenseV1ForCausalLM", {**_USUAL, "head_dim": 16}),
-    "Seed-OSS": Family("SeedOssForCausalLM", {**_USUAL, "head_dim": 16}),
-    "Helium": Family("HeliumForCausalLM", {**_USUAL, "head_dim": 16}),
+    "ERNIE 4.5": Family("Ernie4_5ForCausalLM", {**USUAL, "head_dim": 16}),
+    "Hunyuan": Family("HunYuanDenseV1ForCausalLM", {**USUAL, "head_dim": 16}),
+    "Seed-OSS": Family("SeedOssForCausalLM", {**USUAL, "head_dim": 16}),
+    "Helium": Family("HeliumForCausalLM", {**USUAL, "head_dim": 16}),
     "MiniMax-M2": Family("MiniMaxM2ForCausalLM", {**_EXPERTS, "head_dim": 16}),
     "Persimmon": Family("PersimmonForCausalLM"),
     "CodeGen": Family("CodeGenForCausalLM", {**_COMMON, "n_layer": 2, "n_positions": 2048, "rotary_dim": 8}),
-    "BioGPT": Family("BioGptForCausalLM", {**_USUAL, "scale_embedding": False}),
+    "BioGPT": Family("BioGptForCausalLM", {**USUAL, "scale_embedding": False}),
     "Jamba": Family(
         "JambaForCausalLM",
         {
@@ -386,16 +397,17 @@ FAMILIES: dict[str, Family] = {
             "use_mamba_kernels": False,
         },
         compressible=(1, 3),
+        chunks=False,
     ),
     "LFM2": Family(
         "Lfm2ForCausalLM",
-        {**_USUAL, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+        {**USUAL, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
         compressible=(1, 3),
     ),
     "Bamba": Family(
         "BambaForCausalLM",
         {
-            **_USUAL,
+            **USUAL,
             "num_hidden_layers": 4,
             "attn_layer_indices": [1, 3],
             "mamba_n_heads": 8,
@@ -408,7 +420,7 @@ FAMILIES: dict[str, Family] = {
     "Falcon-H1": Family(
         "FalconH1ForCausalLM",
         {
-            **_USUAL,
+            **USUAL,
             "mamba_n_heads": 8,
             "mamba_d_head": 16,
             "mamba_d_ssm": 128,
@@ -423,7 +435,7 @@ FAMILIES: dict[str, Family] = {
         "Gemma3ForConditionalGeneration",
         {
             "text_config": {
-                **_USUAL,
+                **USUAL,
                 "num_hidden_layers": 4,
                 "head_dim": 16,
                 "query_pre_attn_scalar": 16,
@@ -449,7 +461,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen2VLForConditionalGeneration",
         {
             "text_config": {
-                **_USUAL,
+                **USUAL,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
             },
             "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
@@ -460,3 +472,17 @@ FAMILIES: dict[str, Family] = {
         },
     ),
 }
+
+#: Their positions are learned, of another kind than one rotation a token, or not in the keys.
+NOT_PACKED = (
+    "GPT-2",
+    "GPT-2, scaled by layer",
+    "GPT-J",
+    "GPT-BigCode",
+    "OPT",
+    "DeepSeek-V2",
+    "DeepSeek-V3",
+    "CodeGen",
+    "BioGPT",
+    "Qwen2-VL",
+)
