@@ -67,7 +67,7 @@ def compute_layer_ranks(
 
 def _cut_evictable(window: Tensor, observation: Observation) -> Tensor:
     sinks, recent = observation.sink_size, observation.window_size
-    if min(observation.lengths) == observation.key_length:
+    if {*observation.lengths, *observation.available} == {observation.key_length}:
         # Without padding or earlier evictions the evictable columns are one stretch: a view, no copy.
         return window[..., sinks : max(sinks, observation.key_length - recent)]
     index = observation.real_index
