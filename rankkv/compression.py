@@ -87,7 +87,7 @@ class Compressor:
             layer.running_scores = scores
         place = self.layer_indices.index(observation.layer_idx)
         budgets = [plan.budgets[place] for plan in self.plans]
-        if layer.width <= max(budgets) and min(observation.available) <= min(budgets):
+        if all(count <= budget for count, budget in zip(observation.available, budgets, strict=True)):
             return
         layer.begin_compression(scores, observation)
         self._shrink_layer(layer, budgets, slack=0)
