@@ -8,6 +8,7 @@ import typer
 
 from .._version import __version__
 from .analyze import analyze
+from .check import check
 from .demo import demo
 from .generate import generate
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(analyze)
 app.command()(generate)
+app.command()(check)
 
 
 def _print_version(wanted: bool) -> None:

@@ -47,6 +47,7 @@ RANKS = {
     # the users of the line
     "rankkv.generation": 60,
     "rankkv.pipeline": 61,
+    "rankkv.selfcheck": 61,
     # loading knows nothing of compression
     "rankkv._hub": 1,
     "rankkv._checkpoints": 1,
