@@ -104,6 +104,7 @@ def test_a_layer_without_a_rank_gets_its_uniform_share(bad, place):
     budgets = plan.finish()
     assert budgets[place] == 50
     assert sum(budgets) == 150
+    assert plan.layer_ranks[place] == 0.0
     assert any(f"layer {place} has no finite rank" in note for note in plan.notes)
     for row in ceilings:
         assert all(c >= b for c, b in zip(row, budgets, strict=False))
