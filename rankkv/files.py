@@ -1,10 +1,13 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and JSON that every reader takes."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def write_text_atomically(path: str | Path, text: str) -> Path:
@@ -34,3 +37,17 @@ def write_text_atomically(path: str | Path, text: str) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def make_json_ready(value: Any) -> Any:
+    """Return a record with null for numbers that JSON cannot write (NaN, infinities)."""
+    if isinstance(value, dict):
+        return {str(key): make_json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [make_json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dump_json(record: dict[str, Any]) -> str:
+    """Return a record as indented JSON that ends in a newline."""
+    return json.dumps(make_json_ready(record), indent=2, allow_nan=False) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from .budget_plan import BudgetPlan
 from .compat import check_transformers
 from .config import RankKVConfig
 from .errors import InputError, UnsupportedModelError
-from .files import write_text_atomically
+from .files import dump_json, write_text_atomically
 from .generation import check_input_ids, run_prefill
 from .layer_rank import compute_layer_ranks
 from .observation import observe
@@ -150,7 +149,7 @@ class RankKVResult:
 
     def save(self, path: str | Path) -> Path:
         """Write the result as JSON, atomically, and return the path."""
-        return write_text_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        return write_text_atomically(path, dump_json(self.to_dict()))
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw rank and budget per layer; with a path, also save the figure. Needs ``rankkv[plots]``."""

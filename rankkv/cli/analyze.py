@@ -51,6 +51,13 @@ def analyze(
             show_default=False,
         ),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Weights' dtype, such as bfloat16.", show_default="the checkpoint's own"),
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Where the model goes, such as auto or cuda; needs accelerate.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
 ) -> None:
@@ -76,7 +83,7 @@ def analyze(
         )
         BudgetPlan.check(config)
         get_aggregation(aggregation)
-        language_model, tokenizer = load_model(model)
+        language_model, tokenizer = load_model(model, dtype, device_map)
 
     limit = max_length or (_DATASET_TOKENS if dataset is not None else None)
     input_ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :limit]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 import platform
 import sys
 from collections.abc import Callable
@@ -14,7 +12,7 @@ from typing import Any, TypeVar
 import typer
 
 from ..errors import ConfigError, InputError, RankKVError
-from ..files import write_text_atomically
+from ..files import dump_json, write_text_atomically
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -41,20 +39,6 @@ def reports_errors(command: Command) -> Command:
 def format_error(error: RankKVError) -> str:
     """Return an error's message as one line."""
     return "Error: " + " ".join(str(error).split())
-
-
-def make_json_ready(value: Any) -> Any:
-    """Return a record with null for numbers that JSON cannot write (NaN, infinities)."""
-    if isinstance(value, dict):
-        return {str(key): make_json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [make_json_ready(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def dump_json(record: dict[str, Any]) -> str:
-    """Return a record as indented JSON that ends in a newline."""
-    return json.dumps(make_json_ready(record), indent=2, allow_nan=False) + "\n"
 
 
 def print_json(record: dict[str, Any]) -> None:

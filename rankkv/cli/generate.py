@@ -47,6 +47,13 @@ def generate(
     ] = None,
     scope: Annotated[str, typer.Option(help="Attention ranked: evictable, window or full.")] = "evictable",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Weights' dtype, such as bfloat16.", show_default="the checkpoint's own"),
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Where the model goes, such as auto or cuda; needs accelerate.")
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print answer and measurements as JSON to stdout.")
     ] = False,
@@ -77,7 +84,7 @@ def generate(
             strategy_options=strategy_options,
         )
         BudgetPlan.check(config)
-        language_model, tokenizer = load_model(model)
+        language_model, tokenizer = load_model(model, dtype, device_map)
 
     input_ids = build_question_prompt(tokenizer, text, question).to(language_model.device)
     context = get_context_length(language_model)

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from rankkv import RankKVAnalyzer, __version__
 from rankkv.cli import app
-from rankkv.cli.common import build_question_prompt, make_json_ready, parse_options, reports_errors
+from rankkv.cli.common import build_question_prompt, parse_options, reports_errors
+from rankkv.files import make_json_ready
 from rankkv.cli.display import AnswerStream, draw_bar
 from rankkv.errors import ConfigError
 
