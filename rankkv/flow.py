@@ -199,7 +199,8 @@ class Flow:
             raise CacheStateError(
                 f"the new tokens start at position {given[0]}, but the cache has seen {rows[0]} tokens: input_ids hold "
                 "nothing new, or attention_mask does not cover all tokens seen and the new ones. Give generate() all "
-                "ids, or only the new ids with a mask over all."
+                "ids, or only the new ids with a mask over all; give a bare forward position_ids if the model counts "
+                "them from 0 each time."
             )
 
     def _buffer(
