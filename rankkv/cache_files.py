@@ -154,6 +154,9 @@ def restore_state(
             setattr(layer, what, tensor)
             if what == "keys":
                 layer.dtype, layer.device, layer.is_initialized = tensor.dtype, tensor.device, True
+    for packer in cache._packers.values():
+        # The file lists its tensors by name, where 10 comes before 2.
+        packer.epochs.sort(key=lambda epoch: epoch[0])
     for layer, record in zip(cache.layers, header["layers"], strict=True):
         for name, value in record.items():
             if name != "type":

@@ -217,12 +217,12 @@ class PackedPositions:
         )
 
     def _frequencies_at(self, positions: Tensor) -> Tensor:
-        first = self.epochs[0][1].to(positions.device)
-        table = first.expand(*positions.shape, -1)
-        for start, frequencies in self.epochs[1:]:
-            later = (positions >= start)[..., None]
-            table = torch.where(later, frequencies.to(positions.device), table)
-        return table
+        starts = torch.tensor([start for start, _ in self.epochs], device=positions.device)
+        table = torch.stack([frequencies for _, frequencies in self.epochs]).to(positions.device)
+        if len(starts) == 1:
+            return table[0].expand(*positions.shape, -1)
+        # Dynamic scaling begins an epoch at every step.
+        return table[(torch.searchsorted(starts, positions.contiguous(), right=True) - 1).clamp(min=0)]
 
 
 def build_packers(model: Any, layer_indices: list[int]) -> dict[int, PackedPositions]:
