@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import block_masks
+from .compat import find_eager_homes
 from .errors import CacheStateError, UnsupportedModelError
 from .observation import is_visible
 
@@ -27,6 +29,7 @@ SUPPORTED_BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "f
 
 _EAGER = "eager_attention_forward"
 _originals: dict[str, Callable[..., Any] | None] = {}
+_eager_homes: dict[ModuleType, Callable[..., Any]] = {}
 _install_lock = threading.Lock()
 _local = threading.local()
 _alive: set[int] = set()
@@ -150,10 +153,12 @@ def _dispatch(
     return inner(module, query, key, value, attention_mask, **options)
 
 
-def watch_for(cache: ObservingCache) -> None:
+def watch_for(cache: ObservingCache, model: PreTrainedModel | None) -> None:
     """Look at attention calls as long as ``cache`` lives, wrapping the attention functions if they are not yet."""
     global _any_cache_alive
     install()
+    if model is not None:
+        _wrap_eager_of(model)
     with _install_lock:
         _alive.add(id(cache))
         _any_cache_alive = True
@@ -203,6 +208,14 @@ def install() -> None:
                 AttentionInterface.register(name, _wrap(_constant(registered[name]), registered[name]))
 
 
+def _wrap_eager_of(model: PreTrainedModel) -> None:
+    with _install_lock:
+        for home in find_eager_homes(model):
+            if home not in _eager_homes:
+                inner = _eager_homes[home] = getattr(home, _EAGER)
+                setattr(home, _EAGER, _wrap(_constant(inner), inner))
+
+
 def _constant(inner: Callable[..., Any]) -> Callable[[nn.Module], Callable[..., Any]]:
     return lambda module: inner
 
@@ -216,6 +229,9 @@ def uninstall() -> None:
             else:
                 AttentionInterface.register(name, original)
         _originals.clear()
+        for home, inner in _eager_homes.items():
+            setattr(home, _EAGER, inner)
+        _eager_homes.clear()
 
 
 def is_installed() -> bool:

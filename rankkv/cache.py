@@ -149,7 +149,7 @@ class RankKVCache(DynamicCache):
         self._flow = Flow(self.config, self.selector, self.layer_indices)
         # The keys each layer's attention was last given, for layers that attend to those of another.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
-        attention.watch_for(self)
+        attention.watch_for(self, model)
 
     def _build_layer(self) -> RankKVLayer:
         return RankKVLayer() if self.config.storage == "full" else RestingLayer(self.config.storage)
@@ -362,7 +362,7 @@ class RankKVCache(DynamicCache):
         twin._flow = self._flow.copy()
         twin._attended = {}
         twin._packers = {index: packer.copy() for index, packer in self._packers.items()}
-        attention.watch_for(twin)
+        attention.watch_for(twin, self._model())
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankKVCache:
@@ -411,13 +411,19 @@ class RankKVCache(DynamicCache):
             If the file is missing, no saved cache, or one of another model.
         """
         header = cache_files.read_cache_header(path)
-        cache = cls(model, config=cache_files.restore_config(header))
-        if cache._fingerprint() != header["fingerprint"]:
+        if cache_files.compute_model_fingerprint(model) != header.get("fingerprint"):
             raise InputError(
                 f"{path} was saved from another model (or the same in another dtype): keys and values of one model "
                 "mean nothing to another. Load it with the model it came from."
             )
-        cache_files.restore_state(cache, path, header, find_layer_devices(model))
+        try:
+            cache = cls(model, config=cache_files.restore_config(header))
+            cache_files.restore_state(cache, path, header, find_layer_devices(model))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} describes a cache that this version of RankKV cannot build ({error}): write it again with "
+                "save()."
+            ) from error
         return cache
 
     def summary(self) -> str:

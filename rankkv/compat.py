@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from types import ModuleType
 from typing import Any
 
 import transformers
 from packaging.version import Version
+from transformers import AttentionInterface
 
 from .errors import UnsupportedModelError
 
@@ -47,6 +50,18 @@ def accepts_argument(model: Any, name: str) -> bool:
     """Tell whether the model's forward takes an argument of this name; a PEFT wrapper hands it on to its base model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(base.forward).parameters
+
+
+def find_eager_homes(model: Any) -> list[ModuleType]:
+    """Find the Python modules whose eager attention function is called without asking the attention interface.
+
+    Before transformers 5.1 every model did so; since then eager is asked for like any other backend.
+    """
+    if hasattr(AttentionInterface, "get_interface"):
+        return []
+    names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    homes = (sys.modules.get(name) for name in sorted(names))
+    return [home for home in homes if hasattr(home, "eager_attention_forward")]  # type: ignore[misc]
 
 
 def find_layer_devices(model: Any) -> dict[int, Any]:

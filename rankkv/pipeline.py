@@ -87,6 +87,9 @@ class _ProbeCache(DynamicCache):
             self._on_layer(len(self.ranks), len(self.layer_indices))
         return output
 
+    def find_attended(self, key: Tensor) -> None:
+        """Return None: nothing is evicted, so layers that borrow keys need no care."""
+
 
 @dataclass(frozen=True)
 class RankKVResult:
@@ -269,7 +272,7 @@ class RankKVAnalyzer:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no full-attention layer to analyze."
             )
-        attention.watch_for(probe)
+        attention.watch_for(probe, self.model)
         run_prefill(self.model, probe, input_ids.to(self.model.device), attention_mask)
         attention.check_not_pending(probe)
         plan = BudgetPlan(config, probe.length, probe.layer_indices, total_budget)

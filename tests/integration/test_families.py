@@ -11,7 +11,7 @@ import oracles
 import pytest
 import torch
 
-from rankkv import RankKVCache
+from rankkv import RankKVAnalyzer, RankKVCache
 from rankkv.errors import UnsupportedModelError
 
 # One row a family in the quick suite: its usual backend, in the ways that find most.
@@ -69,6 +69,16 @@ def test_a_compressed_family_does_not_warn(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RankKVCache(families.build(name, families.FAMILIES[name].backends[0]))
+
+
+@pytest.mark.parametrize("name", list_families(families.COMPRESSED))
+def test_the_analyzer_finds_the_ranks_that_the_cache_goes_by(name):
+    model = families.build(name, families.FAMILIES[name].backends[0])
+    result = RankKVAnalyzer(model).analyze(conformance.LONG)
+    cache = RankKVCache(model)
+    oracles.forward(model, cache, conformance.LONG)
+    assert result.layer_indices == cache.layer_indices
+    assert result.layer_ranks == pytest.approx(cache.layer_ranks, rel=1e-5)
 
 
 # -- kinds of models that no family above shows ----------------------------------------------------------
