@@ -19,14 +19,17 @@ from .budget_plan import BudgetPlan
 from .cache_layer import RankKVLayer
 from .config import RankKVConfig
 from .errors import CacheStateError, InputError
+from .query_buffer import QueryBuffer
 from .selection import Selector, get_selector
 
 _FORMAT = "rankkv-cache-1"
+# Config entries that say what keys and values mean.
+_SHAPE = ("num_", "hidden", "head", "vocab", "rope", "partial_rotary", "sliding", "layer_types")
 _LAYER_TENSORS = ("keys", "values", "kept_positions", "kept_valid", "running_scores")
 
 
 def compute_model_fingerprint(model: Any) -> str:
-    """Compute what tells one model from another: its shape and a sample of its weights.
+    """Compute what tells one model from another: its shape, its dtype and a sample of every weight.
 
     Parameters
     ----------
@@ -36,17 +39,18 @@ def compute_model_fingerprint(model: Any) -> str:
     Returns
     -------
     str
-        Hexadecimal digest; the same model in another dtype may give another one.
+        Hexadecimal digest; the same model in another dtype gives another one.
     """
     config = model.config.get_text_config(decoder=True).to_dict()
-    shape = {
-        name: config[name] for name in sorted(config) if name.startswith(("num_", "hidden", "head", "vocab"))
-    }
-    digest = hashlib.sha256(json.dumps([type(model).__name__, shape], default=str).encode())
-    for parameter in (model.get_input_embeddings().weight, list(model.parameters())[-1]):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+    shape = {name: config[name] for name in sorted(config) if name.startswith(_SHAPE)}
+    dtype = str(model.get_input_embeddings().weight.dtype)
+    digest = hashlib.sha256(json.dumps([type(model).__name__, dtype, shape], default=str).encode())
+    # Every weight: an adapter or a fine-tune changes those in the middle.
+    for parameter in model.parameters():
+        flat = parameter.detach().reshape(-1)
+        if not flat.is_meta and flat.numel():
+            sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
+            digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -86,6 +90,10 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
             tensor = getattr(layer, name, None)
             if tensor is not None:
                 tensors[f"{index}.{name}"] = tensor.contiguous().cpu()
+        buffer = getattr(layer, "buffer", None)
+        if buffer is not None:
+            tensors |= {f"{index}.buffer.{name}": tensor.cpu() for name, tensor in buffer.held().items()}
+            record["buffer_capacity"] = buffer.capacity
         layers.append(record)
     for index, packer in cache._packers.items():
         for number, (start, frequencies) in enumerate(packer.epochs):
@@ -95,7 +103,7 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
         "fingerprint": fingerprint,
         "options": {**cache.config.to_dict(), "selector": _describe(cache.selector)},
         "layers": layers,
-        "flow": {"row_start": flow.row_start, "compressed_at": flow.compressed_at},
+        "flow": {name: getattr(flow, name) for name in ("row_start", "compressed_at", "streaming")},
         "plans": [_plan_record(plan) for plan in flow.compressor.plans],
     }
     path = Path(path)
@@ -123,16 +131,23 @@ def read_cache_header(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a file: give the path that save() wrote.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("rankkv", "{}"))
+            header = json.loads((file.metadata() or {}).get("rankkv") or "{}")
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} is not a safetensors file ({error}).") from error
-    if header.get("format") != _FORMAT:
-        raise InputError(f"{path} holds no RankKV cache of format {_FORMAT}: {header.get('format')!r}.")
+    found = header.get("format") if isinstance(header, dict) else header
+    if found != _FORMAT:
+        raise InputError(f"{path} holds no RankKV cache of format {_FORMAT}, but {found!r}.")
     return header
 
 
 def restore_config(header: dict[str, Any]) -> RankKVConfig:
-    """Build the options of a saved cache."""
+    """Build the options of a saved cache.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If the description is not one that this version writes.
+    """
     options = dict(header["options"])
     options["selector"] = get_selector(options["selector"]["name"], **options["selector"]["options"])
     options["protect"] = [tuple(span) for span in options["protect"]]
@@ -143,6 +158,7 @@ def restore_state(
     cache: Any, path: str | Path, header: dict[str, Any], devices: dict[int, torch.device]
 ) -> None:
     """Fill an empty cache with the saved state, each layer on its own device."""
+    held: dict[int, dict[str, Tensor]] = {}
     with safe_open(str(path), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
             index, _, what = name.partition(".")
@@ -151,21 +167,28 @@ def restore_state(
                 cache._packers[int(index)].epochs.append((int(what.rpartition(".")[2]), tensor))
                 continue
             layer = cache.layers[int(index)]
+            if what.startswith("buffer."):
+                held.setdefault(int(index), {})[what.removeprefix("buffer.")] = tensor
+                continue
             setattr(layer, what, tensor)
             if what == "keys":
                 layer.dtype, layer.device, layer.is_initialized = tensor.dtype, tensor.device, True
     for packer in cache._packers.values():
         # The file lists its tensors by name, where 10 comes before 2.
         packer.epochs.sort(key=lambda epoch: epoch[0])
-    for layer, record in zip(cache.layers, header["layers"], strict=True):
+    flow = cache._flow
+    for name, value in header["flow"].items():
+        setattr(flow, name, value)
+    flow.compressed, flow.deferred = True, False
+    for index, (layer, record) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         for name, value in record.items():
-            if name != "type":
+            if name not in ("type", "buffer_capacity"):
                 setattr(layer, name, value)
+        if index in held:
+            layer.buffer = QueryBuffer(record["buffer_capacity"])
+            layer.buffer.fill(**held[index], row_start=flow.row_start)
         if isinstance(layer, RankKVLayer):
             layer.rest()
-    flow = cache._flow
-    flow.row_start, flow.compressed_at = list(header["flow"]["row_start"]), header["flow"]["compressed_at"]
-    flow.compressed, flow.deferred, flow.streaming = True, False, False
     flow.compressor.plans = [_restore_plan(cache, record) for record in header["plans"]]
 
 

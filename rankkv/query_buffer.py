@@ -91,6 +91,34 @@ class QueryBuffer:
                 row_start=change(torch.tensor(self._held.row_start)).tolist(),
             )
 
+    def held(self) -> dict[str, Tensor]:
+        """Return the tensors that :meth:`fill` takes; none if no query is held."""
+        held = self._held
+        return (
+            {}
+            if held is None
+            else {"query": held.query.contiguous(), "query_valid": held.query_valid.contiguous()}
+        )
+
+    def fill(self, query: Tensor, query_valid: Tensor, row_start: list[int]) -> None:
+        """Hold queries again that were held before; what else an observation says comes with the next one."""
+        nothing = query.new_empty(0)
+        self._held = Observation(
+            layer_idx=-1,
+            query=query,
+            keys=nothing,
+            values=nothing,
+            positions=nothing,
+            query_start=0,
+            valid=torch.ones(query.shape[0], 0, dtype=torch.bool, device=query.device),
+            query_valid=query_valid,
+            row_start=list(row_start),
+            lengths=[],
+            available=[],
+            kv_heads=0,
+            scaling=1.0,
+        )
+
     def observe(
         self, keys: Tensor, values: Tensor, positions: Tensor, slot_valid: Tensor | None
     ) -> Observation:
