@@ -58,8 +58,9 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
     cache : Cache
         An empty cache.
     input_ids, attention_mask : Tensor
-        ``[batch, token]``; padding stands on the left.
+        ``[batch, token]``, on any device; padding stands on the left.
     """
+    input_ids = input_ids.to(model.device)
     options: dict[str, Any] = {"use_cache": True, **cache_argument(cache)}
     if accepts_argument(model, "logits_to_keep"):
         options["logits_to_keep"] = 1

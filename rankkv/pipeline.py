@@ -273,7 +273,7 @@ class RankKVAnalyzer:
                 f"{type(self.model).__name__} has no full-attention layer to analyze."
             )
         attention.watch_for(probe, self.model)
-        run_prefill(self.model, probe, input_ids.to(self.model.device), attention_mask)
+        run_prefill(self.model, probe, input_ids, attention_mask)
         attention.check_not_pending(probe)
         plan = BudgetPlan(config, probe.length, probe.layer_indices, total_budget)
         for layer_idx in probe.layer_indices:
