@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from torch import Tensor
 
 from . import attention
 from .budget_allocation import BudgetAllocation, BudgetAllocator
@@ -20,75 +18,7 @@ from .config import RankKVConfig
 from .errors import InputError, UnsupportedModelError
 from .files import dump_json, write_text_atomically
 from .generation import check_input_ids, run_prefill
-from .layer_rank import compute_layer_ranks
-from .observation import observe
-
-
-class _PassingLayer(DynamicLayer):
-    """A layer that hands new keys and values through and keeps nothing of them."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-
-class _ProbeCache(DynamicCache):
-    """Stands in for a cache during one forward and takes the rank of each full-attention layer."""
-
-    layers: list[Any]
-
-    def __init__(self, model: Any, config: RankKVConfig, on_layer: Callable[[int, int], None] | None) -> None:
-        text_config = model.config.get_text_config(decoder=True)
-        super().__init__(config=text_config)
-        self.layers = [_PassingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
-        self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, _PassingLayer)]
-        self.ranks: dict[int, float] = {}
-        self.length = 0
-        self._config = config
-        self._on_layer = on_layer
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if isinstance(self.layers[layer_idx], _PassingLayer):
-            attention.hand_off(self, layer_idx, key_states.shape[-2])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def attend(
-        self,
-        layer_idx: int,
-        inner: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> Any:
-        output = inner(module, query, key, value, attention_mask, **options)
-        with torch.no_grad():
-            observation = observe(
-                layer_idx,
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                options,
-                kv_heads=key.shape[1],
-                window_size=self._config.window_size,
-                sink_size=self._config.sink_size,
-            )
-            ranks = compute_layer_ranks(observation, self._config.scope, self._config.aggregation)
-        self.length = observation.lengths[0]
-        self.ranks[layer_idx] = float(ranks[0])
-        if self._on_layer is not None:
-            self._on_layer(len(self.ranks), len(self.layer_indices))
-        return output
-
-    def find_attended(self, key: Tensor) -> None:
-        """Return None: nothing is evicted, so layers that borrow keys need no care."""
+from .probe import ProbeCache
 
 
 @dataclass(frozen=True)
@@ -267,7 +197,7 @@ class RankKVAnalyzer:
                 f"analyze takes one prompt, got a batch of {input_ids.shape[0]}: call it once a row."
             )
         config = RankKVConfig(**{**self._options(), "compression_ratio": compression_ratio})
-        probe = _ProbeCache(self.model, config, on_layer)
+        probe = ProbeCache(self.model, config, on_layer)
         if not probe.layer_indices:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no full-attention layer to analyze."

@@ -46,6 +46,7 @@ RANKS = {
     "rankkv.cache": 53,
     # the users of the line
     "rankkv.generation": 60,
+    "rankkv.probe": 60,
     "rankkv.pipeline": 61,
     "rankkv.selfcheck": 61,
     # loading knows nothing of compression
