@@ -28,6 +28,9 @@ def _held(cache: Any) -> Iterator[Tensor]:
 
 def count_slots(layer: Any) -> int:
     """Count the slots of a cache layer; a layer without keys has none."""
+    if isinstance(layer, RankKVLayer):
+        # Not by its keys: stored as int8 or on the CPU they would be computed or moved for it.
+        return layer.width
     keys = getattr(layer, "keys", None)
     return keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
 

@@ -55,7 +55,10 @@ class Int8Storage(PlainStorage):
         """Quantize what is held in full."""
         if self._tensor is None:
             return
-        scale = self._tensor.abs().amax(dim=-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / 127
+        scale = (
+            self._tensor.abs().amax(dim=-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
+            / 127
+        )
         self._dtype = self._tensor.dtype
         self._packed = ((self._tensor / scale).round().to(torch.int8), scale)
         self._tensor = None
@@ -87,4 +90,8 @@ class OffloadStorage(PlainStorage):
             self._tensor = self._tensor.to("cpu")
 
 
-STORAGES: dict[str, type[PlainStorage]] = {"full": PlainStorage, "int8": Int8Storage, "offload": OffloadStorage}
+STORAGES: dict[str, type[PlainStorage]] = {
+    "full": PlainStorage,
+    "int8": Int8Storage,
+    "offload": OffloadStorage,
+}
