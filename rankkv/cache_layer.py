@@ -210,6 +210,7 @@ class RankKVLayer(DynamicLayer):
         sink_size: int,
         protect: Sequence[tuple[int, int]] = (),
         slack: int = 0,
+        protect_before: Sequence[int] | None = None,
     ) -> None:
         """Keep ``budgets`` tokens a row (plus ``slack``) and release the rest."""
         if self._scores is None or self._real_index is None:
@@ -226,6 +227,7 @@ class RankKVLayer(DynamicLayer):
             window_size,
             sink_size,
             protect=protect,
+            protect_before=protect_before,
             keep=keep,
         )
         empty = kept < 0

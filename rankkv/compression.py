@@ -90,7 +90,7 @@ class Compressor:
         if all(count <= budget for count, budget in zip(observation.available, budgets, strict=True)):
             return
         layer.begin_compression(scores, observation)
-        self._shrink_layer(layer, budgets, slack=0)
+        self._shrink_layer(layer, budgets, slack=0, protect_before=[plan.length for plan in self.plans])
         layer.end_compression(keep_scores=self.selector.step != "rescore")
 
     def carry(self, layer: RankKVLayer, observation: Observation) -> None:
@@ -134,7 +134,9 @@ class Compressor:
     ) -> None:
         self._shrink_layer(layers[done[place]], [row[place] for row in budgets], slack)
 
-    def _shrink_layer(self, layer: RankKVLayer, budgets: list[int], slack: int) -> None:
-        config = self.config
+    def _shrink_layer(
+        self, layer: RankKVLayer, budgets: list[int], slack: int, protect_before: list[int] | None = None
+    ) -> None:
+        window, sinks, protect = self.config.window_size, self.config.sink_size, self.config.protect
         with torch.no_grad():
-            layer.shrink(budgets, self.selector, config.window_size, config.sink_size, config.protect, slack)
+            layer.shrink(budgets, self.selector, window, sinks, protect, slack, protect_before)

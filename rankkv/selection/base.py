@@ -112,6 +112,7 @@ def select_tokens(
     sink_size: int,
     *,
     protect: Sequence[tuple[int, int]] = (),
+    protect_before: Sequence[int] | None = None,
     keep: Sequence[int] | None = None,
 ) -> Tensor:
     """Select the indices of the tokens to keep: the protected ones, then those of the highest score.
@@ -130,6 +131,8 @@ def select_tokens(
         See :meth:`Selector.count_protected`.
     protect : sequence of (start, stop)
         Spans of real tokens that are kept before any other.
+    protect_before : sequence of int, optional
+        Length of each row when its budget was made: tokens from there on have no place in it for a span of theirs.
     keep : sequence of int, optional
         Tokens to select in each row where that differs from ``min(budget, length)``: fewer where fewer are there, one
         more while budgets may still shrink, since the protected part shrinks with them.
@@ -152,7 +155,8 @@ def select_tokens(
     if keep is None:
         keep = [min(budget, length) for budget, length in zip(budgets, lengths, strict=True)]
     width = max(keep)
-    spans = [count_spanned(protect, length) for length in lengths]
+    spanned_in = lengths if protect_before is None else protect_before
+    spans = [count_spanned(protect, length) for length in spanned_in]
     counts = [
         selector.count_protected(max(0, budget - spanned), window_size, sink_size)
         for budget, spanned in zip(budgets, spans, strict=True)
@@ -166,8 +170,9 @@ def select_tokens(
     # The lowest finite number, so that a score that is not a number still ranks above padding.
     scores = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min).expand(shape)
     is_protected = (real_index >= newest_from.view(-1, 1, 1)) | (real_index < sinks.view(-1, 1, 1))
+    stops = torch.tensor(spanned_in, device=device).view(-1, 1, 1)
     for start, stop in protect:
-        is_protected |= (real_index >= start) & (real_index < stop)
+        is_protected |= (real_index >= start) & (real_index < stops.clamp(max=stop))
     scores = scores.masked_fill(is_protected, float("inf")).masked_fill(real_index < 0, float("-inf"))
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
     if min(keep) < width:

@@ -203,6 +203,30 @@ def test_a_ratio_below_the_floor_is_raised_and_said(llama):
     assert "raised to the floor of 16" in cache.summary()
 
 
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_span_beyond_the_prompt_does_not_take_the_newest_tokens_place(model, selector):
+    # Budgets were made for the part of a span that the prompt has; kept whole, later tokens would fill them for good.
+    options = {
+        "budget": 50,
+        "min_budget": 10,
+        "selector": selector,
+        "decode": "bounded",
+        "protect": [(5, 200)],
+    }
+    prompts = [oracles.random_prompt(n, n) for n in (30, 12)]
+    ids, mask = oracles.left_pad(prompts)
+    cache = oracles.prefill(model, ids, mask, **options)
+    oracles.feed(model, cache, steps_of(2, 100), mask)
+    for layer, budgets in zip(
+        oracles.kept_tokens(cache, mask), zip(*cache.budgets_per_row, strict=True), strict=True
+    ):
+        for heads, budget, prompt in zip(layer, budgets, prompts, strict=True):
+            length = prompt.shape[1] + 100
+            free = budget - (prompt.shape[1] - 5)
+            newest = {*range(length - min(32, free // 2), length)}
+            assert all({*range(5, prompt.shape[1])} | newest <= set(head) for head in heads)
+
+
 # -- periodic -------------------------------------------------------------------------------------------------
 
 
