@@ -17,7 +17,7 @@ PROMPT = oracles.random_prompt(90, seed=1)
 SHORT = oracles.random_prompt(21, seed=2)
 
 
-@pytest.fixture(scope="module", params=["llama-sdpa", "llama-eager", "neox-sdpa"])
+@pytest.fixture(scope="module", params=["llama-sdpa", "neox-eager"])
 def model(request, tiny_llama, tiny_neox):
     family, backend = request.param.split("-")
     return {"llama": tiny_llama, "neox": tiny_neox}[family](attn_implementation=backend)

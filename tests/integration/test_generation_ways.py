@@ -389,9 +389,9 @@ def count_graphs(run) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("decode", ["grow", "bounded"])
+@pytest.mark.parametrize("decode", ["grow", pytest.param("bounded", marks=pytest.mark.slow)])
 def test_compiled_forward(tiny_llama, decode):
-    model = tiny_llama()
+    model = tiny_llama(2)
     expected = oracles.generate(model, PROMPT, RankKVCache(model, decode=decode, **KEEP), 32)
     model = copy.deepcopy(model)
     model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
