@@ -16,11 +16,12 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import block_masks
-from .compat import find_eager_homes
+from .compat import find_eager_homes, takes_dynamic_cache
 from .errors import CacheStateError, UnsupportedModelError
 from .observation import is_visible
 
@@ -264,6 +265,11 @@ def check_observable(model: PreTrainedModel) -> None:
     if not any(_uses_interface(module) for module in attention_modules):
         raise UnsupportedModelError(
             f"the attention of {name} does not go through transformers' attention interface, so it cannot be observed."
+        )
+    if not takes_dynamic_cache(model):
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} gives {name} a cache of its own, which cannot be compressed; a "
+            "newer transformers may not."
         )
     backend = getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
     if backend is not None and backend not in SUPPORTED_BACKENDS:

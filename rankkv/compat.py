@@ -52,6 +52,12 @@ def accepts_argument(model: Any, name: str) -> bool:
     return name in inspect.signature(base.forward).parameters
 
 
+def takes_dynamic_cache(model: Any) -> bool:
+    """Tell whether this transformers version gives the model its usual cache; most hybrids once had their own."""
+    ask = getattr(model, "_supports_default_dynamic_cache", None)
+    return True if ask is None else bool(ask())
+
+
 def find_eager_homes(model: Any) -> list[ModuleType]:
     """Find the Python modules whose eager attention function is called without asking the attention interface.
 

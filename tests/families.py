@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
+
+from rankkv.compat import OLDEST_TRANSFORMERS
 
 VOCABULARY = 128
 #: Prompts of twice this length pass the window in the prefill, and shorter ones while generating.
 WINDOW = 32
+
+#: What is promised for the newest transformers is not all promised for this one.
+IS_OLD = Version(transformers.__version__) < Version("5.24")
 
 COMPRESSED, UNCHANGED, REFUSED = "compressed", "unchanged", "refused"
 
@@ -82,12 +88,18 @@ class Family:
         Pattern of the message, where it is unchanged or refused.
     compressible : tuple of int, optional
         Layers that are compressed; None means all.
+    since : str
+        The oldest transformers for which this is promised and tested.
     chunks : bool
         Whether the model itself, with transformers' own cache, can take a prompt in chunks.
+    softcap : bool
+        Whether its logits are capped, which sdpa leaves out.
     sinks : bool
         Whether its attention has learned sinks, which flex_attention computes on a GPU only.
-    latent : bool
-        Whether its cache holds what keys and values are computed from.
+    latent_since : str, optional
+        The transformers from which on its cache holds what keys and values are computed from.
+    borrows : bool
+        Whether some layers have no keys of their own and attend to another layer's.
     """
 
     model: str
@@ -96,9 +108,12 @@ class Family:
     outcome: str = COMPRESSED
     says: str = ""
     compressible: tuple[int, ...] | None = None
+    since: str = OLDEST_TRANSFORMERS
     chunks: bool = True
+    softcap: bool = False
     sinks: bool = False
-    latent: bool = False
+    latent_since: str | None = None
+    borrows: bool = False
 
     @property
     def exists(self) -> bool:
@@ -106,11 +121,23 @@ class Family:
         return hasattr(transformers, self.model)
 
     @property
+    def latent(self) -> bool:
+        """Whether the cache holds what keys and values are computed from."""
+        return self.latent_since is not None and Version(transformers.__version__) >= Version(
+            self.latent_since
+        )
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether the installed transformers is one that keeps the promise."""
+        return Version(transformers.__version__) >= Version(self.since)
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """Attention backends that the model has and a CPU runs, the usual one first."""
         model_class = getattr(transformers, self.model)
         return (
-            *(["sdpa"] if model_class._supports_sdpa else []),
+            *(["sdpa"] if model_class._supports_sdpa and not self.softcap else []),
             "eager",
             *(["flex_attention"] if model_class._supports_flex_attn and not self.sinks else []),
         )
@@ -196,6 +223,7 @@ FAMILIES: dict[str, Family] = {
             "shared_expert_intermediate_size": 32,
         },
         compressible=(1, 3),
+        since="5.24",
     ),
     "Qwen3.5": Family(
         "Qwen3_5ForCausalLM",
@@ -210,6 +238,7 @@ FAMILIES: dict[str, Family] = {
             "linear_num_value_heads": 4,
         },
         compressible=(1, 3),
+        since="5.24",
     ),
     "Phi": Family("PhiForCausalLM"),
     "Phi-3": Family("Phi3ForCausalLM", {**USUAL, "sliding_window": None}),
@@ -227,6 +256,7 @@ FAMILIES: dict[str, Family] = {
             "layer_types": _SLIDING_THEN_FULL,
         },
         compressible=(1, 3),
+        softcap=True,
     ),
     "Gemma 3": Family(
         "Gemma3ForCausalLM",
@@ -259,6 +289,7 @@ FAMILIES: dict[str, Family] = {
         },
         config="Gemma3nTextConfig",
         compressible=(1,),
+        borrows=True,
     ),
     "Gemma 4": Family(
         "Gemma4ForCausalLM",
@@ -275,6 +306,7 @@ FAMILIES: dict[str, Family] = {
         },
         config="Gemma4TextConfig",
         compressible=(1,),
+        borrows=True,
     ),
     "GPT-NeoX": Family("GPTNeoXForCausalLM"),
     "GPT-2": Family("GPT2LMHeadModel", {**_COMMON, "n_layer": 2, "n_positions": 2048}),
@@ -282,7 +314,9 @@ FAMILIES: dict[str, Family] = {
         "GPT2LMHeadModel",
         {**_COMMON, "n_layer": 2, "n_positions": 2048, "scale_attn_by_inverse_layer_idx": True},
     ),
-    "GPT-J": Family("GPTJForCausalLM", {**_COMMON, "n_layer": 2, "n_positions": 2048, "rotary_dim": 8}),
+    "GPT-J": Family(
+        "GPTJForCausalLM", {**_COMMON, "n_layer": 2, "n_positions": 2048, "rotary_dim": 8}, since="5.24"
+    ),
     "GPT-BigCode": Family("GPTBigCodeForCausalLM", {**_COMMON, "n_layer": 2, "n_positions": 2048}),
     "GPT-Neo": Family(
         "GPTNeoForCausalLM",
@@ -365,13 +399,13 @@ FAMILIES: dict[str, Family] = {
         },
         compressible=(1, 3),
     ),
-    "DeepSeek-V2": Family("DeepseekV2ForCausalLM", _MLA, latent=True),
-    "DeepSeek-V3": Family("DeepseekV3ForCausalLM", _MLA, latent=True),
+    "DeepSeek-V2": Family("DeepseekV2ForCausalLM", _MLA, latent_since="5.24"),
+    "DeepSeek-V3": Family("DeepseekV3ForCausalLM", _MLA, latent_since="5.24"),
     "GLM": Family("GlmForCausalLM", {**USUAL, "head_dim": 16}),
     "GLM-4": Family("Glm4ForCausalLM", {**USUAL, "head_dim": 16}),
     "GLM-4-MoE": Family("Glm4MoeForCausalLM", {**_MLA, "head_dim": 16, "num_key_value_heads": 2}),
     "StableLM": Family("StableLmForCausalLM"),
-    "Nemotron": Family("NemotronForCausalLM"),
+    "Nemotron": Family("NemotronForCausalLM", since="5.24"),
     "EXAONE 4": Family(
         "Exaone4ForCausalLM",
         {**USUAL, "num_hidden_layers": 4, "sliding_window": WINDOW, "layer_types": _SLIDING_THEN_FULL},
@@ -381,9 +415,17 @@ FAMILIES: dict[str, Family] = {
     "Hunyuan": Family("HunYuanDenseV1ForCausalLM", {**USUAL, "head_dim": 16}),
     "Seed-OSS": Family("SeedOssForCausalLM", {**USUAL, "head_dim": 16}),
     "Helium": Family("HeliumForCausalLM", {**USUAL, "head_dim": 16}),
+    "MiniMax": Family(
+        "MiniMaxForCausalLM",
+        {**_EXPERTS, "head_dim": 16, "layer_types": ["full_attention", "linear_attention"], "block_size": 32},
+        outcome=REFUSED,
+        says="a cache of its own",
+    ),
     "MiniMax-M2": Family("MiniMaxM2ForCausalLM", {**_EXPERTS, "head_dim": 16}),
     "Persimmon": Family("PersimmonForCausalLM"),
-    "CodeGen": Family("CodeGenForCausalLM", {**_COMMON, "n_layer": 2, "n_positions": 2048, "rotary_dim": 8}),
+    "CodeGen": Family(
+        "CodeGenForCausalLM", {**_COMMON, "n_layer": 2, "n_positions": 2048, "rotary_dim": 8}, since="5.24"
+    ),
     "BioGPT": Family("BioGptForCausalLM", {**USUAL, "scale_embedding": False}),
     "Jamba": Family(
         "JambaForCausalLM",
@@ -398,11 +440,13 @@ FAMILIES: dict[str, Family] = {
         },
         compressible=(1, 3),
         chunks=False,
+        since="5.24",
     ),
     "LFM2": Family(
         "Lfm2ForCausalLM",
         {**USUAL, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
         compressible=(1, 3),
+        since="5.24",
     ),
     "Bamba": Family(
         "BambaForCausalLM",
@@ -416,6 +460,7 @@ FAMILIES: dict[str, Family] = {
             "mamba_chunk_size": 16,
         },
         compressible=(1, 3),
+        since="5.24",
     ),
     "Falcon-H1": Family(
         "FalconH1ForCausalLM",
@@ -430,6 +475,7 @@ FAMILIES: dict[str, Family] = {
         outcome=UNCHANGED,
         says="no layer of FalconH1ForCausalLM has a full-attention KV cache",
         compressible=(),
+        since="5.24",
     ),
     "Gemma 3, multimodal": Family(
         "Gemma3ForConditionalGeneration",
@@ -456,6 +502,7 @@ FAMILIES: dict[str, Family] = {
             "eoi_token_index": 122,
         },
         compressible=(1, 3),
+        since="5.24",
     ),
     "Qwen2-VL": Family(
         "Qwen2VLForConditionalGeneration",
@@ -470,6 +517,7 @@ FAMILIES: dict[str, Family] = {
             "vision_start_token_id": 122,
             "vision_end_token_id": 123,
         },
+        since="5.24",
     ),
 }
 
@@ -480,8 +528,6 @@ NOT_PACKED = (
     "GPT-J",
     "GPT-BigCode",
     "OPT",
-    "DeepSeek-V2",
-    "DeepSeek-V3",
     "CodeGen",
     "BioGPT",
     "Qwen2-VL",

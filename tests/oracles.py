@@ -21,7 +21,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rankkv import RankKVCache
-from rankkv.compat import cache_argument
+from rankkv.compat import cache_argument, find_eager_homes
 from rankkv.observation import Observation, observe
 
 MASKED_ORACLE = "masked_oracle"
@@ -323,14 +323,19 @@ def capture_calls(model: Any, input_ids: Tensor, mask: Tensor | None = None) -> 
     backend = model.config._attn_implementation
     registered = AttentionInterface._global_mapping
     before = registered.get(backend)
-    if before is None:
-        inner = sys.modules[type(model).__module__].eager_attention_forward
-    else:
-        inner = before
+    home = sys.modules[type(model).__module__]
+    inner = home.eager_attention_forward if before is None else before
+    # Older transformers call the eager function where it stands.
+    stands = backend == "eager" and home in find_eager_homes(model)
+    if stands:
+        inner = home.eager_attention_forward
+        home.eager_attention_forward = capture
     AttentionInterface.register(backend, capture)
     try:
         forward(model, DynamicCache(config=model.config), input_ids, mask)
     finally:
+        if stands:
+            home.eager_attention_forward = inner
         if before is None:
             registered.pop(backend)
         else:

@@ -7,6 +7,8 @@ import copy
 import oracles
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import Cache, DynamicCache, pipeline
 
 from rankkv import RankKVCache, compress
@@ -17,6 +19,7 @@ PROMPTS = (
     oracles.random_prompt(37, seed=2),
     oracles.random_prompt(64, seed=3),
 )
+OLD_GENERATE = Version(transformers.__version__) < Version("5.24")
 OPTIONS = {"compression_ratio": 0.3, "min_budget": 3}
 
 
@@ -316,6 +319,7 @@ def test_second_turn_equals_the_masked_full_cache(model):
         ids = torch.cat([ids, answer, oracles.random_prompt(6, seed=turn)], 1)
 
 
+@pytest.mark.skipif(OLD_GENERATE, reason="generate() wants all ids")
 def test_second_turn_with_new_ids_only(llama):
     cache = oracles.prefill(llama, PROMPTS[0], **OPTIONS)
     new = oracles.random_prompt(8, seed=41)
@@ -325,13 +329,18 @@ def test_second_turn_with_new_ids_only(llama):
     assert torch.equal(answer, whole)
 
 
+def refuses(message):
+    """Expect the cache's error; an older generate() stops before the cache is asked."""
+    if OLD_GENERATE:
+        return pytest.raises(IndexError, match="out of bounds")
+    return pytest.raises(CacheStateError, match=message)
+
+
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
 def test_a_turn_that_adds_nothing_raises(model, ratio):
     # transformers would feed the whole prompt once more, at the positions it already has.
     cache = oracles.prefill(model, PROMPTS[0], compression_ratio=ratio)
-    with pytest.raises(
-        CacheStateError, match=r"start at position 0, but the cache has seen 80 .* nothing new"
-    ):
+    with refuses(r"start at position 0, but the cache has seen 80 .* nothing new"):
         oracles.generate(model, PROMPTS[0], cache)
 
 
@@ -339,7 +348,7 @@ def test_a_mask_that_misses_the_new_token_raises(model):
     # It would give the token the position of the one before it, with wrong text and no error.
     cache = oracles.prefill(model, PROMPTS[0], **OPTIONS)
     old_mask = torch.ones_like(PROMPTS[0])
-    with pytest.raises(CacheStateError, match=r"start at position 79, but the cache has seen 80"):
+    with refuses(r"start at position 79, but the cache has seen 80"):
         oracles.generate(model, oracles.random_prompt(1), cache, mask=old_mask)
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from rankkv import RankKVCache, __version__
+from rankkv import RankKVCache, __version__, compat
 from rankkv.cli import app
 from rankkv.compat import OLDEST_TRANSFORMERS
 from rankkv.selfcheck import run_selfcheck
@@ -55,7 +55,7 @@ def test_a_changed_text_is_found(monkeypatch):
 
 
 def test_an_error_is_reported_and_not_raised(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.0.0")
+    monkeypatch.setattr(compat.transformers, "__version__", "4.0.0")
     record = run_selfcheck()
     assert list_failed(record) == CHECKS
     assert all("transformers 4.0.0 is too old" in check["detail"] for check in record["checks"])
@@ -79,7 +79,7 @@ def test_the_command_prints_json_alone():
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_the_exit_code_says_that_something_failed(monkeypatch, options):
-    monkeypatch.setattr(transformers, "__version__", "4.0.0")
+    monkeypatch.setattr(compat.transformers, "__version__", "4.0.0")
     done = CliRunner().invoke(app, ["check", *options])
     assert done.exit_code == 1
     assert "too old" in done.stdout
