@@ -21,6 +21,7 @@ from .compat import check_transformers, find_layer_devices
 from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from .flow import Flow
+from .masks import project_mask
 from .resting_layer import RestingLayer
 from .rotary import build_packers
 from .selection import get_selector
@@ -283,7 +284,7 @@ class RankKVCache(DynamicCache):
         steps = query.shape[-2]
         # With nothing to mask, the one query of a decode step sees every slot, and no position is asked for.
         if mask is not None or steps > 1 or slots.kept_valid is not None:
-            mask = attention.project_mask(
+            mask = project_mask(
                 mask,
                 slots.compute_positions(),
                 slots.compute_valid(),

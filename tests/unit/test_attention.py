@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from rankkv import RankKVCache, attention
+from rankkv import RankKVCache, attention, masks
 from rankkv.errors import CacheStateError, UnsupportedModelError
 
 LOWEST = torch.finfo(torch.float32).min
@@ -181,7 +181,7 @@ def test_four_dimensional_masks(additive, queries, mask_heads, slot_heads, fille
     if filled:
         valid = torch.ones(batch, slots, dtype=torch.bool)
         valid[1, :3] = valid[2, :7] = False
-    actual = attention.project_mask(mask, positions, valid, queries, query_heads, "eager", torch.float32)
+    actual = masks.project_mask(mask, positions, valid, queries, query_heads, "eager", torch.float32)
     heads = 1 if mask_heads == slot_heads == 1 else query_heads
     assert actual.shape == (batch, heads, queries, slots)
     assert actual.dtype == mask.dtype
@@ -206,22 +206,22 @@ def test_a_step_that_hides_nothing_needs_no_mask(additive):
     if additive:
         mask = torch.zeros(mask.shape).masked_fill(~mask, LOWEST)
     arguments = (positions, None, 1, 4, "eager" if additive else "sdpa", torch.float32)
-    assert attention.project_mask(mask, *arguments) is None
+    assert masks.project_mask(mask, *arguments) is None
     mask[0, ..., positions[0, 0, 2]] = LOWEST if additive else False
-    assert attention.project_mask(mask, *arguments) is not None
+    assert masks.project_mask(mask, *arguments) is not None
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "flash_attention_2"])
 def test_no_mask_and_one_query_stays_no_mask(backend):
     positions = draw_slots(20, 9, 1, 2, seed=1)
-    assert attention.project_mask(None, positions, None, 1, 4, backend, torch.float32) is None
+    assert masks.project_mask(None, positions, None, 1, 4, backend, torch.float32) is None
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_no_mask_and_several_queries_is_causal(backend):
     # sdpa without a mask would line its triangle up with the first key, and cut the others off.
     positions = draw_slots(20, 9, 1, 2, seed=1)
-    mask = attention.project_mask(None, positions, None, 3, 4, backend, torch.float32)
+    mask = masks.project_mask(None, positions, None, 3, 4, backend, torch.float32)
     visible = mask == 0 if backend == "eager" else mask
     assert visible.shape == (1, 1, 3, 9)
     for query in range(3):
@@ -237,7 +237,7 @@ def test_no_mask_hides_the_empty_slots(backend, queries):
     positions = draw_slots(20, 9, 2, 2, seed=1)
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, :4] = False
-    mask = attention.project_mask(None, positions, valid, queries, 4, backend, torch.float32)
+    mask = masks.project_mask(None, positions, valid, queries, 4, backend, torch.float32)
     visible = mask == 0 if backend == "eager" else mask
     for row in range(2):
         for query in range(queries):
@@ -247,7 +247,7 @@ def test_no_mask_hides_the_empty_slots(backend, queries):
 
 def test_eager_numbers_have_the_dtype_of_the_queries():
     positions = draw_slots(20, 9, 1, 1, seed=1)
-    mask = attention.project_mask(None, positions, None, 3, 4, "eager", torch.bfloat16)
+    mask = masks.project_mask(None, positions, None, 3, 4, "eager", torch.bfloat16)
     assert mask.dtype == torch.bfloat16
     assert mask.min() == torch.finfo(torch.bfloat16).min
 
@@ -256,24 +256,24 @@ def test_two_dimensional_masks():
     positions = draw_slots(20, 9, 2, 1, seed=1)
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[1, :8] = 0
-    actual = attention.project_mask(mask, positions, None, 1, 4, "flash_attention_2", torch.float16)
+    actual = masks.project_mask(mask, positions, None, 1, 4, "flash_attention_2", torch.float16)
     assert actual.tolist() == [[int(mask[row, p]) for p in positions[row, 0]] for row in range(2)]
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[0, :2] = False
-    filled = attention.project_mask(mask, positions, valid, 1, 4, "flash_attention_2", torch.float16)
+    filled = masks.project_mask(mask, positions, valid, 1, 4, "flash_attention_2", torch.float16)
     assert filled.tolist() == (actual * valid).tolist()
-    only_slots = attention.project_mask(None, positions, valid, 1, 4, "flash_attention_2", torch.float16)
+    only_slots = masks.project_mask(None, positions, valid, 1, 4, "flash_attention_2", torch.float16)
     assert torch.equal(only_slots, valid)
 
 
 def test_heads_that_differ_have_no_two_dimensional_mask():
     positions = draw_slots(20, 9, 1, 2, seed=1)
     with pytest.raises(UnsupportedModelError, match=r"padded batch on flash attention.*streaming_llm.*sdpa"):
-        attention.project_mask(torch.ones(1, 20), positions, None, 1, 4, "flash_attention_2", torch.float16)
+        masks.project_mask(torch.ones(1, 20), positions, None, 1, 4, "flash_attention_2", torch.float16)
 
 
 @pytest.mark.parametrize("mask", ["BlockMask", torch.ones(1, 1, 20)])
 def test_masks_of_another_kind_are_refused(mask):
     positions = draw_slots(20, 9, 1, 1, seed=1)
     with pytest.raises(UnsupportedModelError, match=r"attention mask of type \w+ cannot be restricted"):
-        attention.project_mask(mask, positions, None, 1, 4, "flex_attention", torch.float32)
+        masks.project_mask(mask, positions, None, 1, 4, "flex_attention", torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from rankkv import attention, block_masks
+from rankkv import block_masks, masks
 from rankkv.errors import UnsupportedModelError
 
 SEEN, WINDOW = 20, 6
@@ -66,7 +66,7 @@ def test_columns_of_the_kept_slots(function, queries, heads):
     positions = draw_positions(heads)
     valid = torch.ones(2, positions.shape[-1], dtype=torch.bool)
     valid[0, :2] = False
-    projected = attention.project_mask(
+    projected = masks.project_mask(
         block_mask(function, queries), positions, valid, queries, 4, "flex_attention", torch.float32
     )
     index = positions[:, :, None].expand(-1, -1, queries, -1)
@@ -79,13 +79,13 @@ def test_columns_of_the_kept_slots(function, queries, heads):
 def test_a_step_that_hides_nothing_needs_no_mask():
     positions = draw_positions(2)
     mask = block_mask(causal, 1)
-    assert attention.project_mask(mask, positions, None, 1, 4, "flex_attention", torch.float32) is None
-    assert attention.project_mask(None, positions, None, 1, 4, "flex_attention", torch.float32) is None
+    assert masks.project_mask(mask, positions, None, 1, 4, "flex_attention", torch.float32) is None
+    assert masks.project_mask(None, positions, None, 1, 4, "flex_attention", torch.float32) is None
 
 
 def test_without_a_mask_new_tokens_do_not_see_each_other_too_early():
     positions = draw_positions(1)
-    projected = attention.project_mask(None, positions, None, 4, 4, "flex_attention", torch.float32)
+    projected = masks.project_mask(None, positions, None, 4, 4, "flex_attention", torch.float32)
     found = create_mask(projected.mask_mod, 2, 4, 4, 11, device="cpu")[:, 0]
     assert torch.equal(found[0], torch.ones(4, 11).tril(7).bool())
 
@@ -94,7 +94,7 @@ def test_a_dense_mask_counts_for_every_head():
     # flex_attention would read the first head's mask for all of them.
     positions = draw_positions(2)
     mask = torch.zeros(2, 1, 1, SEEN).masked_fill(~dense(padded, 1)[:, None], torch.finfo(torch.float32).min)
-    projected = attention.project_mask(mask, positions, None, 1, 4, "flex_attention", torch.float32)
+    projected = masks.project_mask(mask, positions, None, 1, 4, "flex_attention", torch.float32)
     query, key = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 11, 8)
     ours = flex_attention(query, key, key, block_mask=projected, enable_gqa=True)
     hidden = ~mask.expand(-1, 2, -1, -1).gather(-1, positions[:, :, None]).eq(0).repeat_interleave(2, 1)

@@ -35,6 +35,7 @@ RANKS = {
     "rankkv.layer_rank": 21,
     "rankkv.query_buffer": 21,
     "rankkv.selection": 30,
+    "rankkv.masks": 39,
     "rankkv.attention": 40,
     "rankkv.cache_layer": 50,
     "rankkv.storage": 49,

@@ -1,0 +1,113 @@
+"""Masks of all tokens seen, brought to the slots that one layer keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import block_masks
+from .errors import UnsupportedModelError
+from .observation import is_visible
+
+#: Backends whose masks are understood; eager is the model module's own function.
+SUPPORTED_BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+
+def project_mask(
+    attention_mask: Any,
+    positions: Tensor,
+    slot_valid: Tensor | None,
+    query_length: int,
+    query_heads: int,
+    backend: str | None,
+    dtype: torch.dtype,
+) -> Any:
+    """Bring a mask from logical coordinates (all tokens seen) to those of the kept slots of one layer.
+
+    Parameters
+    ----------
+    attention_mask : Tensor or None
+        What transformers made for all layers: 4-D ``[batch, 1 or head, query, seen]``, flash attention's 2-D
+        ``[batch, seen]``, flex_attention's block mask, or None.
+    positions : Tensor
+        ``[batch, kv_head or 1, slot]`` int64, logical position of each slot (ascending).
+    slot_valid : Tensor, optional
+        ``[batch, slot]`` bool, False where a shorter row is filled up; None if every slot holds a token.
+    query_length, query_heads : int
+        Shape of the call.
+    backend : str, optional
+        Attention backend; eager adds its mask, so it gets numbers.
+    dtype : torch.dtype
+        Dtype of those numbers.
+
+    Returns
+    -------
+    Tensor or None
+        ``[batch, 1 or query_heads, query, slot]``, ``[batch, slot]``, flex_attention's block mask, or None where
+        nothing needs masking.
+    """
+    flex = backend == block_masks.BACKEND
+    if flex and (attention_mask is None or block_masks.is_block_mask(attention_mask)):
+        return block_masks.project_block_mask(
+            attention_mask, positions, slot_valid, query_length, query_heads
+        )
+    if attention_mask is None:
+        return _mask_from_slots(positions, slot_valid, query_length, backend, dtype)
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        raise UnsupportedModelError(
+            f"attention mask of type {type(attention_mask).__name__} cannot be restricted to the kept tokens; "
+            f"use one of the attention backends: {', '.join(SUPPORTED_BACKENDS)}."
+        )
+    if attention_mask.dim() == 2:
+        if positions.shape[1] != 1:
+            raise UnsupportedModelError(
+                "a padded batch on flash attention needs a selector that keeps the same tokens in all heads "
+                "(streaming_llm), or prompts without padding, or attn_implementation='sdpa'."
+            )
+        gathered = attention_mask.gather(-1, positions[:, 0])
+        return gathered if slot_valid is None else gathered * slot_valid
+    slots = positions.shape[-1]
+    mask = attention_mask.expand(positions.shape[0], -1, -1, -1)
+    heads = max(mask.shape[1], positions.shape[1])
+    if heads > 1:
+        heads = query_heads
+        positions = positions.repeat_interleave(heads // positions.shape[1], dim=1)
+        mask = mask.expand(-1, heads, -1, -1)
+    index = positions[:, :, None, :].expand(-1, heads, mask.shape[2], slots)
+    mask = mask.gather(-1, index)
+    if slot_valid is not None:
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = mask.masked_fill(~slot_valid[:, None, None, :], hidden)
+    if query_length == 1 and mask.device.type == "cpu" and _hides_nothing(mask):
+        # Without a mask the fast kernels stay available; on other devices asking would stall the stream.
+        return None
+    # flex_attention reads a dense mask's first head for all of them.
+    return block_masks.build_block_mask(is_visible(mask)) if flex else mask
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
+
+
+def _mask_from_slots(
+    positions: Tensor, slot_valid: Tensor | None, query_length: int, backend: str | None, dtype: torch.dtype
+) -> Tensor | None:
+    flash = backend is not None and backend.startswith("flash")
+    if slot_valid is not None and flash:
+        return slot_valid
+    if query_length == 1 or flash:
+        visible = None if slot_valid is None else slot_valid[:, None, None, :]
+    else:
+        # Every kept slot precedes every query; the queries' own slots are the last ones.
+        slots = positions.shape[-1]
+        rows = torch.arange(slots - query_length, slots, device=positions.device)
+        visible = (torch.arange(slots, device=positions.device) <= rows[:, None])[None, None]
+        if slot_valid is not None:
+            visible = visible & slot_valid[:, None, None, :]
+    if visible is None or backend != "eager":
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+        ~visible, torch.finfo(dtype).min
+    )
