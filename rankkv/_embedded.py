@@ -90,7 +90,9 @@ def _converted_folder(gguf: Path) -> Path:
         version = "unknown"
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    return _cache_root() / f"{gguf.stem}-{version}-{digest}"
+    # Tokenizers differ in what transformers versions write of them: what one wrote, another may read otherwise.
+    written_by = ".".join(importlib.metadata.version("transformers").split(".")[:2])
+    return _cache_root() / f"{gguf.stem}-{version}-{digest}-transformers-{written_by}"
 
 
 class _CacheNotWritable(Exception):

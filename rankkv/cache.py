@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import copy
-import warnings
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
-
 from . import attention, cache_files
 from .budget_plan import BudgetPlan
-from .cache_layer import RankKVLayer, SlotMap, release_hidden
 from .cache_report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
-from .compat import check_transformers, find_layer_devices
+from .compat import find_layer_devices
 from .config import RankKVConfig
-from .errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
-from .flow import Flow
-from .masks import project_mask
-from .resting_layer import RestingLayer
-from .rotary import build_packers
-from .selection import get_selector
+from .errors import CacheStateError, ConfigError, InputError
+from .observed_cache import ObservedCache
 
 
-class RankKVCache(DynamicCache):
+class RankKVCache(ObservedCache):
     """A KV cache that is compressed once, at the end of the prefill, layer by layer.
 
     Pass it to the ordinary ``model.generate(..., cache=RankKVCache(model))`` (``past_key_values=`` before transformers
@@ -84,8 +73,6 @@ class RankKVCache(DynamicCache):
     (60, 60)
     """
 
-    layers: list[Any]
-
     def __init__(
         self,
         model: Any,
@@ -132,175 +119,7 @@ class RankKVCache(DynamicCache):
             raise ConfigError(
                 "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
             )
-        check_transformers()
-        attention.check_observable(model)
-        self.config = config or given
-        self.selector = get_selector(self.config.selector)
-        BudgetPlan.check(self.config)
-        text_config = model.config.get_text_config(decoder=True)
-        super().__init__(config=text_config)
-        self.layers = [self._build_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
-        self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, RankKVLayer)]
-        if not self.layer_indices:
-            _report_nothing_to_compress(model, self.layers)
-        self._backend_of = text_config
-        self._packers = build_packers(model, self.layer_indices) if self.config.positions == "packed" else {}
-        # Weak: a cache must not keep a model alive, and copies of it must not copy the model.
-        self._model = weakref.ref(model)
-        self._flow = Flow(self.config, self.selector, self.layer_indices)
-        # The keys each layer's attention was last given, for layers that attend to those of another.
-        self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
-        attention.watch_for(self, model)
-
-    def _build_layer(self) -> RankKVLayer:
-        return RankKVLayer() if self.config.storage == "full" else RestingLayer(self.config.storage)
-
-    # -- what transformers asks ---------------------------------------------------------------------------------
-
-    @torch.compiler.disable
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values, and let this layer's next attention call be observed."""
-        layer = self.layers[layer_idx]
-        if isinstance(layer, RankKVLayer):
-            if layer_idx == self.layer_indices[0]:
-                self._check_complete()
-            self._flow.before_update(self.layers, layer, key_states.shape[-2])
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if isinstance(layer, RankKVLayer):
-            attention.hand_off(self, layer_idx, states[0].shape[-2])
-        elif key_states.shape[-2] > 1:
-            release_hidden(layer)
-        return states
-
-    def _check_complete(self) -> None:
-        seen = {self.layers[index].seen for index in self.layer_indices}
-        if len(seen) > 1:
-            raise CacheStateError(
-                f"an earlier forward with this cache was interrupted: its layers have seen {min(seen)} to {max(seen)} "
-                "tokens. Use a new cache, or reset() this one."
-            )
-
-    def activate_past_recording(self) -> None:
-        """Let drafts be taken back (assisted decoding): the prompt is compressed once its first draft is judged."""
-        self._flow.start_recording()
-        super().activate_past_recording()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens (a rejected draft), then compress the prompt if that had to wait."""
-        super().crop(tokens_to_remove)
-        self._flow.after_crop(self.layers)
-
-    def reset(self) -> None:
-        """Forget everything: the next forward is a prefill."""
-        super().reset()
-        self._flow.reset()
-        for packer in self._packers.values():
-            packer.reset()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Give every row the state of row ``beam_idx``, its budgets included."""
-        super().reorder_cache(beam_idx)
-        self._flow.pick_rows(indices=beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times, its budgets included."""
-        super().batch_repeat_interleave(repeats)
-        self._flow.pick_rows(repeats=repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` only, with their budgets."""
-        super().batch_select_indices(indices)
-        self._flow.pick_rows(indices=indices)
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether the newest tokens can be removed again, so that a rejected draft leaves no trace."""
-        return self._flow.can_take_back and all(getattr(layer, "is_croppable", True) for layer in self.layers)
-
-    @property
-    def is_compileable(self) -> bool:
-        """False: lengths differ by layer and change with every prompt."""
-        return False
-
-    # -- what the attention hook asks ---------------------------------------------------------------------------
-
-    def attend(
-        self,
-        layer_idx: int,
-        inner: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> Any:
-        """Run the layer's attention with its own mask; in the prefill, compress the layer afterwards."""
-        layer, steps = self.layers[layer_idx], query.shape[-2]
-        if layer_idx == self.layer_indices[0] and self._flow.compressed:
-            self._flow.check_positions(layer, steps, options.get("position_ids"))
-        slots = layer.slot_map
-        self._attended[layer_idx] = (weakref.ref(key), slots)
-        if layer_idx in self._packers:
-            self._packers[layer_idx].note_frequencies(layer.seen - steps)
-        query, key, mask = self._fit(layer_idx, slots, query, key, attention_mask)
-        output = inner(module, query, key, value, mask, **options)
-        if self._flow.wants_observation(steps):
-            with torch.no_grad():
-                self._flow.observe(self.layers, layer_idx, module, query, key, value, mask, options)
-        if self._flow.compressed:
-            layer.rest()
-        return output
-
-    def find_attended(self, key: Tensor) -> int | None:
-        """Return the layer whose attention was last given these very keys, if there is one."""
-        found = (index for index, (attended, _) in self._attended.items() if attended() is key)
-        return next(found, None)
-
-    def attend_shared(
-        self,
-        layer_idx: int,
-        inner: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> Any:
-        """Run the attention of a layer that has no keys of its own, with the mask of those kept by ``layer_idx``."""
-        slots = self._attended[layer_idx][1]
-        query, key, mask = self._fit(layer_idx, slots, query, key, attention_mask)
-        return inner(module, query, key, value, mask, **options)
-
-    def _fit(
-        self, layer_idx: int, slots: SlotMap | None, query: Tensor, key: Tensor, mask: Any
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Fit one call of attention to the slots that the layer keeps."""
-        if slots is None:
-            return query, key, mask
-        steps = query.shape[-2]
-        # With nothing to mask, the one query of a decode step sees every slot, and no position is asked for.
-        if mask is not None or steps > 1 or slots.kept_valid is not None:
-            mask = project_mask(
-                mask,
-                slots.compute_positions(),
-                slots.compute_valid(),
-                steps,
-                query.shape[1],
-                self._backend_of._attn_implementation,
-                query.dtype,
-            )
-        packer = self._packers.get(layer_idx)
-        if packer is not None and self._flow.row_start is not None:
-            query, key = packer.pack(
-                query, key, slots.compute_positions(), slots.compute_valid(), self._flow.row_start
-            )
-        return query, key, mask
-
-    # -- what users ask -----------------------------------------------------------------------------------------
+        super().__init__(model, config or given)
 
     @property
     def seen_tokens(self) -> int:
@@ -430,13 +249,3 @@ class RankKVCache(DynamicCache):
     def summary(self) -> str:
         """Return a short account: tokens and bytes kept, and rank and budget of each layer (row 0)."""
         return summarize(self)
-
-
-def _report_nothing_to_compress(model: Any, layers: list[Any]) -> None:
-    name = type(model).__name__
-    if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
-        raise UnsupportedModelError(f"{name} has no KV cache: there is nothing RankKV could compress.")
-    warnings.warn(
-        f"no layer of {name} has a full-attention KV cache, so nothing is compressed and the model runs unchanged.",
-        stacklevel=3,
-    )

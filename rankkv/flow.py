@@ -12,7 +12,8 @@ from .cache_layer import RankKVLayer
 from .compression import Compressor
 from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, UnsupportedModelError
-from .observation import Observation, check_rows, observe
+from .observation import Observation
+from .observing import check_rows, observe
 from .query_buffer import QueryBuffer
 from .selection import Selector
 

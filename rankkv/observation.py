@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from .block_masks import reduce_block_mask
-from .errors import InputError
+from torch import Tensor
 
 #: Elements of one block of attention weights (float32): 32 Mi elements are 128 MiB.
 BLOCK_ELEMENTS = 1 << 25
@@ -248,138 +244,3 @@ def is_visible(mask: Tensor) -> Tensor:
     """Tell what a mask, bool or additive, leaves visible, as bool."""
     # Half of the dtype's minimum separates "masked" from any honest additive bias.
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def observe(
-    layer_idx: int,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    options: Mapping[str, Any],
-    *,
-    kv_heads: int,
-    window_size: int,
-    sink_size: int,
-    positions: Tensor | None = None,
-    seen: int | None = None,
-    row_start: list[int] | None = None,
-    more_to_come: bool = False,
-) -> Observation:
-    """Gather an :class:`Observation` from the arguments of one call of a layer's attention function.
-
-    Parameters
-    ----------
-    layer_idx : int
-        Index of the layer.
-    module : nn.Module
-        The attention module (asked for ``scaling`` where the call does not say it).
-    query, key, value : Tensor
-        ``[batch, head or kv_head, query or key, head_dim]``; the queries' own keys are the last ones.
-    attention_mask : Tensor or None
-        4-D, flash attention's 2-D ``[batch, key]``, or None.
-    options : mapping
-        The call's keyword arguments: ``scaling``, ``softcap``, ``s_aux``, ``position_bias``.
-    kv_heads, window_size, sink_size : int
-        See :class:`Observation`.
-    positions : Tensor, optional
-        Logical positions of the keys where some were evicted; None means all tokens are there.
-    seen : int, optional
-        Tokens seen, this call's included; None means as many as there are keys.
-    row_start : list of int, optional
-        Padding before each row's first real token, where an earlier call established it.
-    more_to_come : bool, default False
-        Whether this may be a chunk of the prompt, so that a row may hold nothing but padding yet.
-
-    Raises
-    ------
-    InputError
-        If a row of the batch holds no real token, or ends in padding.
-    """
-    batch, key_length, query_length = key.shape[0], key.shape[-2], query.shape[-2]
-    seen = key_length if seen is None else seen
-    attention_mask_given = attention_mask is not None
-    if attention_mask is None:
-        valid = torch.ones(batch, key_length, dtype=torch.bool, device=key.device)
-        available = [key_length] * batch
-    else:
-        if not isinstance(attention_mask, Tensor):
-            attention_mask = reduce_block_mask(attention_mask, query_length, key_length)
-        if attention_mask.dim() == 2:
-            valid, attention_mask = attention_mask[:, -key_length:].bool(), None
-        else:
-            # Real tokens see themselves; where earlier queries are gone, the newest sees what is real.
-            whole = query_length == key_length
-            seen_keys = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1) if whole else attention_mask[:, 0, -1]
-            valid = is_visible(seen_keys[:, :key_length])
-        valid = valid.expand(batch, -1)
-        available = [int(n) for n in valid.sum(-1).tolist()]
-        if not more_to_come:
-            check_rows(available)
-    if row_start is None and attention_mask_given:
-        ends_real = [end or count == 0 for end, count in zip(valid[:, -1].tolist(), available, strict=True)]
-        if not all(ends_real):
-            raise InputError(
-                f"row {ends_real.index(False)} of the batch ends in padding, where the last queries are observed: pad "
-                "on the left (tokenizer.padding_side = 'left')."
-            )
-    if row_start is None:
-        # Nothing was evicted yet, so what is missing before a row's first real token is padding.
-        row_start = (
-            [0] * batch if attention_mask is None and min(available) == key_length else _first_valid(valid)
-        )
-    elif max(row_start) >= seen - query_length > 0:
-        # A row of nothing but padding so far may start in this call.
-        past = seen - query_length
-        starts = _first_valid(valid[:, key_length - query_length :])
-        row_start = [
-            past + new if start >= past else start for start, new in zip(row_start, starts, strict=True)
-        ]
-    if positions is None:
-        positions = torch.arange(key_length, device=key.device).view(1, 1, -1).expand(batch, 1, -1)
-    scaling = options.get("scaling")
-    if scaling is None:
-        scaling = getattr(module, "scaling", None)
-    return Observation(
-        layer_idx=layer_idx,
-        query=query.detach(),
-        keys=key.detach(),
-        values=value.detach(),
-        positions=positions,
-        query_start=seen - query_length,
-        valid=valid,
-        query_valid=valid[:, key_length - query_length :],
-        row_start=row_start,
-        lengths=[seen - start for start in row_start],
-        available=available,
-        kv_heads=kv_heads,
-        scaling=key.shape[-1] ** -0.5 if scaling is None else scaling,
-        attention_mask=attention_mask,
-        position_bias=options.get("position_bias"),
-        softcap=options.get("softcap"),
-        sink_logits=options.get("s_aux"),
-        window_size=window_size,
-        sink_size=sink_size,
-    )
-
-
-def check_rows(tokens: list[int]) -> None:
-    """Raise if a row of the batch holds no real token.
-
-    Raises
-    ------
-    InputError
-        With the number of the row.
-    """
-    if min(tokens) <= 0:
-        raise InputError(
-            f"row {tokens.index(min(tokens))} of the batch holds no real token: remove it or give it at least one "
-            "token."
-        )
-
-
-def _first_valid(valid: Tensor) -> list[int]:
-    # A row without a real token counts as all padding.
-    first = torch.where(valid.any(dim=-1), valid.int().argmax(dim=-1), valid.shape[-1])
-    return [int(index) for index in first.tolist()]

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from . import attention
 from .config import RankKVConfig
 from .layer_rank import compute_layer_ranks
-from .observation import observe
+from .observing import observe
 
 
 class _PassingLayer(DynamicLayer):

@@ -22,7 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rankkv import RankKVCache
 from rankkv.compat import cache_argument, find_eager_homes
-from rankkv.observation import Observation, observe
+from rankkv.observation import Observation
+from rankkv.observing import observe
 
 MASKED_ORACLE = "masked_oracle"
 PAD = 0

@@ -32,6 +32,7 @@ RANKS = {
     "rankkv.block_masks": 10,
     "rankkv.observation": 20,
     "rankkv.rotary": 20,
+    "rankkv.observing": 21,
     "rankkv.layer_rank": 21,
     "rankkv.query_buffer": 21,
     "rankkv.selection": 30,
@@ -44,7 +45,8 @@ RANKS = {
     "rankkv.compression": 51,
     "rankkv.cache_files": 52,
     "rankkv.flow": 52,
-    "rankkv.cache": 53,
+    "rankkv.observed_cache": 53,
+    "rankkv.cache": 54,
     # the users of the line
     "rankkv.generation": 60,
     "rankkv.probe": 60,

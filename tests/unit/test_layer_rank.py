@@ -8,7 +8,7 @@ import torch
 
 from rankkv import analyze_attention_ranks, layer_rank
 from rankkv.layer_rank import compute_layer_ranks
-from rankkv.observation import observe
+from rankkv.observing import observe
 from rankkv.rank_analysis import AGGREGATIONS, SCOPES
 
 PROMPTS = (oracles.random_prompt(70, seed=1), oracles.random_prompt(52, seed=2))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankkv.errors import ConfigError, RankKVError, UnknownNameError
-from rankkv.observation import observe
+from rankkv.observing import observe
 from rankkv.selection import SELECTORS, Selector, get_selector, select_tokens
 
 LENGTH, WINDOW = 64, 16
