@@ -98,7 +98,9 @@ class ObservedCache(DynamicCache):
     def activate_past_recording(self) -> None:
         """Let drafts be taken back (assisted decoding): the prompt is compressed once its first draft is judged."""
         self._flow.start_recording()
-        super().activate_past_recording()
+        # Older transformers take every draft back without asking first.
+        if hasattr(super(), "activate_past_recording"):
+            super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens (a rejected draft), then compress the prompt if that had to wait."""

@@ -124,7 +124,11 @@ def _explain(name: str, row: dict[str, Any], words: dict[str, str]) -> str:
     if row["outcome"] == families.UNCHANGED:
         return words["unchanged"]
     family = families.FAMILIES[name]
-    flags = {"latent": family.latent, "chunks": not family.chunks, "borrows": family.borrows}
+    flags = {
+        "latent": family.latent_since is not None,
+        "chunks": not family.chunks,
+        "borrows": family.borrows,
+    }
     return "; ".join(words[flag] for flag, holds in flags.items() if holds)
 
 

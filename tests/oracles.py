@@ -15,7 +15,10 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -24,6 +27,10 @@ from rankkv import RankKVCache
 from rankkv.compat import cache_argument, find_eager_homes
 from rankkv.observation import Observation
 from rankkv.observing import observe
+
+#: Before 5.24: other drafts, other chunks, and every turn with all its ids.
+OLD_GENERATE = Version(transformers.__version__) < Version("5.24")
+needs_recent_generate = pytest.mark.skipif(OLD_GENERATE, reason="older generate() does this another way")
 
 MASKED_ORACLE = "masked_oracle"
 PAD = 0

@@ -7,8 +7,6 @@ import copy
 import oracles
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import Cache, DynamicCache, pipeline
 
 from rankkv import RankKVCache, compress
@@ -19,7 +17,6 @@ PROMPTS = (
     oracles.random_prompt(37, seed=2),
     oracles.random_prompt(64, seed=3),
 )
-OLD_GENERATE = Version(transformers.__version__) < Version("5.24")
 OPTIONS = {"compression_ratio": 0.3, "min_budget": 3}
 
 
@@ -319,7 +316,7 @@ def test_second_turn_equals_the_masked_full_cache(model):
         ids = torch.cat([ids, answer, oracles.random_prompt(6, seed=turn)], 1)
 
 
-@pytest.mark.skipif(OLD_GENERATE, reason="generate() wants all ids")
+@oracles.needs_recent_generate
 def test_second_turn_with_new_ids_only(llama):
     cache = oracles.prefill(llama, PROMPTS[0], **OPTIONS)
     new = oracles.random_prompt(8, seed=41)
@@ -331,7 +328,7 @@ def test_second_turn_with_new_ids_only(llama):
 
 def refuses(message):
     """Expect the cache's error; an older generate() stops before the cache is asked."""
-    if OLD_GENERATE:
+    if oracles.OLD_GENERATE:
         return pytest.raises(IndexError, match="out of bounds")
     return pytest.raises(CacheStateError, match=message)
 

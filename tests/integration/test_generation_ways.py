@@ -147,6 +147,7 @@ def test_inputs_embeds(model):
 # -- prompts in chunks ----------------------------------------------------------------------------------------
 
 
+@oracles.needs_recent_generate
 @pytest.mark.parametrize("chunk", [1, 7, 32, 45, 89])
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_chunks_keep_what_one_piece_keeps(model, selector, chunk):
@@ -168,6 +169,7 @@ def test_chunks_keep_what_one_piece_keeps(model, selector, chunk):
     assert torch.equal(text, expected)
 
 
+@oracles.needs_recent_generate
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("chunk", [16, 40, 64])
 def test_chunks_of_a_padded_batch(model, selector, chunk):
@@ -182,6 +184,7 @@ def test_chunks_of_a_padded_batch(model, selector, chunk):
     assert torch.equal(text, expected)
 
 
+@oracles.needs_recent_generate
 @pytest.mark.parametrize("decode", ["bounded", "periodic"])
 def test_chunks_and_other_ways_of_decoding(llama, decode):
     texts = []
@@ -232,12 +235,14 @@ def drafting(request, llama):
     }[request.param]
 
 
+@oracles.needs_recent_generate
 @pytest.mark.parametrize("prompt", [PROMPT, LOOPED], ids=["random", "looped"])
 def test_assisted_with_everything_kept_equals_plain(llama, drafting, prompt):
     plain = oracles.generate(llama, prompt, None, 30)
     assert torch.equal(oracles.generate(llama, prompt, RankKVCache(llama, 1.0), 30, **drafting), plain)
 
 
+@oracles.needs_recent_generate
 @pytest.mark.parametrize("prompt", [PROMPT, LOOPED], ids=["random", "looped"])
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_assisted_on_a_compressed_prompt_follows_the_masked_oracle(llama, drafting, selector, prompt):
@@ -255,6 +260,7 @@ def test_assisted_on_a_compressed_prompt_follows_the_masked_oracle(llama, drafti
             assert head[-1] == 118
 
 
+@oracles.needs_recent_generate
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_a_judged_draft_leaves_no_trace(llama, selector):
     # A cache that saw a draft and dropped it compresses as if it had never been there.
@@ -269,6 +275,7 @@ def test_a_judged_draft_leaves_no_trace(llama, selector):
         oracles.assert_equals_masked_oracle(llama, cache, PROMPT)
 
 
+@oracles.needs_recent_generate
 def test_a_draft_too_long_to_be_taken_back_is_named(llama):
     # The queries that observe the prompt would have to be there still.
     cache = RankKVCache(llama, **KEEP)
@@ -302,6 +309,7 @@ def test_a_draft_of_the_compressed_prompt_cannot_be_taken_back(llama):
         cache.crop(60)
 
 
+@oracles.needs_recent_generate
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -320,6 +328,7 @@ def test_assisted_decoding_is_refused_where_drafts_could_not_be_taken_back(llama
     assert not cache.is_croppable
 
 
+@oracles.needs_recent_generate
 def test_a_second_plain_turn_after_assisted_decoding(llama):
     cache = RankKVCache(llama, **KEEP)
     text = oracles.generate(llama, LOOPED, cache, 10, prompt_lookup_num_tokens=4)
@@ -449,6 +458,7 @@ TURN_MODES = {
 }
 
 
+@oracles.needs_recent_generate
 @pytest.mark.parametrize("mode", TURN_MODES)
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_three_turns_that_each_cross_the_budget(llama, selector, mode):

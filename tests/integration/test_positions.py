@@ -203,6 +203,8 @@ def test_packed_rows_equal_the_rows_alone(build, kind, decode):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_packed_with_everything_kept_changes_nothing(build, kind, selector):
+    if kind == "dynamic" and oracles.OLD_GENERATE:
+        pytest.skip("without RankKV, too, the second call has frequencies of the first")
     for ids, mask in (oracles.left_pad([PROMPT]), oracles.left_pad([PROMPT, SHORT])):
         oracles.assert_identity(
             build(kind), ids, mask, compression_ratio=1.0, selector=selector, positions="packed"
@@ -230,6 +232,7 @@ def test_frequencies_that_change_survive_a_file_a_copy_and_beams(build, kind, tm
     assert text.shape == (1, 30)
 
 
+@oracles.needs_recent_generate
 def test_chunks_and_packed_positions(build):
     model = build("default")
     options = {"budget": 24, "positions": "packed", "decode": "bounded", "selector": "h2o"}
