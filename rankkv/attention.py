@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from .attention_call import AttentionCall
 from .compat import find_eager_homes, takes_dynamic_cache
 from .errors import CacheStateError, UnsupportedModelError
 from .masks import SUPPORTED_BACKENDS
@@ -37,34 +38,14 @@ _any_cache_alive = False
 class ObservingCache(Protocol):
     """A cache that wants to see the attention of its layers."""
 
-    def attend(
-        self,
-        layer_idx: int,
-        inner: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> Any:
-        """Run ``inner`` with the layer's own mask and look at what it used."""
+    def attend(self, layer_idx: int, call: AttentionCall) -> Any:
+        """Run the call with the layer's own mask and look at what it used."""
 
     def find_attended(self, key: Tensor) -> int | None:
         """Return the layer whose attention was last given these very keys, if there is one."""
 
-    def attend_shared(
-        self,
-        layer_idx: int,
-        inner: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> Any:
-        """Run ``inner`` for a layer that attends to the keys of layer ``layer_idx``."""
+    def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
+        """Run the call of a layer that attends to the keys of layer ``layer_idx``."""
 
 
 def hand_off(cache: ObservingCache, layer_idx: int, key_length: int) -> None:
@@ -122,32 +103,24 @@ def _wrap(inner_of: Callable[[nn.Module], Callable[..., Any]], named_after: Call
         inner = inner_of(module)
         if not _any_cache_alive:
             return inner(module, query, key, value, attention_mask, **options)
-        return _dispatch(inner, module, query, key, value, attention_mask, options)
+        return _dispatch(AttentionCall(inner, module, query, key, value, attention_mask, options))
 
     return observed_attention if named_after is None else wraps(named_after)(observed_attention)
 
 
 # Never part of a compiled graph: which cache owns a call is known only when it runs.
 @torch.compiler.disable
-def _dispatch(
-    inner: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    options: dict[str, Any],
-) -> Any:
-    owner = _take_hand_off(module, key)
+def _dispatch(call: AttentionCall) -> Any:
+    owner = _take_hand_off(call.module, call.key)
     if owner is not None:
         cache, layer_idx = owner
         _local.current = weakref.ref(cache)
-        return cache.attend(layer_idx, inner, module, query, key, value, attention_mask, options)
-    lender = _find_lender(key)
+        return cache.attend(layer_idx, call)
+    lender = _find_lender(call.key)
     if lender is not None:
         cache, layer_idx = lender
-        return cache.attend_shared(layer_idx, inner, module, query, key, value, attention_mask, options)
-    return inner(module, query, key, value, attention_mask, **options)
+        return cache.attend_shared(layer_idx, call)
+    return call.run()
 
 
 def watch_for(cache: ObservingCache, model: PreTrainedModel | None) -> None:

@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .attention_call import AttentionCall
 from .cache_layer import RankKVLayer
 from .compression import Compressor
 from .config import RankKVConfig
@@ -121,27 +122,12 @@ class Flow:
             return True
         return steps > 1 and (self.config.recompress_turns or self.streaming)
 
-    def observe(
-        self,
-        layers: list[Any],
-        layer_idx: int,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        options: dict[str, Any],
-    ) -> None:
+    def observe(self, layers: list[Any], layer_idx: int, call: AttentionCall) -> None:
         """Look at one attention call, and compress the layer if its time has come."""
-        layer, config, steps = layers[layer_idx], self.config, query.shape[-2]
+        layer, config, steps = layers[layer_idx], self.config, call.steps
         observation = observe(
             layer_idx,
-            module,
-            query,
-            key,
-            value,
-            mask,
-            options,
+            *call.arguments,
             kv_heads=layer.keys.shape[1],
             window_size=config.window_size,
             sink_size=config.sink_size,
@@ -162,7 +148,7 @@ class Flow:
         else:
             self._buffer(layer, observation, config.window_size)
             if layer.seen - self.compressed_at >= config.decode_interval:
-                self.compressor.add_layer(layers, self._observe_buffer(layer, key, value))
+                self.compressor.add_layer(layers, self._observe_buffer(layer, call.key, call.value))
                 self._end_round(layers, last)
         if last:
             self.row_start = observation.row_start

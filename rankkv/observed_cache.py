@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from . import attention
+from .attention_call import AttentionCall
 from .budget_plan import BudgetPlan
 from .cache_layer import RankKVLayer, SlotMap, release_hidden
 from .compat import check_transformers
@@ -141,30 +142,20 @@ class ObservedCache(DynamicCache):
 
     # -- what the attention hook asks ---------------------------------------------------------------------------
 
-    def attend(
-        self,
-        layer_idx: int,
-        inner: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> Any:
+    def attend(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the layer's attention with its own mask; in the prefill, compress the layer afterwards."""
-        layer, steps = self.layers[layer_idx], query.shape[-2]
+        layer, steps = self.layers[layer_idx], call.steps
         if layer_idx == self.layer_indices[0] and self._flow.compressed:
-            self._flow.check_positions(layer, steps, options.get("position_ids"))
+            self._flow.check_positions(layer, steps, call.options.get("position_ids"))
         slots = layer.slot_map
-        self._attended[layer_idx] = (weakref.ref(key), slots)
+        self._attended[layer_idx] = (weakref.ref(call.key), slots)
         if layer_idx in self._packers:
             self._packers[layer_idx].note_frequencies(layer.seen - steps)
-        query, key, mask = self._fit(layer_idx, slots, query, key, attention_mask)
-        output = inner(module, query, key, value, mask, **options)
+        call = self._fit(layer_idx, slots, call)
+        output = call.run()
         if self._flow.wants_observation(steps):
             with torch.no_grad():
-                self._flow.observe(self.layers, layer_idx, module, query, key, value, mask, options)
+                self._flow.observe(self.layers, layer_idx, call)
         if self._flow.compressed:
             layer.rest()
         return output
@@ -174,46 +165,33 @@ class ObservedCache(DynamicCache):
         found = (index for index, (attended, _) in self._attended.items() if attended() is key)
         return next(found, None)
 
-    def attend_shared(
-        self,
-        layer_idx: int,
-        inner: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> Any:
+    def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the attention of a layer that has no keys of its own, with the mask of those kept by ``layer_idx``."""
-        slots = self._attended[layer_idx][1]
-        query, key, mask = self._fit(layer_idx, slots, query, key, attention_mask)
-        return inner(module, query, key, value, mask, **options)
+        return self._fit(layer_idx, self._attended[layer_idx][1], call).run()
 
-    def _fit(
-        self, layer_idx: int, slots: SlotMap | None, query: Tensor, key: Tensor, mask: Any
-    ) -> tuple[Tensor, Tensor, Any]:
+    def _fit(self, layer_idx: int, slots: SlotMap | None, call: AttentionCall) -> AttentionCall:
         """Fit one call of attention to the slots that the layer keeps."""
         if slots is None:
-            return query, key, mask
-        steps = query.shape[-2]
+            return call
         # With nothing to mask, the one query of a decode step sees every slot, and no position is asked for.
-        if mask is not None or steps > 1 or slots.kept_valid is not None:
+        if call.mask is not None or call.steps > 1 or slots.kept_valid is not None:
             mask = project_mask(
-                mask,
+                call.mask,
                 slots.compute_positions(),
                 slots.compute_valid(),
-                steps,
-                query.shape[1],
+                call.steps,
+                call.query.shape[1],
                 self._backend_of._attn_implementation,
-                query.dtype,
+                call.query.dtype,
             )
+            call = replace(call, mask=mask)
         packer = self._packers.get(layer_idx)
         if packer is not None and self._flow.row_start is not None:
             query, key = packer.pack(
-                query, key, slots.compute_positions(), slots.compute_valid(), self._flow.row_start
+                call.query, call.key, slots.compute_positions(), slots.compute_valid(), self._flow.row_start
             )
-        return query, key, mask
+            call = replace(call, query=query, key=key)
+        return call
 
 
 def _report_nothing_to_compress(model: Any, layers: list[Any]) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from . import attention
+from .attention_call import AttentionCall
 from .config import RankKVConfig
 from .layer_rank import compute_layer_ranks
 from .observing import observe
@@ -58,29 +59,14 @@ class ProbeCache(DynamicCache):
             attention.hand_off(self, layer_idx, key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def attend(
-        self,
-        layer_idx: int,
-        inner: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> Any:
+    def attend(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the layer's attention, then take its rank."""
-        output = inner(module, query, key, value, attention_mask, **options)
+        output = call.run()
         with torch.no_grad():
             observation = observe(
                 layer_idx,
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                options,
-                kv_heads=key.shape[1],
+                *call.arguments,
+                kv_heads=call.key.shape[1],
                 window_size=self._config.window_size,
                 sink_size=self._config.sink_size,
             )

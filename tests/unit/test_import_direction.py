@@ -30,6 +30,7 @@ RANKS = {
     "rankkv.budget_plan": 13,
     # from the model to the cache
     "rankkv.block_masks": 10,
+    "rankkv.attention_call": 20,
     "rankkv.observation": 20,
     "rankkv.rotary": 20,
     "rankkv.observing": 21,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ def test_a_cache_that_holds_too_much_is_found(monkeypatch):
 def test_a_changed_text_is_found(monkeypatch):
     attend = RankKVCache.attend
 
-    def spoilt(self, layer_idx, inner, module, query, *rest):
-        return attend(self, layer_idx, inner, module, -query, *rest)
+    def spoilt(self, layer_idx, call):
+        return attend(self, layer_idx, replace(call, query=-call.query))
 
     monkeypatch.setattr(RankKVCache, "attend", spoilt)
     assert {"identity", "first token"} <= set(list_failed(run_selfcheck()))
