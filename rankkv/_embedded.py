@@ -162,7 +162,26 @@ def _write_plain_checkpoint(gguf: Path, folder: Path) -> None:
     plain.tie_weights()
     plain.generation_config = packed.generation_config
     plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _without_start_token(tokenizer, config).save_pretrained(folder)
+
+
+def _without_start_token(tokenizer: Any, config: Any) -> Any:
+    """Return a tokenizer that adds no token: older transformers reads the file as a kind that begins with one."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    if tokenizer("a")["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]:
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    ids = {name: getattr(config, f"{name}_id", None) for name in ("bos_token", "eos_token", "pad_token")}
+    special = {name: backend.id_to_token(number) for name, number in ids.items() if number is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=tokenizer.chat_template,
+        unk_token=tokenizer.unk_token,
+        **special,
+    )
 
 
 def _drop_quantization_mark(config: Any) -> None:
