@@ -6,7 +6,6 @@ import warnings
 
 import oracles
 import pytest
-import transformers
 
 from rankkv import RankKVAnalyzer, RankKVCache, compat
 from rankkv.errors import UnsupportedModelError
@@ -24,7 +23,7 @@ from rankkv.errors import UnsupportedModelError
     ],
 )
 def test_keyword_of_a_cache(monkeypatch, version, name):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(compat.transformers, "__version__", version)
     assert compat.cache_argument("it") == {name: "it"}
 
 
@@ -38,7 +37,7 @@ def test_the_keyword_works_without_a_deprecation_warning(tiny_llama):
 @pytest.mark.parametrize("version", ["4.57.6", "4.99.0"])
 def test_an_older_version_is_refused_by_name(tiny_llama, monkeypatch, version):
     model = tiny_llama()
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(compat.transformers, "__version__", version)
     for build in (RankKVCache, RankKVAnalyzer):
         with pytest.raises(
             UnsupportedModelError, match=rf"transformers {version} is too old.*needs 5\.0\.0.*pip"
