@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import oracles
 import pytest
 import soak
+
+# It draws what the newest transformers offers.
+pytestmark = oracles.needs_recent_generate
 
 
 @pytest.mark.slow
