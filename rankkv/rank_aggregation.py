@@ -211,50 +211,8 @@ def compute_aggregated_rank(
     return ranks, per_head
 
 
-@torch.no_grad()
-def evictable_mask(valid: Tensor, window_size: int, sink_size: int) -> Tensor:
-    """Mark the keys that may be evicted: those outside the attention sinks and the recent window.
-
-    In real coordinates (``r = cumsum(valid) - 1``, padding not counted) these are the keys with
-    ``sink_size <= r < length - window_size``.
-
-    Parameters
-    ----------
-    valid : Tensor
-        ``[batch, key]`` bool or 0/1, False at padding.
-    window_size, sink_size : int
-        Newest and oldest tokens that are never evicted.
-
-    Returns
-    -------
-    Tensor
-        ``[batch, key]`` bool.
-
-    Raises
-    ------
-    InputError
-        ``valid`` is not two-dimensional.
-    ConfigError
-        A size is not an integer >= 0.
-
-    Examples
-    --------
-    >>> evictable_mask(torch.tensor([[0, 1, 1, 1, 1, 1]]), window_size=2, sink_size=1).int().tolist()
-    [[0, 0, 1, 1, 0, 0]]
-    """
-    check_sizes(window_size, sink_size, smallest_window=0)
-    if not isinstance(valid, Tensor) or valid.ndim != 2:
-        raise InputError(
-            f"valid must be a tensor [batch, key], got {getattr(valid, 'shape', type(valid).__name__)}."
-        )
-    real = valid.bool()
-    index = real.cumsum(-1) - 1
-    length = real.sum(-1, keepdim=True)
-    return real & (index >= sink_size) & (index < length - window_size)
-
-
-def check_sizes(window_size: int, sink_size: int, smallest_window: int = 1) -> None:
+def check_sizes(window_size: int, sink_size: int) -> None:
     """Raise a ConfigError that names the size which is not an integer in its range."""
-    for name, value, smallest in (("window_size", window_size, smallest_window), ("sink_size", sink_size, 0)):
+    for name, value, smallest in (("window_size", window_size, 1), ("sink_size", sink_size, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
             raise ConfigError(f"{name} must be an integer >= {smallest}, got {value!r}.")

@@ -18,7 +18,6 @@ from rankkv.rank_aggregation import (
     check_sizes,
     compute_aggregated_rank,
     compute_joint_gram,
-    evictable_mask,
     get_aggregation,
 )
 from rankkv.rank_kernels import (
@@ -41,7 +40,6 @@ __all__ = [
     "compute_gram",
     "compute_joint_gram",
     "compute_rank_from_gram",
-    "evictable_mask",
     "round_ranks",
 ]
 

@@ -17,7 +17,6 @@ from rankkv.rank_analysis import (
     compute_gram,
     compute_joint_gram,
     compute_rank_from_gram,
-    evictable_mask,
     round_ranks,
 )
 
@@ -204,19 +203,6 @@ def test_a_spoilt_row_leaves_the_other_rows_alone(attention, aggregation, bad):
     got, _ = compute_aggregated_rank(spoilt, aggregation)
     assert torch.isnan(got[0])
     torch.testing.assert_close(got[1:], ranks[1:], rtol=1e-9, atol=0)
-
-
-@given(
-    st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4),
-    SIDES,
-    st.integers(0, 5),
-)
-def test_evictable_keys_are_counted_in_real_coordinates(valid, window_size, sink_size):
-    mask = evictable_mask(torch.tensor(valid), window_size, sink_size)
-    for row, marks in zip(valid, mask.tolist(), strict=True):
-        real = [key for key, is_real in enumerate(row) if is_real]
-        evictable = real[sink_size : max(0, len(real) - window_size)]
-        assert [key for key, mark in enumerate(marks) if mark] == evictable
 
 
 @given(st.lists(st.floats(1e-3, 1e5), min_size=1, max_size=8), st.integers(1, 10))

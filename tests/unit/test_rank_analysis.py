@@ -20,7 +20,6 @@ from rankkv.rank_analysis import (
     compute_gram,
     compute_joint_gram,
     compute_rank_from_gram,
-    evictable_mask,
     round_ranks,
 )
 
@@ -307,10 +306,11 @@ def test_every_aggregation_agrees_with_the_rank_of_the_scope_cut_by_hand(aggrega
         assert analysis.per_head_ranks[0] == pytest.approx(heads, rel=1e-5)
 
 
-def test_the_evictable_scope_and_the_mask_agree():
+def test_what_is_evictable_ranks_as_the_matrix_with_all_else_zero():
     (layer,) = attention_layers((1, 2, 16, 50))
-    mask = evictable_mask(torch.ones(1, 50, dtype=torch.bool), window_size=16, sink_size=4)
-    ranks, _ = compute_aggregated_rank(layer * mask[:, None, None], "concat")
+    evictable = torch.zeros(50)
+    evictable[4 : 50 - 16] = 1
+    ranks, _ = compute_aggregated_rank(layer * evictable, "concat")
     analysis = analyze_attention_ranks([layer], "concat", scope="evictable", window_size=16, sink_size=4)
     assert analysis.layer_ranks == pytest.approx(ranks.tolist(), rel=1e-7)
 
@@ -390,13 +390,6 @@ def test_no_layers_are_refused(attentions, said):
 def test_sizes_out_of_range_are_named(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         analyze_attention_ranks(attention_layers((1, 1, 4, 4)), **options)
-
-
-def test_the_evictable_mask_wants_one_row_per_prompt():
-    with pytest.raises(InputError, match="batch, key"):
-        evictable_mask(torch.ones(5), 2, 1)
-    with pytest.raises(ConfigError, match="window_size"):
-        evictable_mask(torch.ones(1, 5), -1, 1)
 
 
 def test_rounding_hides_float_noise_and_keeps_the_container():
