@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UnknownNameError
-from .base import Selector, select_tokens
+from .base import NEEDS, Selector, select_tokens
 from .h2o import score_h2o
 from .random import score_random
 from .snapkv import score_snapkv
 from .streaming_llm import score_streaming_llm
 
 SELECTORS: dict[str, Selector] = {
-    "snapkv": Selector("snapkv", score_snapkv, "window attention", "arXiv:2404.14469"),
-    "h2o": Selector("h2o", score_h2o, "whole attention", "arXiv:2306.14048", step="sum"),
-    "streaming_llm": Selector(
-        "streaming_llm", score_streaming_llm, "nothing", "arXiv:2309.17453", step="rescore"
-    ),
-    "random": Selector("random", score_random, "nothing", "control", step="rescore"),
+    selector.name: selector
+    for selector in (
+        Selector("snapkv", score_snapkv, "window attention", "arXiv:2404.14469", "O(window x keys)"),
+        Selector("h2o", score_h2o, "whole attention", "arXiv:2306.14048", "O(queries x keys)", step="sum"),
+        Selector(
+            "streaming_llm", score_streaming_llm, "nothing", "arXiv:2309.17453", "O(keys)", step="rescore"
+        ),
+        Selector("random", score_random, "nothing", "control", "O(keys)", step="rescore"),
+    )
 }
 
 
@@ -50,4 +53,4 @@ def get_selector(selector: str | Selector, **options: Any) -> Selector:
     return selector.with_options(**options) if options else selector
 
 
-__all__ = ["SELECTORS", "Selector", "get_selector", "select_tokens"]
+__all__ = ["NEEDS", "SELECTORS", "Selector", "get_selector", "select_tokens"]

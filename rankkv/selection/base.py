@@ -15,6 +15,9 @@ from ..errors import ConfigError
 from ..observation import Observation
 from ..spans import count_spanned
 
+#: What a method may read, as :attr:`Selector.needs` says it.
+NEEDS = ("window attention", "whole attention", "queries", "keys only", "keys and values", "nothing")
+
 
 @dataclass(frozen=True)
 class Selector:
@@ -28,9 +31,12 @@ class Selector:
         ``score(observation, **options) -> Tensor [batch, kv_head or 1, key]``: higher is kept first.  A head axis of
         1 means that all heads of the layer keep the same tokens.
     needs : str
-        What it reads: ``"window attention"``, ``"whole attention"`` or ``"nothing"``.
+        What it reads, one of :data:`NEEDS`: attention weights of the observation window or of all queries, the queries
+        themselves, keys alone, keys and values, or nothing but the number of tokens.
     source : str
         Paper of the method.
+    cost : str
+        Operations for each head of a layer, up to a factor of head_dim: ``"O(window x keys)"`` and the like.
     options : mapping
         Options bound to ``score``.
     recent_fraction : float, optional
@@ -50,6 +56,7 @@ class Selector:
     score: Callable[..., Tensor]
     needs: str
     source: str
+    cost: str = ""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     recent_fraction: float | None = None
     step: str = "decay"

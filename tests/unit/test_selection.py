@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import oracles
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from rankkv.errors import ConfigError, RankKVError, UnknownNameError
 from rankkv.observing import observe
-from rankkv.selection import SELECTORS, Selector, get_selector, select_tokens
+from rankkv.selection import NEEDS, SELECTORS, Selector, get_selector, select_tokens
 
 LENGTH, WINDOW = 64, 16
 PROMPTS = (oracles.random_prompt(LENGTH, seed=1), oracles.random_prompt(23, seed=2))
@@ -104,8 +106,9 @@ def test_random_keeps_every_token_about_equally_often(layer):
 def test_registry_entries_say_what_they_are(name):
     selector = SELECTORS[name]
     assert selector.name == name == str(selector)
-    assert selector.needs in ("window attention", "whole attention", "nothing")
-    assert selector.source
+    assert selector.needs in NEEDS
+    assert selector.source == "control" or re.fullmatch(r"arXiv:\d{4}\.\d{5}", selector.source)
+    assert re.fullmatch(r"O\(.+\)", selector.cost)
     assert "Returns" in selector.score.__doc__
     assert get_selector(selector) is selector
 
