@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_call import AttentionCall
 from .compat import find_eager_homes, takes_dynamic_cache
@@ -28,6 +29,8 @@ from .masks import SUPPORTED_BACKENDS
 _EAGER = "eager_attention_forward"
 _originals: dict[str, Callable[..., Any] | None] = {}
 _eager_homes: dict[ModuleType, Callable[..., Any]] = {}
+# Functions that another library put before the registered ones, as kvpress does on import: ours, and theirs inside it.
+_overrides: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _install_lock = threading.Lock()
 _local = threading.local()
 _alive: set[int] = set()
@@ -111,6 +114,17 @@ def _wrap(inner_of: Callable[[nn.Module], Callable[..., Any]], named_after: Call
 # Never part of a compiled graph: which cache owns a call is known only when it runs.
 @torch.compiler.disable
 def _dispatch(call: AttentionCall) -> Any:
+    # A function that another library put around ours leads here twice: the outer one has seen to all of it.
+    if getattr(_local, "inside", False):
+        return call.run()
+    _local.inside = True
+    try:
+        return _run_observed(call)
+    finally:
+        _local.inside = False
+
+
+def _run_observed(call: AttentionCall) -> Any:
     owner = _take_hand_off(call.module, call.key)
     if owner is not None:
         cache, layer_idx = owner
@@ -176,6 +190,14 @@ def install() -> None:
             elif name in registered:
                 _originals[name] = registered[name]
                 AttentionInterface.register(name, _wrap(_constant(registered[name]), registered[name]))
+        for name, override in list(_find_overrides().items()):
+            if name in SUPPORTED_BACKENDS and override is not _overrides.get(name, (None,))[0]:
+                _overrides[name] = (_wrap(_constant(override), override), override)
+                ALL_ATTENTION_FUNCTIONS[name] = _overrides[name][0]
+
+
+def _find_overrides() -> dict[str, Callable[..., Any]]:
+    return ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
 def _wrap_eager_of(model: PreTrainedModel) -> None:
@@ -199,6 +221,10 @@ def uninstall() -> None:
             else:
                 AttentionInterface.register(name, original)
         _originals.clear()
+        for name, (ours, theirs) in _overrides.items():
+            if _find_overrides().get(name) is ours:
+                ALL_ATTENTION_FUNCTIONS[name] = theirs
+        _overrides.clear()
         for home, inner in _eager_homes.items():
             setattr(home, _EAGER, inner)
         _eager_homes.clear()

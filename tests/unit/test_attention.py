@@ -10,6 +10,7 @@ import oracles
 import pytest
 import torch
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rankkv import RankKVCache, attention, masks
 from rankkv.errors import CacheStateError, UnsupportedModelError
@@ -70,6 +71,46 @@ def test_a_function_the_user_registered_is_wrapped_and_put_back(tiny_llama):
         assert AttentionInterface._global_mapping["sdpa"] is mine
     finally:
         AttentionInterface.register("sdpa", original)
+
+
+@pytest.mark.parametrize("when", ["before", "after", "both"])
+def test_a_function_that_a_library_puts_before_the_registered_one(tiny_llama, when):
+    """As kvpress does when it is imported: it wraps what stands there, ours too, for every model."""
+    model, prompt = tiny_llama(), oracles.random_prompt(60)
+    plain = RankKVCache(model, 0.4)
+    expected = oracles.forward(model, plain, prompt)
+    # Masks of layers of unequal lengths.
+    turn = oracles.random_prompt(5, seed=7)
+    later = oracles.forward(model, plain, turn)
+    calls = []
+
+    def put_before():
+        inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+        def outer(module, *args, **kwargs):
+            calls.append(module.layer_idx)
+            return inner(module, *args, **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = outer
+        return outer
+
+    attention.uninstall()
+    try:
+        first = put_before() if when != "after" else None
+        attention.install()
+        if when != "before":
+            put_before()
+        cache = RankKVCache(model, 0.4)
+        assert oracles.forward(model, cache, prompt).equal(expected)
+        assert sum(cache.kept_lengths) == round(0.4 * 60 * 3)
+        assert calls == [0, 1, 2] if when != "both" else [0, 0, 1, 1, 2, 2]
+        assert oracles.forward(model, cache, turn).equal(later)
+        assert cache.kept_lengths == plain.kept_lengths
+        if when == "before":
+            attention.uninstall()
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is first
+    finally:
+        ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
 
 
 def test_threads_may_install_at_once():
