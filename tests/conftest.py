@@ -23,7 +23,7 @@ settings.register_profile("rankkv", deadline=None, derandomize=True, print_blob=
 settings.load_profile("rankkv")
 
 # Helpers whose asserts should say what differed.
-pytest.register_assert_rewrite("oracles")
+pytest.register_assert_rewrite("oracles", "peers")
 
 TINY_VOCAB_SIZE = 128
 

@@ -14,6 +14,9 @@ def score_h2o(observation: Observation) -> Tensor:
     rows, so that memory stays ``O(block x keys)``.  The selector's ``recent_fraction=0.5`` is the paper's own split of
     a budget into heavy hitters and recent tokens.
 
+    kvpress' ``ObservedAttentionPress`` divides each sum by the number of queries that see the key, which favours late
+    tokens.  Here it is the sum, as in the paper.
+
     Parameters
     ----------
     observation : Observation

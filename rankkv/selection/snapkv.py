@@ -20,6 +20,9 @@ def score_snapkv(observation: Observation, pooling: str = "max", kernel_size: in
     ``score_j = mean over the heads of the group of pool_j(mean over window rows i of A[i, j])``.  Keys before the
     window are pooled among themselves, so that the window's attention to itself does not leak into them.
 
+    kvpress' ``SnapKVPress`` is ``pooling="avg"`` with ``sink_size=0``; it keeps the whole window whatever the budget,
+    while here the window's protected part is at most half of a layer's budget and the rest of it competes by its score.
+
     Parameters
     ----------
     observation : Observation

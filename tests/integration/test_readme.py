@@ -291,3 +291,13 @@ def test_models_said_to_be_refused_are(family):
     kind = transformers.AutoModelForSeq2SeqLM if family == "T5" else transformers.AutoModelForCausalLM
     with pytest.raises(UnsupportedModelError):
         RankKVCache(kind.from_config(config))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parity_table_is_the_committed_record(name):
+    record = json.loads(read_committed("results/parity.json"))
+    counts = [record["total"][key] for key in ("sets", "equal", "tie", "stated", "different")]
+    assert [str(count) for count in counts] in [row for table in find_tables(name) for row in table]
+    assert record["total"] == {
+        key: sum(method[key] for method in record["methods"].values()) for key in record["total"]
+    }

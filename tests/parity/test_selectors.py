@@ -1,0 +1,165 @@
+"""Every selector that kvpress has too keeps the same tokens, or differs exactly as its docstring states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import oracles
+import peers
+import pytest
+import torch
+from torch import Tensor
+
+WINDOW = 16
+SINKS = 4
+EMBEDDED_TOKENS = 500
+TINY_TOKENS = 160
+#: Kept fractions; a layer's budget is the number of tokens that kvpress keeps at one minus this.
+KEPT = (0.5, 0.25)
+
+
+def same(scores: Tensor) -> Tensor:
+    return scores
+
+
+@dataclass(frozen=True)
+class Method:
+    """One selector and the press it answers to, set to the same options.
+
+    ``expect`` turns kvpress' scores into those the selector should have, and ``newest`` more tokens are protected than
+    kvpress protects; where either changes the tokens kept, ``difference`` is what the docstring states.
+    """
+
+    build_press: Callable[[Any, float], Any]
+    selector: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    window_size: int = WINDOW
+    sink_size: int = 0
+    backend: str = "sdpa"
+    expect: Callable[[Tensor], Tensor] = same
+    newest: int = 0
+    difference: str = ""
+    same_scores: bool = True
+    find_scorer: Callable[[Any], Any] = same
+
+
+def divide_out_queries(scores: Tensor) -> Tensor:
+    """Turn the mean over the queries that see a key into the sum over them."""
+    length = scores.shape[-1]
+    return scores * torch.arange(length, 0, -1)
+
+
+METHODS = {
+    "snapkv": Method(
+        lambda kvpress, ratio: kvpress.SnapKVPress(ratio, window_size=WINDOW, kernel_size=5),
+        "snapkv",
+        {"pooling": "avg", "kernel_size": 5},
+    ),
+    "snapkv, no pooling": Method(
+        lambda kvpress, ratio: kvpress.SnapKVPress(ratio, window_size=WINDOW, kernel_size=1),
+        "snapkv",
+        {"kernel_size": 1},
+    ),
+    "streaming_llm": Method(
+        lambda kvpress, ratio: kvpress.StreamingLLMPress(ratio, n_sink=SINKS),
+        "streaming_llm",
+        sink_size=SINKS,
+        same_scores=False,
+    ),
+    "h2o": Method(
+        lambda kvpress, ratio: kvpress.ObservedAttentionPress(ratio),
+        "h2o",
+        window_size=1,
+        newest=1,
+        backend="eager",
+        expect=divide_out_queries,
+        difference="column sums, not means over the queries that see a key",
+    ),
+}
+
+
+def find_ratio(length: int, kept: int) -> float:
+    """Return the fraction removed at which kvpress keeps ``kept`` of ``length`` tokens."""
+    return 1.0 - (kept + 0.5) / length
+
+
+def compare(method: Method, name: str, model: Any, input_ids: Tensor, tally: Any) -> list[str]:
+    import kvpress
+
+    length, faults = input_ids.shape[1], []
+    for fraction in KEPT:
+        kept = int(fraction * length)
+        with peers.attention_backend(model, method.backend):
+            press = method.build_press(kvpress, find_ratio(length, kept))
+            theirs = peers.run_kvpress(model, input_ids, press, method.find_scorer(press))
+            ours = peers.run_rankkv(
+                model,
+                input_ids,
+                method.selector,
+                kept,
+                dict(method.options),
+                window_size=method.window_size,
+                sink_size=method.sink_size,
+            )
+        assert len(ours) == len(theirs) == model.config.num_hidden_layers
+        for layer, (mine, peer) in enumerate(zip(ours, theirs, strict=True)):
+            assert [len(row) for row in peer.kept] == [kept] * model.config.num_key_value_heads
+            scores = method.expect(peer.scores)
+            if method.same_scores:
+                seen = scores.isfinite() & (torch.arange(length) < length - method.window_size)
+                torch.testing.assert_close(mine.scores[seen], scores[seen], rtol=1e-3, atol=1e-6)
+            ranked = scores.clone()
+            ranked[:, length - method.newest :] = float("inf")
+            expected = peers.pick_highest(ranked, [kept] * len(scores))
+            for head, (own, other) in enumerate(zip(mine.kept, peer.kept, strict=True)):
+                verdict = peers.compare_kept(own, other, peer.scores[head])
+                if verdict == "different" and method.difference:
+                    as_stated = peers.compare_kept(own, expected[head], scores[head])
+                    verdict = "different" if as_stated == "different" else "stated"
+                tally(name, verdict, method.difference)
+                if verdict == "different":
+                    faults.append(
+                        f"kept {kept}, layer {layer}, head {head}: {peers.describe_difference(own, other)}"
+                    )
+    return faults
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_on_the_embedded_model(name, embedded, python_docs, tally):
+    model, tokenizer = embedded
+    ids = tokenizer(python_docs[:4000], return_tensors="pt").input_ids[:, :EMBEDDED_TOKENS]
+    assert ids.shape[1] == EMBEDDED_TOKENS
+    assert compare(METHODS[name], name, model, ids, tally) == []
+
+
+@pytest.mark.parametrize("family", peers.TINY_FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_on_tiny_models(name, family, tally):
+    model = peers.build_tiny(family)
+    assert compare(METHODS[name], name, model, oracles.random_prompt(TINY_TOKENS), tally) == []
+
+
+@pytest.mark.parametrize("kept", [WINDOW + 1, WINDOW + 4, 2 * WINDOW - 1])
+def test_snapkv_below_two_windows_keeps_half_a_budget_of_its_window(kept):
+    """kvpress keeps the whole window whatever the budget; here it fills no more than half of it unless it scores."""
+    import kvpress
+
+    model, ids = peers.build_tiny("llama"), oracles.random_prompt(TINY_TOKENS)
+    press = kvpress.SnapKVPress(find_ratio(TINY_TOKENS, kept), window_size=WINDOW, kernel_size=5)
+    theirs = peers.run_kvpress(model, ids, press)
+    options = {"pooling": "avg", "kernel_size": 5}
+    ours = peers.run_rankkv(model, ids, "snapkv", kept, options, window_size=WINDOW, sink_size=0)
+    split, protected = TINY_TOKENS - WINDOW, TINY_TOKENS - kept // 2
+    differing = 0
+    for mine, peer in zip(ours, theirs, strict=True):
+        for head, (own, other) in enumerate(zip(mine.kept, peer.kept, strict=True)):
+            assert len(own) == len(other) == kept
+            assert set(range(split, TINY_TOKENS)) <= set(other.tolist())
+            assert set(range(protected, TINY_TOKENS)) <= set(own.tolist())
+            # What each adds before the window are the first of the same list.
+            (best,) = peers.pick_highest(peer.scores[head : head + 1, :split], [int((own < split).sum())])
+            assert peers.compare_kept(own[own < split], best, peer.scores[head]) != "different"
+            differing += not own.equal(other)
+    assert differing
