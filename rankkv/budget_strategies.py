@@ -15,6 +15,11 @@ import numpy as np
 from rankkv.budget_shares import FloatArray, check_integer
 from rankkv.errors import ConfigError, DegenerateAttentionError, InputError, UnknownNameError
 
+#: What a strategy may read of each layer, as :attr:`Strategy.needs` says it.
+NEEDS = ("ranks", "window attention", "whole attention", "hidden states", "nothing")
+
+_RANK_COST = "O(window^2 x keys)"
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -30,16 +35,28 @@ class Strategy:
     description : str
         One line.
     source : str
-        Where it comes from.
-    uses_ranks : bool
-        False where the weights follow from the number of layers, before any rank is known.
+        Paper, or where else it comes from.
+    measure : str, optional
+        What is measured of each layer and given to ``function``: ``"rank"``, the effective rank.  None where the
+        weights follow from the number of layers, before any attention is seen.
+    needs : str
+        What the measure reads, one of :data:`NEEDS`.
+    cost : str
+        Operations for each head of a layer, up to a factor of head_dim: ``"O(window x keys)"`` and the like.
     """
 
     function: Callable[..., FloatArray]
     layerwise: bool
     description: str
     source: str
-    uses_ranks: bool = True
+    measure: str | None = "rank"
+    needs: str = "ranks"
+    cost: str = _RANK_COST
+
+    @property
+    def uses_ranks(self) -> bool:
+        """Whether the layers are weighed by their effective ranks."""
+        return self.measure == "rank"
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -121,19 +138,27 @@ STRATEGIES: dict[str, Strategy] = {
     "adaptive": Strategy(
         _adaptive, False, "weight = rank, less below one percentile, more above another", _ROY
     ),
-    "uniform": Strategy(_uniform, True, "every layer the same", "baseline", uses_ranks=False),
+    "uniform": Strategy(_uniform, True, "every layer the same", "baseline", None, "nothing", "O(1)"),
     "pyramid": Strategy(
         _pyramid,
         False,
         "linear in depth, from 1 + steepness to 1 - steepness times the average",
         "after Z. Cai et al., PyramidKV, arXiv:2406.02069 (baseline)",
-        uses_ranks=False,
+        None,
+        "nothing",
+        "O(1)",
     ),
     "inverse": Strategy(
         _inverse, False, "weight = 1 / rank; rank 0 counts as the smallest positive", "baseline"
     ),
     "random": Strategy(
-        _random, False, "weight drawn uniformly from 0.2 to 1.8 with a seed", "baseline", uses_ranks=False
+        _random,
+        False,
+        "weight drawn uniformly from 0.2 to 1.8 with a seed",
+        "baseline",
+        None,
+        "nothing",
+        "O(1)",
     ),
 }
 

@@ -40,7 +40,7 @@ def batch(request):
 @pytest.fixture
 def reversed_pyramid(monkeypatch):
     """Name of a strategy that gives the first layer least."""
-    weights = Strategy(lambda ranks: np.linspace(0.05, 1.95, len(ranks)), False, "", "", uses_ranks=False)
+    weights = Strategy(lambda ranks: np.linspace(0.05, 1.95, len(ranks)), False, "", "", measure=None)
     monkeypatch.setitem(STRATEGIES, "reversed_pyramid", weights)
     return "reversed_pyramid"
 

@@ -18,6 +18,7 @@ from rankkv.budget_allocation import (
     compute_weights,
     get_strategy,
 )
+from rankkv.budget_strategies import NEEDS
 from rankkv.errors import BudgetError, ConfigError, DegenerateAttentionError, InputError, UnknownNameError
 
 RANKS = [2.0, 4.0, 6.0, 8.0]
@@ -351,3 +352,12 @@ def test_compare_spends_the_same_total_under_every_strategy():
     assert list(BudgetAllocator.compare(RANKS, 80, strategies="power")) == ["power"]
     with pytest.raises(UnknownNameError, match="did you mean 'uniform'"):
         BudgetAllocator.compare(RANKS, 80, strategies=["unifrom"])
+
+
+def test_a_strategy_says_what_it_reads_and_costs():
+    for name, known in STRATEGIES.items():
+        assert known.needs in NEEDS, name
+        assert known.cost.startswith("O("), name
+        assert known.source, name
+        assert (known.measure is None) == (known.needs == "nothing"), name
+        assert (known.measure == "rank") == (known.needs == "ranks"), name
