@@ -149,7 +149,7 @@ def restore_config(header: dict[str, Any]) -> RankKVConfig:
         If the description is not one that this version writes.
     """
     options = dict(header["options"])
-    options["selector"] = get_selector(options["selector"]["name"], **options["selector"]["options"])
+    options["selector"] = _restore_selector(options["selector"])
     options["protect"] = [tuple(span) for span in options["protect"]]
     return RankKVConfig(**options)
 
@@ -193,10 +193,22 @@ def restore_state(
 
 
 def _describe(selector: Selector) -> dict[str, Any]:
-    options = dict(selector.options)
+    # A method that wraps another one has that as an option.
+    options = {
+        name: _describe(value) if isinstance(value, Selector) else value
+        for name, value in selector.options.items()
+    }
     if selector.recent_fraction is not None:
         options["recent_fraction"] = selector.recent_fraction
     return {"name": selector.name, "options": options}
+
+
+def _restore_selector(record: dict[str, Any]) -> Selector:
+    options = {
+        name: _restore_selector(value) if isinstance(value, dict) else value
+        for name, value in record["options"].items()
+    }
+    return get_selector(record["name"], **options)
 
 
 def _plan_record(plan: BudgetPlan) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class RankKVLayer(DynamicLayer):
         #: The last queries, where compression has to wait for them.
         self.buffer: QueryBuffer | None = None
         self._scores: Tensor | None = None
+        #: What of the scores is carried on, where that is not what tokens are selected by.
+        self._lasting: Tensor | None = None
         self._real_index: Tensor | None = None
         self._lengths: list[int] = []
         self._available: list[int] = []
@@ -194,8 +196,14 @@ class RankKVLayer(DynamicLayer):
         slots = self.slot_map
         return None if slots is None else slots.compute_valid()
 
-    def begin_compression(self, scores: Tensor, observation: Observation) -> None:
-        """Take the scores ``[batch, kv_head or 1, slot]`` by which the layer may shrink, once or repeatedly."""
+    def begin_compression(
+        self, scores: Tensor, observation: Observation, lasting: Tensor | None = None
+    ) -> None:
+        """Take the scores ``[batch, kv_head or 1, slot]`` by which the layer may shrink, once or repeatedly.
+
+        ``lasting`` are those that decoding may continue; None means the same.
+        """
+        self._lasting = None if lasting is scores else lasting
         self._scores, self._real_index = scores, observation.real_index
         self._lengths, self._available = observation.lengths, observation.available
         if self.kept_positions is not None:
@@ -239,13 +247,16 @@ class RankKVLayer(DynamicLayer):
         )
         self._real_index = _gather_heads(self._real_index, index).masked_fill(empty, -1)
         self._scores = _gather_heads(self._scores, index)
+        if self._lasting is not None:
+            self._lasting = _gather_heads(self._lasting, index)
         self.kept_valid = ~empty[:, 0] if min(keep) < max(keep) else None
         self._available = keep
 
     def end_compression(self, keep_scores: bool = False) -> None:
         """Release the scores, or carry them on into decoding."""
-        self.running_scores = self._scores if keep_scores else None
-        self._scores = self._real_index = None
+        lasting = self._scores if self._lasting is None else self._lasting
+        self.running_scores = lasting if keep_scores else None
+        self._scores = self._lasting = self._real_index = None
 
     def rest(self) -> None:
         """Go over to the form in which keys and values wait for the next forward: here, as they are."""
@@ -264,7 +275,9 @@ def release_hidden(layer: Any) -> None:
 
 
 def _gather_heads(tensor: Tensor, index: Tensor) -> Tensor:
-    return tensor.expand(-1, index.shape[1], -1).gather(-1, index)
+    # Either may have one head for all.
+    heads = max(tensor.shape[1], index.shape[1])
+    return tensor.expand(-1, heads, -1).gather(-1, index.expand(-1, heads, -1))
 
 
 def _gather_slots(tensor: Tensor, index: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class Compressor:
             ranks = compute_layer_ranks(observation, config.scope, config.aggregation).tolist()
         for plan, rank, available in zip(self._open, ranks, observation.available, strict=True):
             plan.add_layer(rank, available)
-        layer.begin_compression(self._compute_scores(layer, observation), observation)
+        lasting = self._compute_lasting_scores(layer, observation)
+        layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):
             ceilings = [plan.compute_ceilings() for plan in self._open]
@@ -81,15 +82,15 @@ class Compressor:
     def step(self, layer: RankKVLayer, observation: Observation) -> None:
         """Keep a layer at its budget while decoding: continue its scores by the newest queries, then evict."""
         if self.selector.step == "rescore":
-            scores = self.selector.compute_scores(observation)
+            lasting = self.selector.compute_lasting_scores(observation)
         else:
-            scores = self._continue_scores(layer, observation.compute_column_sums())
-            layer.running_scores = scores
+            lasting = self._continue_scores(layer, observation.compute_column_sums())
+            layer.running_scores = lasting
         place = self.layer_indices.index(observation.layer_idx)
         budgets = [plan.budgets[place] for plan in self.plans]
         if all(count <= budget for count, budget in zip(observation.available, budgets, strict=True)):
             return
-        layer.begin_compression(scores, observation)
+        layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
         self._shrink_layer(layer, budgets, slack=0, protect_before=[plan.length for plan in self.plans])
         layer.end_compression(keep_scores=self.selector.step != "rescore")
 
@@ -97,8 +98,8 @@ class Compressor:
         """Continue a layer's scores by queries that will not be there when it is compressed."""
         layer.running_scores = self._continue_scores(layer, observation.compute_column_sums())
 
-    def _compute_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:
-        scores = self.selector.compute_scores(observation)
+    def _compute_lasting_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:
+        scores = self.selector.compute_lasting_scores(observation)
         if self.selector.step == "sum" and layer.running_scores is not None:
             scores = self._continue_scores(layer, scores)
         return scores

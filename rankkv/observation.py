@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Elements of one block of attention weights (float32): 32 Mi elements are 128 MiB.
 BLOCK_ELEMENTS = 1 << 25
@@ -51,6 +52,8 @@ class Observation:
         mass away (attention sinks learned by the model).
     window_size, sink_size : int
         The observation window and the number of protected first tokens.
+    module_ref : weakref.ref, optional
+        The attention module, as long as it lives.
     """
 
     layer_idx: int
@@ -72,6 +75,13 @@ class Observation:
     sink_logits: Tensor | None = None
     window_size: int = 32
     sink_size: int = 4
+    # Weak, since queries that wait keep their observation, and a copy of the cache must not copy the model.
+    module_ref: weakref.ref[nn.Module] | None = None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The attention module; None where it is not known."""
+        return None if self.module_ref is None else self.module_ref()
 
     @property
     def query_length(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,6 +125,7 @@ def observe(
         sink_logits=options.get("s_aux"),
         window_size=window_size,
         sink_size=sink_size,
+        module_ref=weakref.ref(module),
     )
 
 

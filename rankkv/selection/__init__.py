@@ -6,19 +6,35 @@ from typing import Any
 
 from ..errors import UnknownNameError
 from .base import NEEDS, Selector, select_tokens
+from .chunkkv import refine_chunkkv
+from .criticalkv import refine_criticalkv
 from .h2o import score_h2o
+from .lava import score_lava
 from .random import score_random
 from .snapkv import score_snapkv
 from .streaming_llm import score_streaming_llm
+from .wrapping import WrappingSelector
+
+_SNAPKV = Selector("snapkv", score_snapkv, "window attention", "arXiv:2404.14469", "O(window x keys)")
 
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
     for selector in (
-        Selector("snapkv", score_snapkv, "window attention", "arXiv:2404.14469", "O(window x keys)"),
+        _SNAPKV,
         Selector("h2o", score_h2o, "whole attention", "arXiv:2306.14048", "O(queries x keys)", step="sum"),
         Selector(
             "streaming_llm", score_streaming_llm, "nothing", "arXiv:2309.17453", "O(keys)", step="rescore"
         ),
+        Selector("lava", score_lava, "window attention", "arXiv:2509.09754", "O(window x keys)"),
+        WrappingSelector.of(
+            _SNAPKV,
+            "criticalkv",
+            refine_criticalkv,
+            "arXiv:2502.03805",
+            "O(window x keys + hidden x keys)",
+            wraps=("window attention", "whole attention", "queries"),
+        ),
+        WrappingSelector.of(_SNAPKV, "chunkkv", refine_chunkkv, "arXiv:2502.00299", "O(window x keys)"),
         Selector("random", score_random, "nothing", "control", "O(keys)", step="rescore"),
     )
 }
@@ -53,4 +69,4 @@ def get_selector(selector: str | Selector, **options: Any) -> Selector:
     return selector.with_options(**options) if options else selector
 
 
-__all__ = ["NEEDS", "SELECTORS", "Selector", "get_selector", "select_tokens"]
+__all__ = ["NEEDS", "SELECTORS", "Selector", "WrappingSelector", "get_selector", "select_tokens"]

@@ -76,19 +76,36 @@ class Selector:
                 f"recent_fraction={recent_fraction!r} of selector {self.name!r} is outside [0, 1]: it is the fraction "
                 "of a layer's budget that is kept for the newest tokens."
             )
-        known = list(inspect.signature(self.score).parameters)[1:]
         for name in options:
-            if name not in known:
-                listed = ", ".join([*known, "recent_fraction"])
+            if name not in self.option_names:
+                listed = ", ".join([*self.option_names, "recent_fraction"])
                 raise ConfigError(
                     f"selector {self.name!r} has no option {name!r}; its options are: {listed}."
                 )
         bound = MappingProxyType({**self.options, **options})
         return replace(self, options=bound, recent_fraction=recent_fraction)
 
+    @property
+    def option_names(self) -> list[str]:
+        """Names of the options of ``score``."""
+        return list(inspect.signature(self.score).parameters)[1:]
+
+    @property
+    def description(self) -> str:
+        """One sentence: the first line of the docstring of ``score``."""
+        return (inspect.getdoc(self.score) or "").partition("\n")[0]
+
     def compute_scores(self, observation: Observation) -> Tensor:
-        """Compute the scores of all keys, ``[batch, kv_head or 1, key]`` float32."""
+        """Compute the scores by which tokens are selected, ``[batch, kv_head or 1, key]``."""
+        return self.refine(self.compute_lasting_scores(observation), observation)
+
+    def compute_lasting_scores(self, observation: Observation) -> Tensor:
+        """Compute the scores that later queries continue (see ``step``), ``[batch, kv_head or 1, key]``."""
         return self.score(observation, **self.options)
+
+    def refine(self, scores: Tensor, observation: Observation) -> Tensor:
+        """Make of lasting scores those by which tokens are selected; here they are the same."""
+        return scores
 
     def count_protected(self, budget: int, window_size: int, sink_size: int) -> tuple[int, int]:
         """Return how many of the newest and of the first tokens a budget of ``budget`` tokens protects.

@@ -46,13 +46,38 @@ def score_snapkv(observation: Observation, pooling: str = "max", kernel_size: in
     ----------
     Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", 2024, arXiv:2404.14469, section 4.
     """
+    return observation.compute_group_mean(pool_votes(observation, "snapkv", pooling, kernel_size))
+
+
+def pool_votes(observation: Observation, selector: str, pooling: str, kernel_size: int) -> Tensor:
+    """Compute the mean attention of the observation window to each key, pooled along the keys.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries and keys.
+    selector : str
+        Named where an option is wrong.
+    pooling, kernel_size
+        See :func:`score_snapkv`.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, head, key]`` float32, one head a query head.
+
+    Raises
+    ------
+    ConfigError
+        If ``pooling`` is unknown or ``kernel_size`` is not odd and positive.
+    """
     if pooling not in _POOLS:
         raise ConfigError(
-            f"pooling={pooling!r} of selector 'snapkv' must be one of: {', '.join(sorted(_POOLS))}."
+            f"pooling={pooling!r} of selector {selector!r} must be one of: {', '.join(sorted(_POOLS))}."
         )
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ConfigError(
-            f"kernel_size={kernel_size!r} of selector 'snapkv' must be an odd integer of at least 1."
+            f"kernel_size={kernel_size!r} of selector {selector!r} must be an odd integer of at least 1."
         )
     rows = min(observation.window_size, observation.query_length)
     # A row shorter than the window has padding in it, which is no query and must not dilute the mean.
@@ -65,4 +90,4 @@ def score_snapkv(observation: Observation, pooling: str = "max", kernel_size: in
         pool(part, kernel_size, stride=1, padding=kernel_size // 2) if part.shape[-1] else part
         for part in parts
     ]
-    return observation.compute_group_mean(torch.cat(pooled, dim=-1))
+    return torch.cat(pooled, dim=-1)

@@ -32,6 +32,7 @@ RANKS = {
     "rankkv.block_masks": 10,
     "rankkv.attention_call": 20,
     "rankkv.observation": 20,
+    "rankkv.output_projection": 20,
     "rankkv.rotary": 20,
     "rankkv.observing": 21,
     "rankkv.layer_rank": 21,
