@@ -11,6 +11,7 @@ from .analyze import analyze
 from .check import check
 from .demo import demo
 from .generate import generate
+from .methods import methods
 
 app = typer.Typer(
     name="rankkv",
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(analyze)
 app.command()(generate)
+app.command()(methods)
 app.command()(check)
 
 

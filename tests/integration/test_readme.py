@@ -17,10 +17,8 @@ import transformers
 from packaging.version import Version
 
 from rankkv import RankKVCache, RankKVConfig
-from rankkv.budget_allocation import STRATEGIES
 from rankkv.errors import UnsupportedModelError
 from rankkv.rank_analysis import AGGREGATIONS, SCOPES
-from rankkv.selection import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("README.md", "README.zh-CN.md")
@@ -189,27 +187,6 @@ def test_options_are_those_of_the_config(name):
         AGGREGATIONS
     )
     assert [re.match(r'`"(\w+)"`', row[0])[1] for row in find_table(name, ['`"full"`'])] == list(SCOPES)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_selectors_are_those_of_the_registry(name):
-    rows = find_table(name, ["`snapkv`"])
-    assert [row[0] for row in rows] == [code(key) for key in SELECTORS]
-    if name == "README.md":
-        expected = [[known.needs, known.cost, known.source] for known in SELECTORS.values()]
-        assert [row[1:] for row in rows] == expected
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_strategies_are_those_of_the_registry(name):
-    rows = find_table(name, ["`proportional`"])
-    options = {
-        key: ", ".join(f"{option}={value!r}" for option, value in known.defaults.items())
-        for key, known in STRATEGIES.items()
-    }
-    assert [row[:2] for row in rows] == [[code(key), text and code(text)] for key, text in options.items()]
-    if name == "README.md":
-        assert [row[2] for row in rows] == [known.description for known in STRATEGIES.values()]
 
 
 def find_tree(name):

@@ -51,6 +51,7 @@ RANKS = {
     "rankkv.cache": 54,
     # the users of the line
     "rankkv.generation": 60,
+    "rankkv.methods": 60,
     "rankkv.probe": 60,
     "rankkv.pipeline": 61,
     "rankkv.selfcheck": 61,

@@ -1,0 +1,42 @@
+"""`rankkv methods`: every selector and every budget strategy, with what it reads and where it comes from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .common import print_json, reports_errors
+
+
+@reports_errors
+def methods(
+    json: Annotated[bool, typer.Option("--json", help="Print the methods as JSON to stdout.")] = False,
+) -> None:
+    """List the token selection methods and the budget strategies: options, what they read, cost, source."""
+    from ..methods import describe_methods
+
+    record = describe_methods()
+    if json:
+        print_json(record)
+    else:
+        for kind, described in record.items():
+            _print_methods(kind, described)
+
+
+def _print_methods(kind: str, described: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(f"{kind.capitalize()}:")
+    for method in described:
+        facts = f"reads {method['needs']}; {method['cost']}; {method['source']}"
+        options = ", ".join(f"{name}={value!r}" for name, value in method["options"].items())
+        console.print(Text(f"  {method['name']}", style="bold"))
+        for line in (method["description"], facts, options and f"options: {options}"):
+            if line:
+                # As plain text: what stands in brackets is no markup.
+                console.print(Padding(Text(line), (0, 0, 0, 4)))
+    console.print()

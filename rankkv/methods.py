@@ -1,0 +1,62 @@
+"""What can be chosen: every selector and every strategy, as records that a table or a program can read."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from .budget_allocation import STRATEGIES
+from .budget_strategies import Strategy
+from .selection import SELECTORS, Selector, WrappingSelector
+
+
+def describe_methods() -> dict[str, list[dict[str, Any]]]:
+    """Describe all registered methods.
+
+    Returns
+    -------
+    dict
+        ``"selectors"`` and ``"strategies"``: lists of records with the keys ``name``, ``options`` (with their
+        defaults), ``description`` (one sentence), ``needs`` (what the method reads of a layer), ``cost`` (operations
+        for each head, up to a factor of head_dim) and ``source`` (the paper).
+
+    Examples
+    --------
+    >>> methods = describe_methods()
+    >>> [method["needs"] for method in methods["selectors"] if method["name"] == "h2o"]
+    ['whole attention']
+    """
+    return {
+        "selectors": [describe_selector(selector) for selector in SELECTORS.values()],
+        "strategies": [describe_strategy(name, strategy) for name, strategy in STRATEGIES.items()],
+    }
+
+
+def describe_selector(selector: Selector) -> dict[str, Any]:
+    """Describe one selector as :func:`describe_methods` does."""
+    parameters = inspect.signature(selector.score).parameters
+    options = {name: parameters[name].default for name in selector.option_names if name in parameters}
+    if isinstance(selector, WrappingSelector):
+        options = {"base": str(selector.base), **options}
+    if selector.recent_fraction is not None:
+        options["recent_fraction"] = selector.recent_fraction
+    return {
+        "name": selector.name,
+        "options": {**options, **{k: v for k, v in selector.options.items() if k != "base"}},
+        "description": selector.description,
+        "needs": selector.needs,
+        "cost": selector.cost,
+        "source": selector.source,
+    }
+
+
+def describe_strategy(name: str, strategy: Strategy) -> dict[str, Any]:
+    """Describe one strategy as :func:`describe_methods` does."""
+    return {
+        "name": name,
+        "options": strategy.defaults,
+        "description": strategy.description,
+        "needs": strategy.needs,
+        "cost": strategy.cost,
+        "source": strategy.source,
+    }
