@@ -361,6 +361,16 @@ def observe_layers(
     ]
 
 
+def observe_random(
+    tokens: int, heads: int = 4, key_heads: int = 2, kv_heads: int = 2, dim: int = 8, value_dim: int = 8
+) -> Observation:
+    """Return an observation of one row of random queries, keys and values, the same at each call."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((heads, dim), (key_heads, dim), (key_heads, value_dim))
+    states = [torch.randn(1, count, tokens, width, generator=generator) for count, width in shapes]
+    return observe(0, torch.nn.Module(), *states, None, {}, kv_heads=kv_heads, window_size=16, sink_size=4)
+
+
 def eager_attentions(model: Any, input_ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
     """Return the weights ``[batch, head, query, key]`` the model's eager attention computes, a layer each."""
     twin = copy.deepcopy(model)

@@ -8,11 +8,16 @@ from ..errors import UnknownNameError
 from .base import NEEDS, Selector, select_tokens
 from .chunkkv import refine_chunkkv
 from .criticalkv import refine_criticalkv
+from .cur import score_cur
 from .h2o import score_h2o
+from .keydiff import score_keydiff
+from .knorm import score_knorm
+from .lagkv import score_lagkv
 from .lava import score_lava
 from .random import score_random
 from .snapkv import score_snapkv
 from .streaming_llm import score_streaming_llm
+from .tova import score_tova
 from .wrapping import WrappingSelector
 
 _SNAPKV = Selector("snapkv", score_snapkv, "window attention", "arXiv:2404.14469", "O(window x keys)")
@@ -25,6 +30,11 @@ SELECTORS: dict[str, Selector] = {
         Selector(
             "streaming_llm", score_streaming_llm, "nothing", "arXiv:2309.17453", "O(keys)", step="rescore"
         ),
+        Selector("tova", score_tova, "window attention", "arXiv:2401.06104", "O(keys)", step="rescore"),
+        Selector("knorm", score_knorm, "keys only", "arXiv:2406.11430", "O(keys)", step="rescore"),
+        Selector("keydiff", score_keydiff, "keys only", "arXiv:2504.15364", "O(keys)", step="rescore"),
+        Selector("lagkv", score_lagkv, "keys and values", "arXiv:2504.04704", "O(keys)", step="rescore"),
+        Selector("cur", score_cur, "keys and values", "arXiv:2509.15038", "O(keys)", step="rescore"),
         Selector("lava", score_lava, "window attention", "arXiv:2509.09754", "O(window x keys)"),
         WrappingSelector.of(
             _SNAPKV,

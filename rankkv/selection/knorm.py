@@ -1,0 +1,36 @@
+"""Knorm: keep the keys of low norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..observation import Observation
+from .rows import without_padding
+from .ties import merge_ties
+
+
+@without_padding
+def score_knorm(observation: Observation) -> Tensor:
+    """Score each key by its norm, the lower the better.
+
+    ``score_j = - ||k_j||_2``, in float32.  Keys of low norm get high attention in most layers; the paper leaves the
+    first two layers uncompressed, where this does not hold, which is a matter of budgets and not done here.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's keys.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_head, key]`` float32; where attention sees more key heads than the cache has, their mean.
+
+    References
+    ----------
+    Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", 2024, arXiv:2406.11430,
+    section 3.
+    """
+    norms = torch.linalg.vector_norm(observation.keys, dim=-1, dtype=torch.float32)
+    return merge_ties(-observation.compute_group_mean(norms))

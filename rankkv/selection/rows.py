@@ -1,0 +1,47 @@
+"""Scores that are statistics of a row's tokens: computed on each row as if it were alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..observation import Observation
+
+
+def without_padding(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate a scoring function so that it sees each row of a padded batch alone, without its padding.
+
+    A mean, a norm or a partition over the tokens then needs no mask.  Padding scores 0; it is never selected.
+
+    Parameters
+    ----------
+    score : callable
+        ``score(observation, **options) -> Tensor [batch, kv_head or 1, key]``.
+
+    Returns
+    -------
+    callable
+        The same function for any observation.
+    """
+
+    @functools.wraps(score)
+    def score_each(observation: Observation, *args: Any, **options: Any) -> Tensor:
+        if min(observation.available) == observation.key_length:
+            return score(observation, *args, **options)
+        rows = {
+            row: score(observation.take_row(row), *args, **options)
+            for row, count in enumerate(observation.available)
+            # A row may be nothing but padding while a prompt comes in chunks.
+            if count
+        }
+        heads = max((scores.shape[1] for scores in rows.values()), default=1)
+        shape = (len(observation.available), heads, observation.key_length)
+        joined = observation.keys.new_zeros(shape).float()
+        for row, scores in rows.items():
+            joined[row, :, observation.valid[row]] = scores[0]
+        return joined
+
+    return score_each

@@ -1,0 +1,249 @@
+"""Each method's score against its formula in plain loops, on 64 tokens of tiny random models, padded and not.
+
+Every row is scored here from its own tokens alone, so that a padded row has to equal the row without padding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import oracles
+import pytest
+import torch
+
+from rankkv.compat import cache_argument
+from rankkv.errors import ConfigError, UnknownNameError
+from rankkv.selection import SELECTORS, get_selector
+from rankkv.selection.ties import merge_ties
+
+LENGTH, SHORT, WINDOW, SINKS = 64, 41, 16, 4
+PROMPTS = (oracles.random_prompt(LENGTH, seed=1), oracles.random_prompt(SHORT, seed=2))
+
+
+@pytest.fixture(scope="module", params=["llama", "neox"])
+def model(request, tiny_llama, tiny_neox):
+    return {"llama": tiny_llama, "neox": tiny_neox}[request.param]()
+
+
+@pytest.fixture(scope="module", params=["alone", "padded"])
+def layer(request, model):
+    """Layer 1 of one row, or of a batch whose second row is padded."""
+    prompts = PROMPTS[:1] if request.param == "alone" else PROMPTS
+    return oracles.observe_layers(model, *oracles.left_pad(prompts), window_size=WINDOW, sink_size=SINKS)[1]
+
+
+def list_rows(layer):
+    """List each row's real tokens: ``(row, first, keys [kv_head][token], values, queries [head][token])``."""
+    rows = []
+    for row, length in enumerate(layer.lengths):
+        first = layer.key_length - length
+        rows.append(
+            (row, first, *(t[row, :, first:].double() for t in (layer.keys, layer.values, layer.query)))
+        )
+    return rows
+
+
+def assert_scores(layer, name, formula, **options):
+    """Compare all scores of the selector with ``formula(keys, values, queries) -> [kv_head][token]``."""
+    scores = get_selector(name, **options).compute_scores(layer)
+    assert scores.dtype == torch.float32
+    for row, first, keys, values, queries in list_rows(layer):
+        expected = torch.tensor(formula(keys, values, queries), dtype=torch.float64)
+        torch.testing.assert_close(scores[row, :, first:].double(), expected, atol=2e-5, rtol=1e-4)
+
+
+def dot(one, other):
+    return sum(float(a) * float(b) for a, b in zip(one, other, strict=True))
+
+
+def norm(vector):
+    return math.sqrt(dot(vector, vector))
+
+
+def softmax(logits):
+    top = max(logits)
+    weights = [math.exp(logit - top) for logit in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+# -- attention of the newest query --------------------------------------------------------------------------
+
+
+def test_tova_is_the_newest_query_s_attention_averaged_over_all_heads(layer):
+    def formula(keys, values, queries):
+        groups = len(queries) // len(keys)
+        total = [0.0] * keys.shape[1]
+        for head in range(len(queries)):
+            logits = [dot(queries[head][-1], key) / math.sqrt(keys.shape[-1]) for key in keys[head // groups]]
+            total = [a + b / len(queries) for a, b in zip(total, softmax(logits), strict=True)]
+        return [total]
+
+    assert_scores(layer, "tova", formula)
+
+
+def test_tova_drops_the_token_that_the_newest_query_attends_to_least(tiny_llama):
+    model = tiny_llama(attn_implementation="eager")
+    selector = get_selector("tova", recent_fraction=0.0)
+    options = {"budget": 20, "strategy": "uniform", "sink_size": 0, "decode": "bounded"}
+    cache = oracles.prefill(model, PROMPTS[0], selector=selector, **options)
+    for step in oracles.next_chunks(1, (1,) * 10):
+        before = oracles.kept_tokens(cache)
+        with torch.no_grad():
+            output = model(step, output_attentions=True, use_cache=True, **cache_argument(cache))
+        for kept, now, weights in zip(before, oracles.kept_tokens(cache), output.attentions, strict=True):
+            held = [*kept[0][0], cache.seen_tokens - 1]
+            least = min(range(20), key=lambda slot, weights=weights: float(weights[0, :, 0, slot].mean()))
+            assert now[0][0] == now[0][1] == [token for token in held if token != held[least]]
+
+
+# -- keys only ----------------------------------------------------------------------------------------------
+
+
+def test_knorm_is_the_negative_norm(layer):
+    assert_scores(
+        layer, "knorm", lambda keys, values, queries: [[-norm(key) for key in head] for head in keys]
+    )
+
+
+def test_keydiff_is_the_negative_cosine_to_the_mean_direction(layer):
+    def formula(keys, values, queries):
+        scores = []
+        for head in keys:
+            directions = [[float(x) / norm(key) for x in key] for key in head]
+            anchor = [sum(column) / len(head) for column in zip(*directions, strict=True)]
+            scores.append([-dot(direction, anchor) / norm(anchor) for direction in directions])
+        return scores
+
+    assert_scores(layer, "keydiff", formula)
+
+
+def test_keys_of_one_token_tie_in_the_first_layer(model):
+    # Rotation turns them and leaves their norms equal, but for rounding: the earlier one is kept.
+    prompt = PROMPTS[0].clone()
+    prompt[0, 10::3] = prompt[0, 10]
+    for name in ("knorm", "cur"):
+        options = {"local_window": 0} if name == "cur" else {}
+        first = oracles.observe_layers(model, prompt, window_size=WINDOW, sink_size=SINKS)[0]
+        for head in get_selector(name, **options).compute_scores(first)[0]:
+            assert len(set(head[10::3].tolist())) == 1
+
+
+def test_ties_are_merged_and_nothing_else_moves():
+    scores = torch.tensor([[5.0, 1.0, 1.0 + 5e-7, -2.0, -2.0 - 1e-6, 1.0 - 5e-7, 0.0, 1.1]])
+    merged = merge_ties(scores)
+    assert len(set(merged[0, [1, 2, 5]].tolist())) == len(set(merged[0, [3, 4]].tolist())) == 1
+    assert merged[0, [0, 6, 7]].tolist() == scores[0, [0, 6, 7]].tolist()
+    torch.testing.assert_close(merged, scores, rtol=2e-6, atol=0)
+    apart = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0)).round(decimals=3)
+    assert torch.equal(merge_ties(apart), apart)
+
+
+# -- keys and values ----------------------------------------------------------------------------------------
+
+
+def plain_lagkv(keys, values, lag, across):
+    scores = []
+    for head_keys, head_values in zip(keys, values, strict=True):
+        tokens = len(head_keys)
+        parts = (tokens - SINKS) // lag
+        if parts < 2:
+            scores.append([1.0] * SINKS + [index / (tokens - SINKS) for index in range(tokens - SINKS)])
+            continue
+        row = [1.0] * tokens
+        for part in range(parts - 1):
+            start = SINKS + part * lag
+            joined = [0.0] * lag
+            for states in (head_keys, head_values):
+                after = states[start + lag : start + 2 * lag]
+                spreads = []
+                for token in range(start, start + lag):
+                    relative = []
+                    for channel in range(states.shape[-1]):
+                        column = [float(state[channel]) for state in after]
+                        low, high = min(column), max(column)
+                        relative.append((float(states[token][channel]) - low) / (high - low))
+                    mean = sum(relative) / len(relative)
+                    spreads.append(math.sqrt(sum((x - mean) ** 2 for x in relative) / (len(relative) - 1)))
+                joined = [a + b / 2 for a, b in zip(joined, softmax(spreads), strict=True)]
+            for index in range(lag):
+                lower = sum(other < joined[index] for other in joined)
+                row[start + index] = joined[index] if across else lower / lag
+        scores.append(row)
+    return scores
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("lag", [7, 16, 25])
+def test_lagkv_is_the_spread_relative_to_the_next_partition(layer, lag, across):
+    # With 25, 64 tokens are two partitions and the short row has none to compare.
+    formula = lambda keys, values, queries: plain_lagkv(keys, values, lag, across)  # noqa: E731
+    assert_scores(layer, "lagkv", formula, lag_size=lag, across=across)
+
+
+def test_lagkv_of_a_channel_that_does_not_vary():
+    constant = oracles.observe_random(tokens=40)
+    constant.keys[..., 3] = 0.5
+    constant.values[:] = 1.0
+    assert torch.isfinite(get_selector("lagkv", lag_size=8, across=True).compute_scores(constant)).all()
+
+
+def plain_cur(keys, values, leverage, window):
+    scores = []
+    for head_keys, head_values in zip(keys, values, strict=True):
+        tokens = len(head_keys)
+        size = window or tokens
+        shares = []
+        for states in (head_keys, head_values):
+            squares = [dot(state, state) for state in states]
+            local = [squares[index // size * size : index // size * size + size] for index in range(tokens)]
+            shares.append([square / sum(near) for square, near in zip(squares, local, strict=True)])
+        join = {
+            "kv_product": lambda k, v: k * v,
+            "kv_avg": lambda k, v: (k + v) / 2,
+            "key": lambda k, v: k,
+            "value": lambda k, v: v,
+        }[leverage]
+        joined = [join(k, v) for k, v in zip(*shares, strict=True)]
+        scores.append([1.0] * SINKS + [share / sum(joined) for share in joined[SINKS:]])
+    return scores
+
+
+@pytest.mark.parametrize("window", [16, 7, 0])
+@pytest.mark.parametrize("leverage", ["kv_product", "kv_avg", "key", "value"])
+def test_cur_is_the_share_of_the_local_norms(layer, leverage, window):
+    formula = lambda keys, values, queries: plain_cur(keys, values, leverage, window)  # noqa: E731
+    assert_scores(layer, "cur", formula, leverage=leverage, local_window=window)
+
+
+# -- keys of other widths and heads -------------------------------------------------------------------------
+
+
+KEY_SCORES = [name for name, known in SELECTORS.items() if known.needs in ("keys only", "keys and values")]
+
+
+@pytest.mark.parametrize("name", KEY_SCORES)
+def test_key_heads_that_share_a_cached_head_are_averaged(name):
+    # Latent attention: four key heads, values of another width, one head in the cache.
+    latent = oracles.observe_random(tokens=30, heads=4, key_heads=4, kv_heads=1, value_dim=6)
+    # Options with which a score is linear in what is averaged.
+    options = {"lagkv": {"lag_size": 6, "across": True}, "cur": {"leverage": "kv_avg"}}.get(name, {})
+    selector = get_selector(name, **options)
+    scores = selector.compute_scores(latent)
+    assert scores.shape == (1, 1, 30)
+    own = oracles.observe_random(tokens=30, heads=4, key_heads=4, kv_heads=4, value_dim=6)
+    expected = selector.compute_scores(own).mean(dim=1, keepdim=True)
+    torch.testing.assert_close(scores, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("lagkv", {"lag_size": 1}, ConfigError, "lag_size=1 .* at least 2"),
+        ("lagkv", {"lag_size": 2.5}, ConfigError, "lag_size=2.5 .* at least 2"),
+        ("cur", {"local_window": -1}, ConfigError, "local_window=-1 .* at least 0"),
+        ("cur", {"leverage": "keys"}, UnknownNameError, "'keys'; did you mean 'key'"),
+    ],
+)
+def test_wrong_values_are_named(name, options, error, message):
+    with pytest.raises(error, match=message):
+        get_selector(name, **options).compute_scores(oracles.observe_random(tokens=20))
