@@ -47,7 +47,7 @@ class RankKVCache(ObservedCache):
         Number of last queries observed.
     sink_size : int, default 4
         Number of first tokens protected as attention sinks.
-    decode, decode_interval, positions, prefill, recompress_turns, storage, protect
+    decode, decode_interval, positions, prefill, recompress_turns, storage, merging, protect
         See :class:`~rankkv.RankKVConfig`.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
@@ -93,6 +93,7 @@ class RankKVCache(ObservedCache):
         prefill: str = "single",
         recompress_turns: bool = False,
         storage: str = "full",
+        merging: str | None = None,
         min_budget: int | None = None,
         protect: Any = None,
         config: RankKVConfig | None = None,
@@ -113,6 +114,7 @@ class RankKVCache(ObservedCache):
             prefill=prefill,
             recompress_turns=recompress_turns,
             storage=storage,
+            merging=merging,
             min_budget=min_budget,
             protect=protect,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .errors import CacheStateError
+from .merging import fold_evicted
 from .observation import Observation
 from .query_buffer import QueryBuffer
 from .selection import Selector, select_tokens
@@ -219,8 +220,9 @@ class RankKVLayer(DynamicLayer):
         protect: Sequence[tuple[int, int]] = (),
         slack: int = 0,
         protect_before: Sequence[int] | None = None,
+        merging: str | None = None,
     ) -> None:
-        """Keep ``budgets`` tokens a row (plus ``slack``) and release the rest."""
+        """Keep ``budgets`` tokens a row (plus ``slack``) and release the rest, merged into what is kept or not."""
         if self._scores is None or self._real_index is None:
             raise CacheStateError("the layer has no scores to select by: compression has ended.")
         keep = [min(budget + slack, count) for budget, count in zip(budgets, self._available, strict=True)]
@@ -240,8 +242,12 @@ class RankKVLayer(DynamicLayer):
         )
         empty = kept < 0
         index = kept.clamp(min=0)
-        self.keys = _gather_slots(self.keys, index)
-        self.values = _gather_slots(self.values, index)
+        if merging is None:
+            self.keys = _gather_slots(self.keys, index)
+            self.values = _gather_slots(self.values, index)
+        else:
+            is_real = self._real_index >= 0
+            self.keys, self.values = fold_evicted(self.keys, self.values, kept, is_real, merging)
         self.kept_positions = (
             index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
         )

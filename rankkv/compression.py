@@ -68,6 +68,9 @@ class Compressor:
         layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):
+            if config.merging is not None:
+                # What a later budget evicts has to be folded into what the last one keeps.
+                return False
             ceilings = [plan.compute_ceilings() for plan in self._open]
             self._shrink(layers, done, ceilings, len(done) - 1, slack=1)
             self._release_excess(layers, done, ceilings)
@@ -140,4 +143,13 @@ class Compressor:
     ) -> None:
         window, sinks, protect = self.config.window_size, self.config.sink_size, self.config.protect
         with torch.no_grad():
-            layer.shrink(budgets, self.selector, window, sinks, protect, slack, protect_before)
+            layer.shrink(
+                budgets,
+                self.selector,
+                window,
+                sinks,
+                protect,
+                slack,
+                protect_before,
+                self.config.merging,
+            )

@@ -14,6 +14,7 @@ SCOPES = ("full", "window", "evictable")
 DECODE_MODES = ("grow", "bounded", "periodic")
 POSITION_MODES = ("original", "packed")
 STORAGE_MODES = ("full", "int8", "offload")
+MERGING_MODES = ("values", "keys_and_values")
 PREFILL_MODES = ("single", "chunked", "streaming")
 
 #: What `strategy=None` means without calibration: the exponent that measured best with concatenated heads.
@@ -104,6 +105,10 @@ class RankKVConfig:
     storage : {"full", "int8", "offload"}, default "full"
         How kept tokens wait between two forwards: as they are, as int8 with one scale a token and head, or in CPU
         memory.  Tokens are evicted first, and what stays is stored.
+    merging : {"values", "keys_and_values"}, optional
+        Fold evicted tokens into the kept token with the most similar key, as in D2O: their values, or their keys too.
+        Folding needs all tokens until the budgets are final, so all layers stay whole until the last one is there.
+        None drops what is evicted.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
     protect : sequence of (int, int), optional
@@ -135,6 +140,7 @@ class RankKVConfig:
     prefill: str = "single"
     recompress_turns: bool = False
     storage: str = "full"
+    merging: str | None = None
     min_budget: int | None = None
     protect: Any = None
 
@@ -151,6 +157,13 @@ class RankKVConfig:
         _check_choice("positions mode", self.positions, POSITION_MODES)
         _check_choice("prefill mode", self.prefill, PREFILL_MODES)
         _check_choice("storage", self.storage, STORAGE_MODES)
+        if self.merging is not None:
+            _check_choice("merging mode", self.merging, MERGING_MODES)
+            if self.decode == "bounded":
+                raise ConfigError(
+                    f"merging={self.merging!r} compares the tokens of one eviction with each other, and "
+                    "decode='bounded' evicts a single one at a time; use decode='grow' or 'periodic'."
+                )
         _check_int(
             "decode_interval", self.decode_interval, 1, "the tokens between two compressions while decoding"
         )

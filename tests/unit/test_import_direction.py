@@ -42,6 +42,7 @@ RANKS = {
     "rankkv.attention": 40,
     "rankkv.cache_layer": 50,
     "rankkv.storage": 49,
+    "rankkv.merging": 49,
     "rankkv.resting_layer": 51,
     "rankkv.cache_report": 51,
     "rankkv.compression": 51,
