@@ -1,28 +1,30 @@
-"""Per-layer budgets from per-layer ranks: integers that sum to the total exactly and respect the bounds."""
+"""Per-layer budgets from per-layer measures: integers that sum to the total exactly and respect the bounds."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
+from rankkv.budget_checks import check_measures, check_ranks
+from rankkv.budget_record import BudgetAllocation
 from rankkv.budget_shares import allocate_integers, allocate_shares, ceil_shares, check_integer
 from rankkv.budget_strategies import (
     STRATEGIES,
     Strategy,
     check_options,
-    check_ranks,
     compute_weights,
     get_strategy,
 )
+from rankkv.budget_weights import Limits
 from rankkv.errors import BudgetError, ConfigError
 
 __all__ = [
     "STRATEGIES",
     "BudgetAllocation",
     "BudgetAllocator",
+    "Limits",
     "Strategy",
     "allocate_integers",
     "allocate_shares",
@@ -33,82 +35,6 @@ __all__ = [
     "get_strategy",
 ]
 
-_BAR_WIDTH = 40
-
-
-@dataclass(frozen=True)
-class BudgetAllocation:
-    """Budgets of all layers and what they were computed from.
-
-    Attributes
-    ----------
-    budgets : list of int
-        Tokens each layer keeps; sums to ``total_budget``.
-    total_budget : int
-        Tokens over all layers.
-    layer_ranks, weights : list of float
-        The ranks given and the weights the strategy made of them.
-    strategy, strategy_options
-        The strategy and all its options, defaults included.
-    min_budget : int
-        Lower bound of a layer, tokens.
-    max_budget : int or None
-        Upper bound of a layer, tokens; None is no bound but ``seq_len``.
-    seq_len : int or None
-        Tokens a layer holds uncompressed, where known.
-    """
-
-    budgets: list[int]
-    total_budget: int
-    layer_ranks: list[float]
-    weights: list[float]
-    strategy: str
-    strategy_options: dict[str, Any]
-    min_budget: int
-    max_budget: int | None
-    seq_len: int | None
-
-    @property
-    def average_budget(self) -> float:
-        """Tokens a layer keeps on average."""
-        return self.total_budget / len(self.budgets)
-
-    @property
-    def compression_ratio(self) -> float | None:
-        """Fraction of the KV cache kept; None while ``seq_len`` is unknown."""
-        return None if self.seq_len is None else self.total_budget / (self.seq_len * len(self.budgets))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON types."""
-        return {
-            "budgets": list(self.budgets),
-            "total_budget": self.total_budget,
-            "average_budget": self.average_budget,
-            "compression_ratio": self.compression_ratio,
-            "layer_ranks": list(self.layer_ranks),
-            "weights": list(self.weights),
-            "strategy": self.strategy,
-            "strategy_options": dict(self.strategy_options),
-            "min_budget": self.min_budget,
-            "max_budget": self.max_budget,
-            "seq_len": self.seq_len,
-        }
-
-    def summary(self) -> str:
-        """Return a plain text table with one bar a layer, as long as its budget."""
-        options = ", ".join(f"{name}={value}" for name, value in self.strategy_options.items())
-        kept = "" if self.compression_ratio is None else f", {self.compression_ratio:.1%} of the cache kept"
-        longest = max(1, *self.budgets)
-        lines = [
-            f"strategy {self.strategy}({options}): {self.total_budget} tokens over "
-            f"{len(self.budgets)} layers, {self.average_budget:.1f} on average{kept}",
-            "layer      rank   budget",
-        ]
-        for i, (rank, budget) in enumerate(zip(self.layer_ranks, self.budgets, strict=True)):
-            bar = "#" * round(_BAR_WIDTH * budget / longest)
-            lines.append(f"{i:>5} {rank:>9.3f} {budget:>8}  {bar}".rstrip())
-        return "\n".join(lines)
-
 
 class BudgetAllocator:
     """Allocate whole tokens to layers: weights by strategy, water-filling within bounds, largest remainder.
@@ -116,7 +42,7 @@ class BudgetAllocator:
     Parameters
     ----------
     strategy : str, default "proportional"
-        A key of `STRATEGIES`: proportional, softmax, adaptive, power, uniform, pyramid, inverse, random.
+        A key of `STRATEGIES`.
     min_budget : int, default 4
         Fewest tokens a layer keeps (at most ``seq_len``).
     max_budget : int, optional
@@ -167,7 +93,8 @@ class BudgetAllocator:
         Parameters
         ----------
         layer_ranks : sequence, array or tensor
-            ``[layer]`` effective ranks, finite and non-negative. All zero gives uniform budgets.
+            ``[layer]`` effective ranks, finite and non-negative; for a strategy that measures something else
+            (`Strategy.measure`) that in their place. All zero gives uniform budgets.
         total_budget : int, optional
             Tokens over all layers together.
         seq_len : int, optional
@@ -197,14 +124,15 @@ class BudgetAllocator:
         >>> BudgetAllocator("uniform").allocate([3.0, 9.0], seq_len=100, compression_ratio=0.3).budgets
         [30, 30]
         """
-        ranks = check_ranks(layer_ranks)
-        layers = len(ranks)
+        strategy = get_strategy(self.strategy)
+        measures = check_measures(layer_ranks, self.strategy, strategy.scalar)
+        layers = len(measures)
         if seq_len is not None:
             seq_len = check_integer("seq_len", seq_len, 1)
         total = _total(total_budget, seq_len, compression_ratio, layers)
         lower = self.min_budget if seq_len is None else min(self.min_budget, seq_len)
-        limits = [limit for limit in (self.max_budget, seq_len) if limit is not None]
-        upper = min(limits) if limits else None
+        bounds = [limit for limit in (self.max_budget, seq_len) if limit is not None]
+        upper = min(bounds) if bounds else None
         if total < lower * layers:
             raise BudgetError(
                 f"a total of {total} tokens over {layers} layers is below the minimum of {lower * layers} "
@@ -216,13 +144,16 @@ class BudgetAllocator:
                 f"({upper} a layer); lower the total to at most {upper * layers} or raise max_budget "
                 "(seq_len caps it)."
             )
-        weights = compute_weights(ranks, self.strategy, **self.strategy_options)
+        limits = Limits(total, seq_len)
+        weights = compute_weights(measures, self.strategy, limits=limits, **self.strategy_options)
         bound = math.inf if upper is None else upper
         shares = allocate_shares(weights, total, lower, bound)
+        of_ranks = strategy.measure in ("rank", None)
         return BudgetAllocation(
             budgets=allocate_integers(shares, total, lower, bound, weights).tolist(),
             total_budget=total,
-            layer_ranks=ranks.tolist(),
+            layer_ranks=measures.tolist() if of_ranks else [],
+            layer_measures=[] if of_ranks else measures.tolist(),
             weights=weights.tolist(),
             strategy=self.strategy,
             strategy_options=dict(self.strategy_options),
@@ -249,7 +180,7 @@ class BudgetAllocator:
         layer_ranks, total_budget, seq_len, compression_ratio
             As in `allocate`.
         strategies : iterable of str, optional
-            Keys of `STRATEGIES`; all of them by default.
+            Keys of `STRATEGIES`; by default all that weigh layers by rank, or by nothing that is measured.
         min_budget, max_budget
             As in the class.
 
@@ -272,11 +203,12 @@ class BudgetAllocator:
         if isinstance(strategies, str):
             strategies = [strategies]
         ranks = check_ranks(layer_ranks)
+        comparable = [name for name, known in STRATEGIES.items() if known.measure in ("rank", None)]
         return {
             name: BudgetAllocator(name, min_budget, max_budget).allocate(
                 ranks, total_budget, seq_len=seq_len, compression_ratio=compression_ratio
             )
-            for name in (STRATEGIES if strategies is None else strategies)
+            for name in (comparable if strategies is None else strategies)
         }
 
 

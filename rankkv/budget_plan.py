@@ -1,9 +1,9 @@
-"""The budgets of one row of a batch, from its length and the ranks of its layers as they arrive."""
+"""The budgets of one row of a batch, from its length and what is measured of its layers as they arrive."""
 
 from __future__ import annotations
 
-import math
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from .budget_allocation import (
     compute_weights,
     get_strategy,
 )
+from .budget_weights import Limits
 from .config import FLOOR_TOKENS, RankKVConfig
 from .errors import BudgetError
 from .rank_aggregation import get_aggregation
@@ -63,9 +64,11 @@ class BudgetPlan:
         self.layer_indices = list(layer_indices)
         self.strategy, self.strategy_options = config.resolve_strategy()
         self._strategy = get_strategy(self.strategy)
-        self.needs_ranks = self._strategy.uses_ranks
+        #: What the strategy measures of each layer; None if nothing.
+        self.measure = self._strategy.measure
         self.notes: list[str] = []
-        self.layer_ranks: list[float] = []
+        #: What was measured of each layer; after `finish`, of several numbers a layer, the weight they gave it.
+        self.layer_measures: list[Any] = []
         self.budgets: list[int] = []
         bounded = config.decode == "bounded"
         if total_budget is not None:
@@ -94,6 +97,7 @@ class BudgetPlan:
             )
             total = least
         self.total_budget = total
+        self.limits = Limits(total, length, config.window_size)
         self._bounded = bounded
         self._lower = np.full(count, self.floor, dtype=np.int64)
         self._upper = np.full(count, total if bounded else length, dtype=np.int64)
@@ -108,19 +112,24 @@ class BudgetPlan:
         get_aggregation(config.aggregation)
 
     @property
+    def layer_ranks(self) -> list[float]:
+        """Effective ranks of the layers so far; empty where the strategy measures something else, or nothing."""
+        return list(self.layer_measures) if self.measure == "rank" else []
+
+    @property
     def needs_all_layers(self) -> bool:
         """Whether a layer's weight depends on layers still to come, so that nothing can be released before the last."""
-        return self.needs_ranks and not self._strategy.layerwise
+        return self.measure is not None and not self._strategy.layerwise
 
-    def add_layer(self, rank: float | None, available: int | None = None) -> None:
-        """Take the rank of the next layer (None where the strategy needs none).
+    def add_layer(self, measured: Any, available: int | None = None) -> None:
+        """Take what was measured of the next layer (None where the strategy measures nothing).
 
-        A rank that is not finite gives the layer its uniform share, with a warning that names it.
+        A measure that is not finite gives the layer its uniform share, with a warning that names it.
 
         Parameters
         ----------
-        rank : float or None
-            Effective rank of the layer.
+        measured : float, array or None
+            The layer's effective rank, or what else the strategy measures.
         available : int, optional
             Tokens the layer still holds, where earlier ones were evicted.
         """
@@ -128,27 +137,30 @@ class BudgetPlan:
             self._upper[self._added] = available
             self._lower[self._added] = min(self.floor, available)
             self._all_there = False
-        if rank is not None:
-            if not math.isfinite(rank):
+        if measured is not None:
+            if not np.isfinite(measured).all():
+                name = "effective rank" if self.measure == "rank" else f"{self.strategy} measure"
                 layer = self.layer_indices[self._added]
                 share = self.total_budget // len(self._lower)
                 warnings.warn(
-                    f"the attention of layer {layer} is not finite, so its effective rank is unknown; the layer gets "
+                    f"the attention of layer {layer} is not finite, so its {name} is unknown; the layer gets "
                     f"its uniform share of {share} tokens. Check the model's dtype (bfloat16 or float32, not float16).",
                     stacklevel=2,
                 )
-                self.notes.append(f"  layer {layer} has no finite rank and got its uniform share")
+                self.notes.append(
+                    f"  layer {layer} has no finite {name.rpartition(' ')[2]} and got its uniform share"
+                )
                 share = min(share, int(self._upper[self._added]))
                 self._lower[self._added] = self._upper[self._added] = share
-                rank = 0.0
-            self.layer_ranks.append(rank)
+                measured = 0.0 if np.ndim(measured) == 0 else np.zeros_like(measured)
+            self.layer_measures.append(measured)
         self._added += 1
 
     def compute_ceilings(self) -> list[int]:
         """Compute what the layers so far may keep while others are still to come, never less than in the end."""
-        if not self.needs_ranks and self._all_there:
+        if self.measure is None and self._all_there:
             shares = self._compute_shares(len(self._lower))[: self._added]
-        elif self._strategy.layerwise or not self.needs_ranks:
+        elif self._strategy.layerwise or self.measure is None:
             shares = self._compute_shares(self._added)
         else:
             # The weight of a layer still depends on those to come, so nothing can be released yet.
@@ -163,12 +175,15 @@ class BudgetPlan:
         weights = self._compute_weights(count)
         budgets = allocate_integers(shares, self.total_budget, self._lower, self._upper, weights)
         self.budgets = budgets.tolist()
+        if not self._strategy.scalar:
+            self.layer_measures = weights.tolist()
         return list(self.budgets)
 
     def _compute_weights(self, count: int) -> np.ndarray:
-        if self.needs_ranks:
-            return compute_weights(self.layer_ranks[:count], self.strategy, **self.strategy_options)
-        return compute_weights([1.0] * len(self._lower), self.strategy, **self.strategy_options)[:count]
+        options: dict[str, Any] = {"limits": self.limits, **self.strategy_options}
+        if self.measure is not None:
+            return compute_weights(_stack(self.layer_measures[:count]), self.strategy, **options)
+        return compute_weights([1.0] * len(self._lower), self.strategy, **options)[:count]
 
     def _compute_shares(self, count: int) -> np.ndarray:
         return allocate_shares(
@@ -178,3 +193,14 @@ class BudgetPlan:
             self._upper[:count],
             partial=True,
         )
+
+
+def _stack(measures: list[Any]) -> Any:
+    """Join the layers' measures, filled up with zeros where a layer has fewer heads or numbers than another."""
+    shapes = {np.shape(measured) for measured in measures}
+    if len(shapes) == 1:
+        return np.array(measures)
+    table = np.zeros((len(measures), *map(max, zip(*shapes, strict=True))))
+    for row, measured in zip(table, measures, strict=True):
+        row[tuple(slice(size) for size in np.shape(measured))] = measured
+    return table

@@ -1,24 +1,26 @@
-"""Strategies: how the ranks of the layers become the weights that budgets are proportional to."""
+"""Strategies: how what is measured of the layers becomes the weights that budgets are proportional to."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rankkv.budget_shares import FloatArray, check_integer
-from rankkv.errors import ConfigError, DegenerateAttentionError, InputError, UnknownNameError
+from rankkv import budget_weights as weights
+from rankkv.budget_checks import check_measures
+from rankkv.budget_shares import FloatArray
+from rankkv.budget_weights import Limits
+from rankkv.errors import ConfigError, UnknownNameError
 
 #: What a strategy may read of each layer, as :attr:`Strategy.needs` says it.
 NEEDS = ("ranks", "window attention", "whole attention", "hidden states", "nothing")
 
 _RANK_COST = "O(window^2 x keys)"
+_WINDOW_COST = "O(window x keys)"
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,25 @@ class Strategy:
     Attributes
     ----------
     function : callable
-        ``(ranks [layer] float64, **options) -> weights [layer]``, non-negative; only ratios count.
+        ``(measures [layer] or [layer, ...] float64, **options) -> weights [layer]``, non-negative; only ratios count.
+        With a parameter ``limits`` it is told the total, the prompt's length and the window.
     layerwise : bool
-        A layer's weight, up to a factor common to all layers, depends on its own rank alone; so shares
+        A layer's weight, up to a factor common to all layers, depends on its own measure alone; so shares
         computed from the first layers only shrink as further layers arrive (what a cascade needs).
     description : str
         One line.
     source : str
         Paper, or where else it comes from.
     measure : str, optional
-        What is measured of each layer and given to ``function``: ``"rank"``, the effective rank.  None where the
-        weights follow from the number of layers, before any attention is seen.
+        What is measured of each layer and given to ``function``, a key of :data:`rankkv.layer_measures.MEASURES`:
+        ``"rank"`` is the effective rank.  None where the weights follow from the number of layers, before any
+        attention is seen.
     needs : str
         What the measure reads, one of :data:`NEEDS`.
     cost : str
         Operations for each head of a layer, up to a factor of head_dim: ``"O(window x keys)"`` and the like.
+    scalar : bool
+        Whether the measure is one number a layer.
     """
 
     function: Callable[..., FloatArray]
@@ -52,6 +58,7 @@ class Strategy:
     measure: str | None = "rank"
     needs: str = "ranks"
     cost: str = _RANK_COST
+    scalar: bool = True
 
     @property
     def uses_ranks(self) -> bool:
@@ -62,103 +69,85 @@ class Strategy:
     def defaults(self) -> dict[str, Any]:
         """The options of the strategy with their default values."""
         parameters = list(inspect.signature(self.function).parameters.values())[1:]
-        return {parameter.name: parameter.default for parameter in parameters}
+        return {parameter.name: parameter.default for parameter in parameters if parameter.name != "limits"}
 
-
-def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
-    """Return a strategy option as a float inside its range, or raise a ConfigError that names it."""
-    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    if not low <= number <= high or (open_low and number == low):
-        bracket = "(" if open_low else "["
-        raise ConfigError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}.")
-    return number
-
-
-def _proportional(ranks: FloatArray) -> FloatArray:
-    return ranks
-
-
-def _power(ranks: FloatArray, exponent: float = 1.0) -> FloatArray:
-    # Dividing by the maximum keeps the power finite; the ratios, which are all that counts, do not see it.
-    return (ranks / ranks.max()) ** _number("exponent", exponent, 0.0, 64.0)
-
-
-def _softmax(ranks: FloatArray, temperature: float = 1.0) -> FloatArray:
-    logits = ranks / ranks.max()
-    logits = logits / (logits.mean() * _number("temperature", temperature, 1e-6, 1e6))
-    exponentials = np.exp(logits - logits.max())
-    return exponentials / exponentials.sum()
-
-
-def _adaptive(
-    ranks: FloatArray,
-    low_percentile: float = 25.0,
-    high_percentile: float = 75.0,
-    low_factor: float = 0.5,
-    high_factor: float = 1.5,
-) -> FloatArray:
-    low_percentile = _number("low_percentile", low_percentile, 0.0, 100.0)
-    high_percentile = _number("high_percentile", high_percentile, low_percentile, 100.0)
-    # Factors on the far side of 1 would give a higher rank fewer tokens.
-    low_factor = _number("low_factor", low_factor, 0.0, 1.0, open_low=True)
-    high_factor = _number("high_factor", high_factor, 1.0, 1e6)
-    low, high = np.percentile(ranks, [low_percentile, high_percentile])
-    factors = np.ones_like(ranks)
-    factors[(ranks <= low) & (ranks < high)] = low_factor
-    factors[(ranks >= high) & (ranks > low)] = high_factor
-    return ranks * factors
-
-
-def _uniform(ranks: FloatArray) -> FloatArray:
-    return np.ones_like(ranks)
-
-
-def _pyramid(ranks: FloatArray, steepness: float = 0.8) -> FloatArray:
-    steepness = _number("steepness", steepness, 0.0, 1.0)
-    if len(ranks) == 1:
-        return np.ones(1)
-    return np.linspace(1.0 + steepness, 1.0 - steepness, len(ranks))
-
-
-def _inverse(ranks: FloatArray) -> FloatArray:
-    smallest = ranks[ranks > 0].min()
-    return smallest / np.maximum(ranks, smallest)
-
-
-def _random(ranks: FloatArray, seed: int = 0) -> FloatArray:
-    return np.random.default_rng(check_integer("seed", seed, 0)).uniform(0.2, 1.8, len(ranks))
+    def weigh(self, measures: FloatArray, limits: Limits | None, options: dict[str, Any]) -> FloatArray:
+        """Return the weights of the layers, ``[layer]``."""
+        known = {"limits": limits} if "limits" in inspect.signature(self.function).parameters else {}
+        return self.function(measures, **known, **options)
 
 
 _ROY = "effective rank: O. Roy, M. Vetterli, EUSIPCO 2007; budgets by rank: this project"
 
 STRATEGIES: dict[str, Strategy] = {
-    "proportional": Strategy(_proportional, True, "weight = rank", _ROY),
-    "power": Strategy(_power, True, "weight = rank ** exponent", _ROY),
-    "softmax": Strategy(_softmax, False, "weight = softmax(rank / mean rank / temperature)", _ROY),
-    "adaptive": Strategy(
-        _adaptive, False, "weight = rank, less below one percentile, more above another", _ROY
+    "proportional": Strategy(weights.weigh_proportional, True, "weight = rank", _ROY),
+    "power": Strategy(weights.weigh_power, True, "weight = rank ** exponent", _ROY),
+    "softmax": Strategy(
+        weights.weigh_softmax, False, "weight = softmax(rank / mean rank / temperature)", _ROY
     ),
-    "uniform": Strategy(_uniform, True, "every layer the same", "baseline", None, "nothing", "O(1)"),
+    "adaptive": Strategy(
+        weights.weigh_adaptive, False, "weight = rank, less below one percentile, more above another", _ROY
+    ),
+    "uniform": Strategy(
+        weights.weigh_uniform, True, "every layer the same", "baseline", None, "nothing", "O(1)"
+    ),
     "pyramid": Strategy(
-        _pyramid,
+        weights.weigh_pyramid,
         False,
-        "linear in depth, from 1 + steepness to 1 - steepness times the average",
-        "after Z. Cai et al., PyramidKV, arXiv:2406.02069 (baseline)",
+        "linear in depth, from 1 + steepness to 1 - steepness times the average; with `beta` PyramidKV's lengths",
+        "Z. Cai et al., PyramidKV, arXiv:2406.02069",
         None,
         "nothing",
         "O(1)",
     ),
     "inverse": Strategy(
-        _inverse, False, "weight = 1 / rank; rank 0 counts as the smallest positive", "baseline"
+        weights.weigh_inverse, False, "weight = 1 / rank; rank 0 counts as the smallest positive", "baseline"
     ),
     "random": Strategy(
-        _random,
+        weights.weigh_random,
         False,
         "weight drawn uniformly from 0.2 to 1.8 with a seed",
         "baseline",
         None,
         "nothing",
         "O(1)",
+    ),
+    "cake": Strategy(
+        weights.weigh_cake,
+        True,
+        "weight = H ** (1 / tau1) * V ** (1 / tau2): entropy and variance of the window's attention",
+        "Z. Qin et al., CAKE, arXiv:2503.12491",
+        "cake",
+        "window attention",
+        _WINDOW_COST,
+    ),
+    "lava": Strategy(
+        weights.weigh_lava,
+        True,
+        "weight = entropy of the layer's scores, attention x largest value norm, as one distribution",
+        "Y. Shen et al., LAVa, arXiv:2509.09754",
+        "lava",
+        "window attention",
+        _WINDOW_COST,
+    ),
+    "zigzagkv": Strategy(
+        weights.weigh_zigzagkv,
+        True,
+        "weight = share of tokens that holds `mass` of the window's attention",
+        "M. Zhong et al., ZigZagKV, arXiv:2412.09036",
+        "zigzagkv",
+        "window attention",
+        "O(window x keys + keys log keys)",
+    ),
+    "dynamickv": Strategy(
+        weights.weigh_dynamickv,
+        False,
+        "weight = window, and how many of the best scores of all layers are the layer's own",
+        "X. Zhou et al., DynamicKV, arXiv:2412.14838",
+        "dynamickv",
+        "window attention",
+        "O(window x keys + keys log keys)",
+        scalar=False,
     ),
 }
 
@@ -205,52 +194,20 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def check_ranks(layer_ranks: Any) -> FloatArray:
-    """Turn ranks (list, array or tensor) into ``[layer]`` float64, finite and non-negative.
-
-    Raises
-    ------
-    InputError
-        Not a flat sequence of numbers.
-    DegenerateAttentionError
-        Empty, or a rank is NaN, infinite or negative; the message names the layer.
-
-    Examples
-    --------
-    >>> check_ranks([3, 1.5]).tolist()
-    [3.0, 1.5]
-    """
-    values = layer_ranks.tolist() if hasattr(layer_ranks, "tolist") else layer_ranks
-    if isinstance(values, (str, bytes, dict, set)) or not hasattr(values, "__iter__"):
-        raise InputError(
-            f"layer_ranks must be a list of numbers, one a layer; got {type(layer_ranks).__name__}."
-        )
-    ranks = []
-    for i, value in enumerate(values):
-        # Zero-dimensional tensors and array scalars inside a list.
-        number = value.tolist() if hasattr(value, "tolist") else value
-        if isinstance(number, bool) or not isinstance(number, numbers.Real):
-            raise InputError(f"layer {i}: a rank must be a number, got {value!r} ({type(value).__name__}).")
-        if not math.isfinite(number) or number < 0:
-            raise DegenerateAttentionError(
-                f"layer {i}: rank {number!r} is not a finite number >= 0; look at that layer's attention for "
-                "NaN, or use strategy='uniform' with ranks of 1."
-            )
-        ranks.append(float(number))
-    if not ranks:
-        raise DegenerateAttentionError("layer_ranks is empty: there is no layer to give a budget to.")
-    return np.array(ranks, dtype=np.float64)
-
-
-def compute_weights(layer_ranks: Any, strategy: str = "proportional", **options: Any) -> FloatArray:
-    """Compute the weight of each layer under a strategy; all-zero ranks weigh every layer the same.
+def compute_weights(
+    layer_ranks: Any, strategy: str = "proportional", *, limits: Limits | None = None, **options: Any
+) -> FloatArray:
+    """Compute the weight of each layer under a strategy; all-zero measures weigh every layer the same.
 
     Parameters
     ----------
     layer_ranks : sequence, array or tensor
-        ``[layer]`` effective ranks, finite and non-negative.
+        ``[layer]`` effective ranks, finite and non-negative; for a strategy that measures something else
+        (`Strategy.measure`) that in their place.
     strategy : str, default "proportional"
         A key of `STRATEGIES`.
+    limits : Limits, optional
+        Total, length and window, for the formulas that speak of tokens.
     **options
         The strategy's options.
 
@@ -271,8 +228,8 @@ def compute_weights(layer_ranks: Any, strategy: str = "proportional", **options:
     >>> compute_weights([0.0, 0.0], "pyramid").tolist()
     [1.0, 1.0]
     """
-    ranks = check_ranks(layer_ranks)
     merged = check_options(strategy, options)
-    if not ranks.any():
-        return np.ones_like(ranks)
-    return STRATEGIES[strategy].function(ranks, **merged)
+    measures = check_measures(layer_ranks, strategy, STRATEGIES[strategy].scalar)
+    if not measures.any():
+        return np.ones(len(measures))
+    return STRATEGIES[strategy].weigh(measures, limits, merged)

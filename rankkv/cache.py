@@ -147,7 +147,17 @@ class RankKVCache(ObservedCache):
     @property
     def layer_ranks_per_row(self) -> list[list[float]]:
         """Effective ranks, ``[row][compressible layer]``; empty lists where the strategy needs none."""
-        return [list(plan.layer_ranks) for plan in self.plans]
+        return [plan.layer_ranks for plan in self.plans]
+
+    @property
+    def layer_measures_per_row(self) -> list[list[float]]:
+        """What the strategy measured, ``[row][compressible layer]``; empty lists where it measures nothing.
+
+        For most strategies that is the effective rank; for ``"cake"`` the layer's preference, and so on
+        (:attr:`rankkv.budget_allocation.Strategy.measure`).  Where a layer is measured by several numbers it is the
+        weight they gave it.
+        """
+        return [list(plan.layer_measures) for plan in self.plans]
 
     @property
     def budgets(self) -> list[int]:
@@ -157,8 +167,14 @@ class RankKVCache(ObservedCache):
 
     @property
     def layer_ranks(self) -> list[float]:
-        """Effective rank of each compressible layer (row 0)."""
+        """Effective rank of each compressible layer (row 0); empty where the strategy measures no rank."""
         rows = self.layer_ranks_per_row
+        return rows[0] if rows else []
+
+    @property
+    def layer_measures(self) -> list[float]:
+        """What the strategy measured of each compressible layer (row 0); see :attr:`layer_measures_per_row`."""
+        rows = self.layer_measures_per_row
         return rows[0] if rows else []
 
     def cache_bytes(self) -> int:

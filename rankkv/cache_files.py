@@ -213,7 +213,7 @@ def _restore_selector(record: dict[str, Any]) -> Selector:
 
 def _plan_record(plan: BudgetPlan) -> dict[str, Any]:
     return {
-        name: getattr(plan, name) for name in ("length", "total_budget", "budgets", "layer_ranks", "notes")
+        name: getattr(plan, name) for name in ("length", "total_budget", "budgets", "layer_measures", "notes")
     }
 
 

@@ -84,8 +84,15 @@ def summarize(cache: Any) -> str:
             lines.append(
                 f"strategy {plan.strategy} weighs all layers together: nothing was released before the last one"
             )
-        ranks = plan.layer_ranks or [None] * len(plan.budgets)
-        for layer_idx, rank, budget in zip(cache.layer_indices, ranks, plan.budgets, strict=True):
-            shown = "      -" if rank is None else f"{rank:7.2f}"
-            lines.append(f"  layer {layer_idx:3d}  rank {shown}  keeps {budget:6d} of {plan.length}")
+        measures = plan.layer_measures or [None] * len(plan.budgets)
+        name = plan.measure or "rank"
+        for layer_idx, measured, budget in zip(cache.layer_indices, measures, plan.budgets, strict=True):
+            shown = (
+                "      -"
+                if measured is None
+                else f"{measured:7.2f}"
+                if name == "rank"
+                else f"{measured:9.4g}"
+            )
+            lines.append(f"  layer {layer_idx:3d}  {name} {shown}  keeps {budget:6d} of {plan.length}")
     return "\n".join(lines)

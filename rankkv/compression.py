@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,29 @@ from torch import Tensor
 from .budget_plan import BudgetPlan
 from .cache_layer import RankKVLayer
 from .config import RankKVConfig
-from .layer_rank import compute_layer_ranks
+from .layer_measures import compute_measures
 from .observation import Observation
 from .selection import Selector
 
 # Slots that may stand over the budget while a prefill goes on, as a share of (total budget + one layer): earlier
 # layers are not gathered anew for every layer that arrives.
 _CASCADE_SLACK = 0.04
+
+
+def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation) -> list[Any]:
+    """Measure a layer as the plans' strategy wants it: one number (or array) a row, None where it wants nothing."""
+    plan = plans[0]
+    if plan.measure is None:
+        return [None] * len(plans)
+    options = {"scope": config.scope, "aggregation": config.aggregation, **plan.strategy_options}
+    measured = compute_measures(
+        observation,
+        plan.measure,
+        limits=[row.limits for row in plans],
+        layers=len(plan.layer_indices),
+        **options,
+    )
+    return measured.tolist() if measured.dim() == 1 else list(measured.numpy())
 
 
 class Compressor:
@@ -59,11 +76,10 @@ class Compressor:
         layer = layers[layer_idx]
         if layer_idx == self.layer_indices[0] or not self._open:
             self._open = [BudgetPlan(config, length, self.layer_indices) for length in observation.lengths]
-        ranks: list[float | None] = [None] * len(self._open)
-        if self._open[0].needs_ranks:
-            ranks = compute_layer_ranks(observation, config.scope, config.aggregation).tolist()
-        for plan, rank, available in zip(self._open, ranks, observation.available, strict=True):
-            plan.add_layer(rank, available)
+        for plan, measured, available in zip(
+            self._open, measure_rows(self._open, config, observation), observation.available, strict=True
+        ):
+            plan.add_layer(measured, available)
         lasting = self._compute_lasting_scores(layer, observation)
         layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from . import attention
-from .budget_allocation import BudgetAllocation, BudgetAllocator
+from .budget_allocation import BudgetAllocation, BudgetAllocator, get_strategy
 from .budget_plan import BudgetPlan
 from .compat import check_transformers
 from .config import RankKVConfig
-from .errors import InputError, UnsupportedModelError
+from .errors import ConfigError, InputError, UnsupportedModelError
 from .files import dump_json, write_text_atomically
 from .generation import check_input_ids, run_prefill
 from .probe import ProbeCache
@@ -47,6 +47,8 @@ class RankKVResult:
         What the model was called.
     notes : list of str
         What a reader must know, such as a total raised to the floor.
+    layer_measures : list of float
+        What the strategy measured of each layer where that is no rank: a CAKE preference, an entropy.  Empty otherwise.
     """
 
     budgets: list[int]
@@ -61,6 +63,7 @@ class RankKVResult:
     model_name: str
     strategy_options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    layer_measures: list[float] = field(default_factory=list)
 
     def summary(self) -> str:
         """Return a plain-text table, one line a layer, with a bar for its budget."""
@@ -71,9 +74,11 @@ class RankKVResult:
             f"strategy {self.strategy}, scope {self.scope}, heads {self.aggregation}",
             *self.notes,
         ]
-        for layer_idx, rank, budget in zip(self.layer_indices, self.layer_ranks, self.budgets, strict=True):
+        measured = [f"  {self.strategy} {number:9.4g}" for number in self.layer_measures]
+        for place, (layer_idx, budget) in enumerate(zip(self.layer_indices, self.budgets, strict=True)):
             bar = "#" * max(1, round(30 * budget / widest))
-            lines.append(f"  layer {layer_idx:3d}  rank {rank:8.2f}  budget {budget:6d}  {bar}")
+            shown = f"rank {self.layer_ranks[place]:8.2f}{measured[place] if measured else ''}"
+            lines.append(f"  layer {layer_idx:3d}  {shown}  budget {budget:6d}  {bar}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,7 +203,7 @@ class RankKVAnalyzer:
                 f"analyze takes one prompt, got a batch of {input_ids.shape[0]}: call it once a row."
             )
         config = RankKVConfig(**{**self._options(), "compression_ratio": compression_ratio})
-        probe = ProbeCache(self.model, config, on_layer)
+        probe = ProbeCache(self.model, config, on_layer, total_budget)
         if not probe.layer_indices:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no full-attention layer to analyze."
@@ -206,23 +211,22 @@ class RankKVAnalyzer:
         attention.watch_for(probe, self.model)
         run_prefill(self.model, probe, input_ids, attention_mask)
         attention.check_not_pending(probe)
-        plan = BudgetPlan(config, probe.length, probe.layer_indices, total_budget)
-        for layer_idx in probe.layer_indices:
-            plan.add_layer(probe.ranks[layer_idx])
-        budgets = plan.finish()
+        plan = probe.finish_plan()
+        budgets = plan.budgets
         return RankKVResult(
             budgets=budgets,
             layer_ranks=[probe.ranks[layer_idx] for layer_idx in probe.layer_indices],
             layer_indices=probe.layer_indices,
             total_budget=plan.total_budget,
-            seq_len=probe.length,
-            compression_ratio=plan.total_budget / (probe.length * len(budgets)),
+            seq_len=plan.length,
+            compression_ratio=plan.total_budget / (plan.length * len(budgets)),
             strategy=plan.strategy,
             scope=config.scope,
             aggregation=config.aggregation,
             model_name=self.model_name,
             strategy_options=plan.strategy_options,
             notes=plan.notes,
+            layer_measures=[] if plan.measure == "rank" else list(plan.layer_measures),
         )
 
     def compare_with_baselines(
@@ -240,20 +244,28 @@ class RankKVAnalyzer:
         dict
             ``"rankkv"`` and each baseline, as :class:`~rankkv.BudgetAllocation`.
         """
+        for name in baselines:
+            if get_strategy(name).measure not in ("rank", None):
+                raise ConfigError(
+                    f"baseline {name!r} does not weigh layers by rank: make it the strategy instead."
+                )
         result = self.analyze(input_ids, attention_mask, compression_ratio, total_budget)
         count = len(result.budgets)
         floor = BudgetPlan(self.config, result.seq_len, result.layer_indices, result.total_budget).floor
+        bounds = {"min_budget": min(floor, result.total_budget // count), "max_budget": result.seq_len}
         options = {result.strategy: result.strategy_options}
         rows = {"rankkv": result.strategy, **{name: name for name in baselines}}
-        return {
-            row: BudgetAllocator(
-                name,
-                min_budget=min(floor, result.total_budget // count),
-                max_budget=result.seq_len,
-                **options.get(name, {}),
-            ).allocate(result.layer_ranks, result.total_budget)
-            for row, name in rows.items()
-        }
+        allocations = {}
+        for row, name in rows.items():
+            measures = result.layer_measures if row == "rankkv" else []
+            # Several numbers a layer have been made one weight already.
+            if not get_strategy(name).scalar:
+                name = "proportional"
+            allocator = BudgetAllocator(name, **bounds, **options.get(name, {}))
+            allocations[row] = allocator.allocate(measures or result.layer_ranks, result.total_budget)
+        own = replace(allocations["rankkv"], strategy=result.strategy, budgets=list(result.budgets))
+        allocations["rankkv"] = replace(own, strategy_options=dict(result.strategy_options))
+        return allocations
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self.config, name) for name in self.config.__dataclass_fields__}

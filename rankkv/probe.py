@@ -1,4 +1,4 @@
-"""A stand-in for a cache that keeps nothing and takes each layer's rank as its attention passes by."""
+"""A stand-in for a cache that keeps nothing and measures each layer as its attention passes by."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from . import attention
 from .attention_call import AttentionCall
+from .budget_plan import BudgetPlan
+from .compression import measure_rows
 from .config import RankKVConfig
+from .errors import CacheStateError
 from .layer_rank import compute_layer_ranks
+from .observation import Observation
 from .observing import observe
 
 
@@ -27,7 +31,7 @@ class _PassingLayer(DynamicLayer):
 
 
 class ProbeCache(DynamicCache):
-    """Stands in for a cache during one forward and takes the rank of each full-attention layer.
+    """Stands in for a cache during one forward and measures each full-attention layer.
 
     Parameters
     ----------
@@ -37,17 +41,27 @@ class ProbeCache(DynamicCache):
         Scope, aggregation, window and sinks.
     on_layer : callable, optional
         Called with (layers done, layers in all) after each layer.
+    total_budget : int, optional
+        Tokens over all layers; overrides the config's ``budget`` and ``compression_ratio``.
     """
 
     layers: list[Any]
 
-    def __init__(self, model: Any, config: RankKVConfig, on_layer: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: RankKVConfig,
+        on_layer: Callable[[int, int], None] | None,
+        total_budget: int | None = None,
+    ) -> None:
         text_config = model.config.get_text_config(decoder=True)
         super().__init__(config=text_config)
         self.layers = [_PassingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, _PassingLayer)]
         self.ranks: dict[int, float] = {}
-        self.length = 0
+        self.measures: dict[int, Any] = {}
+        self.plan: BudgetPlan | None = None
+        self._total_budget = total_budget
         self._config = config
         self._on_layer = on_layer
 
@@ -60,7 +74,7 @@ class ProbeCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
-        """Run the layer's attention, then take its rank."""
+        """Run the layer's attention, then measure it."""
         output = call.run()
         with torch.no_grad():
             observation = observe(
@@ -70,12 +84,38 @@ class ProbeCache(DynamicCache):
                 window_size=self._config.window_size,
                 sink_size=self._config.sink_size,
             )
-            ranks = compute_layer_ranks(observation, self._config.scope, self._config.aggregation)
-        self.length = observation.lengths[0]
-        self.ranks[layer_idx] = float(ranks[0])
+            self._measure(layer_idx, observation)
         if self._on_layer is not None:
             self._on_layer(len(self.ranks), len(self.layer_indices))
         return output
+
+    def _measure(self, layer_idx: int, observation: Observation) -> None:
+        if self.plan is None:
+            self.plan = BudgetPlan(
+                self._config, observation.lengths[0], self.layer_indices, self._total_budget
+            )
+        ranks = compute_layer_ranks(observation, self._config.scope, self._config.aggregation)
+        self.ranks[layer_idx] = float(ranks[0])
+        of_rank = self.plan.measure in ("rank", None)
+        measured = ranks.tolist() if of_rank else measure_rows([self.plan], self._config, observation)
+        self.measures[layer_idx] = measured[0]
+
+    def finish_plan(self) -> BudgetPlan:
+        """Return the budgets that the layers' measures come to.
+
+        Raises
+        ------
+        CacheStateError
+            If the forward did not reach every layer.
+        """
+        if self.plan is None or len(self.measures) < len(self.layer_indices):
+            raise CacheStateError(
+                "the forward did not reach the last layer: nothing can be said of the prompt."
+            )
+        for layer_idx in self.layer_indices:
+            self.plan.add_layer(None if self.plan.measure is None else self.measures[layer_idx])
+        self.plan.finish()
+        return self.plan
 
     def find_attended(self, key: Tensor) -> None:
         """Return None: nothing is evicted, so layers that borrow keys need no care."""

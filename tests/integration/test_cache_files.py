@@ -64,6 +64,15 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(llama, path, mode, steps):
     assert_goes_on_alike(llama, cache, loaded, oracles.next_chunks(2, (*[1] * 12, 4, 1), seed=70), mask)
 
 
+@pytest.mark.parametrize("strategy", ["cake", "dynamickv", "uniform"])
+def test_what_was_measured_is_saved(llama, path, strategy):
+    cache = oracles.prefill(llama, PROMPT, budget=24, strategy=strategy)
+    loaded = RankKVCache.load(cache.save(path), llama)
+    assert loaded.layer_measures_per_row == cache.layer_measures_per_row
+    assert loaded.layer_ranks == []
+    assert loaded.summary() == cache.summary()
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("decode", ["bounded", "periodic"])
 def test_scores_go_on_with_every_selector(llama, path, selector, decode):

@@ -23,7 +23,7 @@ def fill(config, length, ranks, **options):
     plan = BudgetPlan(config, length, list(range(len(ranks))), **options)
     ceilings = []
     for number, rank in enumerate(ranks):
-        plan.add_layer(rank if plan.needs_ranks else None)
+        plan.add_layer(rank if plan.measure is not None else None)
         if number < len(ranks) - 1:
             ceilings.append(plan.compute_ceilings())
     return plan, ceilings
@@ -69,7 +69,7 @@ def test_equals_the_allocator_within_the_same_bounds(ranks, length):
 @pytest.mark.parametrize("strategy", [name for name, known in STRATEGIES.items() if not known.layerwise])
 def test_strategies_that_need_all_layers_release_nothing_before(strategy):
     plan, ceilings = fill(RankKVConfig(0.3, strategy=strategy), 100, [2.0, 9.0, 4.0])
-    if plan.needs_ranks:
+    if plan.measure is not None:
         assert ceilings == [[100], [100, 100]]
     else:
         # Known from the start.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import oracles
+import pytest
 import torch
 from transformers import DynamicCache
 
+from rankkv.budget_strategies import STRATEGIES
 from rankkv.cache_report import compute_cache_bytes, count_slots
 
 
@@ -46,3 +48,19 @@ def test_slots(tiny_llama):
     assert [count_slots(layer) for layer in cache.layers] == [7, 7, 7]
     assert count_slots(DynamicCache(config=tiny_llama().config).layers[0]) == 0
     assert count_slots(torch.nn.Module()) == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_a_rank_is_called_a_rank(tiny_llama, strategy):
+    cache = oracles.prefill(tiny_llama(), oracles.random_prompt(90), strategy=strategy)
+    lines = [line for line in cache.summary().splitlines() if line.startswith("  layer ")]
+    measure = STRATEGIES[strategy].measure
+    assert len(lines) == len(cache.budgets) == 3
+    assert cache.layer_ranks == (cache.layer_measures if measure == "rank" else [])
+    assert len(cache.layer_measures) == (0 if measure is None else 3)
+    assert cache.layer_measures_per_row == [cache.layer_measures]
+    assert all((" rank " in line) == (measure in ("rank", None)) for line in lines)
+    for line, measured in zip(lines, cache.layer_measures, strict=False):
+        assert float(line.split()[3]) == pytest.approx(measured, rel=1e-2)
+    one_shot = measure is not None and not STRATEGIES[strategy].layerwise
+    assert ("weighs all layers together" in cache.summary()) == one_shot

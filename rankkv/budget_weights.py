@@ -1,0 +1,258 @@
+"""The weights of the layers under every strategy, from what was measured of each layer."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankkv.budget_shares import FloatArray, check_integer
+from rankkv.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a formula that speaks of tokens must know.
+
+    Parameters
+    ----------
+    total_budget : int
+        Tokens over all layers.
+    length : int, optional
+        Tokens of the prompt, where known.
+    window_size : int, default 32
+        The newest tokens, which the papers keep in every layer on top of what they share out.
+    """
+
+    total_budget: int
+    length: int | None = None
+    window_size: int = 32
+
+
+def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
+    """Return a strategy option as a float inside its range, or raise a ConfigError that names it."""
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not low <= number <= high or (open_low and number == low):
+        bracket = "(" if open_low else "["
+        raise ConfigError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}.")
+    return number
+
+
+def weigh_proportional(ranks: FloatArray) -> FloatArray:
+    """Weigh each layer by its rank."""
+    return ranks
+
+
+def weigh_power(ranks: FloatArray, exponent: float = 1.0) -> FloatArray:
+    """Weigh each layer by a power of its rank."""
+    # Dividing by the maximum keeps the power finite; the ratios, which are all that counts, do not see it.
+    return (ranks / ranks.max()) ** _number("exponent", exponent, 0.0, 64.0)
+
+
+def weigh_softmax(ranks: FloatArray, temperature: float = 1.0) -> FloatArray:
+    """Weigh layers by a softmax over their ranks, in units of the mean rank."""
+    logits = ranks / ranks.max()
+    logits = logits / (logits.mean() * _number("temperature", temperature, 1e-6, 1e6))
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def weigh_adaptive(
+    ranks: FloatArray,
+    low_percentile: float = 25.0,
+    high_percentile: float = 75.0,
+    low_factor: float = 0.5,
+    high_factor: float = 1.5,
+) -> FloatArray:
+    """Weigh each layer by its rank, less below one percentile of the ranks and more above another."""
+    low_percentile = _number("low_percentile", low_percentile, 0.0, 100.0)
+    high_percentile = _number("high_percentile", high_percentile, low_percentile, 100.0)
+    # Factors on the far side of 1 would give a higher rank fewer tokens.
+    low_factor = _number("low_factor", low_factor, 0.0, 1.0, open_low=True)
+    high_factor = _number("high_factor", high_factor, 1.0, 1e6)
+    low, high = np.percentile(ranks, [low_percentile, high_percentile])
+    factors = np.ones_like(ranks)
+    factors[(ranks <= low) & (ranks < high)] = low_factor
+    factors[(ranks >= high) & (ranks > low)] = high_factor
+    return ranks * factors
+
+
+def weigh_uniform(ranks: FloatArray) -> FloatArray:
+    """Weigh every layer the same."""
+    return np.ones_like(ranks)
+
+
+def weigh_pyramid(
+    ranks: FloatArray, steepness: float = 0.8, beta: float | None = None, limits: Limits | None = None
+) -> FloatArray:
+    """Weigh layers less the deeper they are.
+
+    Without ``beta`` linearly in depth, from ``1 + steepness`` to ``1 - steepness``.  With ``beta`` by PyramidKV's own
+    formula: of an average budget of C tokens the window's W are kept in every layer, and beyond them the lengths fall
+    in equal steps from ``2 (C - W) - (C - W) / beta`` to ``(C - W) / beta`` tokens; a first layer that would hold more
+    than the prompt is cut to it and the last one raised by as much; a prompt shorter than ``2 (C - W)`` is spent on
+    uniformly.
+
+    Notes
+    -----
+    The authors' code divides integers on the way and so spends up to ``(layers - 1) / 2`` tokens a layer more than C;
+    here the lengths are real numbers until the total is met exactly.  kvpress counts the window inside the pyramid,
+    not beside it: its lengths are those of ``window_size=0``.
+
+    Raises
+    ------
+    ConfigError
+        An option outside its range, or both of them.
+    """
+    steepness = _number("steepness", steepness, 0.0, 1.0)
+    layers = len(ranks)
+    if beta is None:
+        return np.linspace(1.0 + steepness, 1.0 - steepness, layers) if layers > 1 else np.ones(1)
+    if steepness != 0.8:
+        raise ConfigError(
+            f"steepness={steepness:g} and beta={beta!r} are two ways to draw a pyramid; give one of them."
+        )
+    beta = _number("beta", beta, 1.0, 1e6)
+    window = 0 if limits is None else limits.window_size
+    base = 1.0 if limits is None else limits.total_budget / layers - window
+    length = None if limits is None else limits.length
+    if base <= 0 or layers == 1 or (length is not None and length < 2 * base):
+        return np.ones(layers)
+    first = 2 * base - base / beta
+    if length is not None:
+        first = max(base, min(first, length - window))
+    # Whatever the first layer cannot hold goes to the last, so that the mean stays the base.
+    return window + np.linspace(first, 2 * base - first, layers)
+
+
+def weigh_inverse(ranks: FloatArray) -> FloatArray:
+    """Weigh each layer by the inverse of its rank; rank 0 counts as the smallest positive one."""
+    smallest = ranks[ranks > 0].min()
+    return smallest / np.maximum(ranks, smallest)
+
+
+def weigh_random(ranks: FloatArray, seed: int = 0) -> FloatArray:
+    """Weigh each layer by a number drawn uniformly from 0.2 to 1.8."""
+    return np.random.default_rng(check_integer("seed", seed, 0)).uniform(0.2, 1.8, len(ranks))
+
+
+def weigh_cake(preferences: FloatArray, tau1: float = 1.0, tau2: float = 1.0) -> FloatArray:
+    """Weigh each layer by its CAKE preference, which was measured with the two temperatures."""
+    _number("tau1", tau1, 0.0, 1e3, open_low=True)
+    _number("tau2", tau2, 0.0, 1e3, open_low=True)
+    return preferences
+
+
+def weigh_lava(entropies: FloatArray, kernel_size: int = 7) -> FloatArray:
+    """Weigh each layer by the entropy of its scores, which were pooled with ``kernel_size``."""
+    if check_integer("kernel_size", kernel_size, 1) % 2 == 0:
+        raise ConfigError(
+            f"kernel_size={kernel_size} must be odd: as many neighbours on either side; 1 is none."
+        )
+    return entropies
+
+
+def weigh_zigzagkv(uncertainties: FloatArray, mass: float = 0.9) -> FloatArray:
+    """Weigh each layer by the share of tokens that holds ``mass`` of its attention."""
+    _number("mass", mass, 0.0, 1.0, open_low=True)
+    return uncertainties
+
+
+def weigh_squeezeattention(changes: FloatArray, groups: int = 3, squeeze: float = 0.35) -> FloatArray:
+    """Weigh layers by groups: those whose attention changes the hidden state least keep ``squeeze`` of the average.
+
+    What they give up is shared equally by all other layers.  The groups are those of k-means over the changes, solved
+    exactly: numbers on a line have one best division into intervals.
+    """
+    groups = check_integer("groups", groups, 2)
+    squeeze = _number("squeeze", squeeze, 0.0, 1.0)
+    labels = group_values(changes, groups)
+    squeezed = labels == 0
+    if squeezed.all():
+        return np.ones_like(changes)
+    layers, few = len(changes), int(squeezed.sum())
+    return np.where(squeezed, squeeze, (layers - few * squeeze) / (layers - few))
+
+
+def weigh_dynamickv(
+    scores: FloatArray, r_max: float = 10.0, kernel_size: int = 5, limits: Limits | None = None
+) -> FloatArray:
+    """Weigh each layer by how many of the best scores of all layers are its own.
+
+    ``scores`` are ``[layer, head, k]``, the best of each head, 0 where there is none.  Of an average budget of C tokens
+    the window's W are kept in every layer; the best ``(C - W) x heads x layers`` scores of all layers together are
+    counted layer by layer, and ``(C - W) x layers`` tokens are shared out by these counts.
+    """
+    _number("r_max", r_max, 1.0, 1e3)
+    if check_integer("kernel_size", kernel_size, 1) % 2 == 0:
+        raise ConfigError(
+            f"kernel_size={kernel_size} must be odd: as many neighbours on either side; 1 is none."
+        )
+    layers = len(scores)
+    heads = scores.shape[1] if scores.ndim > 1 else 1
+    table = scores.reshape(layers, -1)
+    window = 0 if limits is None else limits.window_size
+    base = math.inf if limits is None else limits.total_budget / layers - window
+    if base <= 0:
+        return np.ones(layers)
+    wanted = min(base * heads * layers, float(np.count_nonzero(table)))
+    counts = _count_best(table, int(wanted))
+    if not counts.any():
+        return np.ones(layers)
+    return counts if limits is None else window + counts / counts.sum() * base * layers
+
+
+def _count_best(table: FloatArray, wanted: int) -> FloatArray:
+    """Count the ``wanted`` largest numbers row by row; of equal ones those of the first rows."""
+    if wanted == 0:
+        return np.zeros(len(table))
+    least = np.partition(table, table.size - wanted, axis=None)[table.size - wanted]
+    counts = (table > least).sum(axis=1)
+    missing = wanted - int(counts.sum())
+    for row, ties in enumerate((table == least).sum(axis=1)):
+        taken = min(missing, int(ties))
+        counts[row] += taken
+        missing -= taken
+    return counts.astype(np.float64)
+
+
+def group_values(values: FloatArray, groups: int) -> NDArray[np.int64]:
+    """Divide numbers into at most ``groups`` groups with the least sum of squared distances to the group's mean.
+
+    Returns
+    -------
+    ndarray
+        ``[value]`` int64, 0 for the group of the smallest numbers; equal numbers share a group.
+
+    Examples
+    --------
+    >>> group_values(np.array([0.9, 0.1, 0.5, 0.11, 0.52]), 3).tolist()
+    [2, 0, 1, 0, 1]
+    """
+    distinct, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    size = len(distinct)
+    groups = min(groups, size)
+    totals = [np.concatenate([[0.0], np.cumsum(count * distinct**power)]) for power in (0, 1, 2)]
+
+    def spread(start: int, stop: int) -> float:
+        number, total, squares = (cumulated[stop] - cumulated[start] for cumulated in totals)
+        return max(0.0, float(squares - total * total / number))
+
+    # best[k][j]: the least spread of the first j numbers in k groups, and where the last of these groups starts.
+    best = [[(0.0 if stop == 0 else math.inf, 0) for stop in range(size + 1)]]
+    for _ in range(groups):
+        before = best[-1]
+        row = [(math.inf, 0)]
+        for stop in range(1, size + 1):
+            row.append(min((before[start][0] + spread(start, stop), start) for start in range(stop)))
+        best.append(row)
+    labels = np.zeros(size, dtype=np.int64)
+    stop = size
+    for group in range(groups, 0, -1):
+        start = best[group][stop][1]
+        labels[start:stop] = group - 1
+        stop = start
+    return labels[place.reshape(np.shape(values))]

@@ -1,0 +1,58 @@
+"""DynamicKV's best scores of a layer, to be counted against those of all other layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..budget_weights import Limits
+from ..observation import Observation
+from .base import compute_past_attention, pool_scores
+
+
+def compute_best_scores(
+    observation: Observation,
+    r_max: float = 10.0,
+    kernel_size: int = 5,
+    limits: Sequence[Limits] | None = None,
+    layers: int = 1,
+) -> Tensor:
+    """Compute the best scores of each query head.
+
+    A token before the window scores the attention that the window's rows pay to it, summed and average-pooled along the
+    tokens.  Of a total budget of C tokens a layer, the best ``r_max * (C - W)`` of each head are returned.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries and keys.
+    r_max : float, default 10.0
+        The most that one layer may hold, in average budgets beyond the window.
+    kernel_size : int, default 5
+        Width of the pooling, odd; 1 means none.
+    limits : sequence of Limits, optional
+        Total and window of each row; None returns all scores.
+    layers : int, default 1
+        Layers that share the total.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, head, k]`` float64, falling; 0 where a head has no more.
+
+    References
+    ----------
+    Zhou et al., "DynamicKV: Task-Aware Adaptive KV Cache Compression for Long Context LLMs", 2024, arXiv:2412.14838,
+    algorithm 1.
+    """
+    attention, columns = compute_past_attention(observation)
+    scores = pool_scores(attention.sum(dim=-2), columns, kernel_size, average=True)
+    best = scores.sort(dim=-1, descending=True).values.to(torch.float64)
+    if limits is None:
+        return best
+    most = [int(r_max * max(0.0, row.total_budget / layers - row.window_size)) for row in limits]
+    best = best[..., : max(1, *most)]
+    place = torch.arange(best.shape[-1], device=best.device)
+    return best * (place < torch.tensor(most, device=best.device)[:, None])[:, None]

@@ -1,0 +1,49 @@
+"""ZigZagKV's layer uncertainty: how many tokens it takes to hold most of a layer's attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..observation import Observation
+from .base import count_window_rows
+
+
+def compute_layer_uncertainty(observation: Observation, mass: float = 0.9) -> Tensor:
+    """Compute the share of tokens that holds ``mass`` of the observation window's attention.
+
+    For each query head the fewest tokens whose attention, averaged over the window's rows, sums to ``mass`` of the
+    whole; averaged over the heads and divided by the number of tokens.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries and keys.
+    mass : float, default 0.9
+        Fraction of the attention to hold, in (0, 1].
+
+    Returns
+    -------
+    Tensor
+        ``[batch]`` float64, in (0, 1].
+
+    Notes
+    -----
+    ZigZagKV gives every layer a least budget first and shares out the rest by the uncertainty; here the floor of all
+    strategies is what a layer has at least, and the whole budget is shared out.
+
+    References
+    ----------
+    Zhong et al., "ZigZagKV: Dynamic KV Cache Compression for Long-context Modeling based on Layer Uncertainty", 2024,
+    arXiv:2412.09036 (the least budget that maintains a layer's attention).
+    """
+    window = observation.window_attention
+    votes = window.sum(dim=-2, dtype=torch.float64)
+    votes = votes / count_window_rows(observation, window.shape[-2])[:, None, None]
+    held = votes.sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    # All of the mass is in reach up to float noise.
+    wanted = mass * held[..., -1:] * (1 - 1e-12)
+    needed = (held < wanted).sum(dim=-1) + 1
+    tokens = observation.valid.sum(dim=-1).clamp(min=1)
+    share = needed.to(torch.float64).mean(dim=-1) / tokens
+    return torch.where(torch.isfinite(held[..., -1]).all(dim=-1), share, torch.nan)

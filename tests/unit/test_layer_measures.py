@@ -1,0 +1,168 @@
+"""Every measure of a layer equals a plain, slow formula; padding never enters it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import oracles
+import pytest
+import torch
+
+from rankkv.budget_strategies import STRATEGIES
+from rankkv.budget_weights import Limits
+from rankkv.layer_measures import MEASURES, compute_measures
+
+WINDOW = 16
+PROMPT = oracles.random_prompt(64, seed=5)
+LIMITS = Limits(total_budget=3 * 20, length=64, window_size=WINDOW)
+#: Options that differ from the defaults, so that they are seen to reach the formula.
+OPTIONS = {
+    "cake": ({}, {"tau1": 1.6, "tau2": 0.4}),
+    "lava": ({}, {"kernel_size": 1}),
+    "zigzagkv": ({}, {"mass": 0.5}),
+    "dynamickv": ({}, {"r_max": 2.0, "kernel_size": 3}),
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "neox"])
+def model(request, tiny_llama, tiny_neox):
+    return {"llama": tiny_llama, "neox": tiny_neox}[request.param]()
+
+
+def observe(model, *prompt):
+    return oracles.observe_layers(model, *prompt, window_size=WINDOW)
+
+
+def measure(observation, name, **options):
+    limits = [LIMITS] * len(observation.lengths)
+    return compute_measures(observation, name, limits=limits, layers=3, **options)
+
+
+def attend(layer):
+    """Return the attention of one unpadded prompt, ``[head][query][key]`` floats, by the definition."""
+    heads, groups = layer.query.shape[1], layer.query.shape[1] // layer.keys.shape[1]
+    attention = []
+    for head in range(heads):
+        rows = []
+        for i, query in enumerate(layer.query[0, head].tolist()):
+            keys = layer.keys[0, head // groups, : i + 1].tolist()
+            logits = [layer.scaling * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
+            top = max(logits)
+            exponentials = [math.exp(logit - top) for logit in logits]
+            rows.append([value / sum(exponentials) for value in exponentials] + [0.0] * (63 - i))
+        attention.append(rows)
+    return attention
+
+
+def pool(values, width, join):
+    side = width // 2
+    return [join(values[max(0, j - side) : j + side + 1]) for j in range(len(values))]
+
+
+def cake(layer, attention, tau1=1.0, tau2=1.0):
+    entropy = variance = 0.0
+    for rows in attention:
+        window = [row[: 64 - WINDOW] for row in rows[-WINDOW:]]
+        entropy -= sum(a * math.log(a) for row in window for a in row if a > 0)
+        for column in zip(*window, strict=True):
+            mean = sum(column) / WINDOW
+            variance += sum((a - mean) ** 2 for a in column) / (WINDOW - 1)
+    return entropy ** (1 / tau1) * variance ** (1 / tau2)
+
+
+def lava(layer, attention, kernel_size=7):
+    groups = len(attention) // layer.kv_heads
+    scores = []
+    for kv_head in range(layer.kv_heads):
+        norm = max(sum(map(abs, value)) for value in layer.values[0, kv_head, : 64 - WINDOW].tolist())
+        pooled = []
+        for rows in attention[kv_head * groups : (kv_head + 1) * groups]:
+            means = [sum(row[j] for row in rows[-WINDOW:]) / WINDOW for j in range(64 - WINDOW)]
+            pooled.append(pool(means, kernel_size, max))
+        scores += [norm * max(column) for column in zip(*pooled, strict=True)]
+    shares = [score / sum(scores) for score in scores]
+    return -sum(p * math.log(p) for p in shares) / math.log(len(shares))
+
+
+def zigzagkv(layer, attention, mass=0.9):
+    needed = []
+    for rows in attention:
+        means = sorted((sum(row[j] for row in rows[-WINDOW:]) / WINDOW for j in range(64)), reverse=True)
+        held, count = 0.0, 0
+        while held < mass * sum(means):
+            held += means[count]
+            count += 1
+        needed.append(count)
+    return sum(needed) / len(needed) / 64
+
+
+def dynamickv(layer, attention, r_max=10.0, kernel_size=5):
+    best = []
+    for rows in attention:
+        sums = [sum(row[j] for row in rows[-WINDOW:]) for j in range(64 - WINDOW)]
+        pooled = pool(sums, kernel_size, lambda near: sum(near) / kernel_size)
+        best.append(sorted(pooled, reverse=True)[: int(r_max * (20 - WINDOW))])
+    return best
+
+
+SLOW = {"cake": cake, "lava": lava, "zigzagkv": zigzagkv, "dynamickv": dynamickv}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name, both in OPTIONS.items() for options in both]
+)
+def test_equals_the_formula_written_in_loops(model, name, options):
+    for layer in observe(model, PROMPT):
+        expected = torch.tensor(SLOW[name](layer, attend(layer), **options), dtype=torch.float64)
+        actual = measure(layer, name, **options)[0]
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_padded_row_measures_as_the_row_alone(model, name):
+    prompts = (oracles.random_prompt(64, 1), oracles.random_prompt(41, 2), oracles.random_prompt(9, 3))
+    batch = observe(model, *oracles.left_pad(prompts))
+    for row, prompt in enumerate(prompts):
+        for together, alone in zip(batch, observe(model, prompt), strict=True):
+            expected, actual = measure(alone, name)[0], measure(together, name)[row]
+            if actual.dim():
+                assert not actual[..., expected.shape[-1] :].any()
+                actual = actual[..., : expected.shape[-1]]
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_padding_holds_never_enters(model, name):
+    prompts = (oracles.random_prompt(60, 1), oracles.random_prompt(33, 2))
+    clean = observe(model, *oracles.left_pad(prompts))[1]
+    noise = torch.full((27, clean.keys.shape[-1]), 1e4)
+    keys, values, query = clean.keys.clone(), clean.values.clone(), clean.query.clone()
+    keys[1, :, :27], values[1, :, :27], query[1, :, :27] = noise, noise, noise
+    broken = replace(clean, keys=keys, values=values, query=query)
+    assert torch.equal(measure(broken, name), measure(clean, name))
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_attention_that_is_not_finite_measures_nan(model, name):
+    layer = observe(model, PROMPT)[0]
+    measured = measure(replace(layer, query=torch.full_like(layer.query, math.nan)), name)
+    assert not torch.isfinite(measured).all()
+
+
+@pytest.mark.parametrize("name", ["cake", "lava", "dynamickv"])
+def test_a_prompt_inside_the_window_has_nothing_before_it(model, name):
+    assert not measure(observe(model, PROMPT[:, :WINDOW])[0], name).any()
+
+
+def test_every_strategy_measures_what_is_registered():
+    wanted = {known.measure for known in STRATEGIES.values()} - {None}
+    assert wanted == set(MEASURES)
+
+
+def test_uncertainty_of_known_attention(model):
+    layer = observe(model, PROMPT)[0]
+    even = replace(layer, query=torch.zeros_like(layer.query))
+    # Row i sees i + 1 tokens alike, so that the older of the 64 tokens hold more; all of them hold everything.
+    assert measure(even, "zigzagkv", mass=1.0)[0] == 1.0
+    assert 0.7 < float(measure(even, "zigzagkv")[0]) < 0.9
