@@ -25,7 +25,7 @@ from .selection import Selector, get_selector
 _FORMAT = "rankkv-cache-1"
 # Config entries that say what keys and values mean.
 _SHAPE = ("num_", "hidden", "head", "vocab", "rope", "partial_rotary", "sliding", "layer_types")
-_LAYER_TENSORS = ("keys", "values", "kept_positions", "kept_valid", "running_scores")
+_LAYER_TENSORS = ("keys", "values", "kept_positions", "kept_valid", "running_scores", "query_moments")
 
 
 def compute_model_fingerprint(model: Any) -> str:

@@ -73,6 +73,8 @@ class RankKVLayer(DynamicLayer):
         self.kept_valid: Tensor | None = None
         #: Scores carried from step to step, ``[batch, kv_head or 1, slot]``, where the decode mode needs them.
         self.running_scores: Tensor | None = None
+        #: Moments of all queries that are gone, where the selector asks for them.
+        self.query_moments: Tensor | None = None
         #: The last queries, where compression has to wait for them.
         self.buffer: QueryBuffer | None = None
         self._scores: Tensor | None = None
@@ -164,7 +166,7 @@ class RankKVLayer(DynamicLayer):
     def _map_rows(self, change: Any) -> None:
         if not self.is_initialized:
             return
-        for name in ("keys", "values", "kept_positions", "kept_valid", "running_scores"):
+        for name in ("keys", "values", "kept_positions", "kept_valid", "running_scores", "query_moments"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor))

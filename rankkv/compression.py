@@ -13,6 +13,7 @@ from .cache_layer import RankKVLayer
 from .config import RankKVConfig
 from .layer_measures import compute_measures
 from .observation import Observation
+from .query_moments import compute_query_moments
 from .selection import Selector
 
 # Slots that may stand over the budget while a prefill goes on, as a share of (total budget + one layer): earlier
@@ -82,6 +83,7 @@ class Compressor:
             plan.add_layer(measured, available)
         lasting = self._compute_lasting_scores(layer, observation)
         layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
+        self.carry_queries(layer, observation)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):
             if config.merging is not None:
@@ -105,6 +107,7 @@ class Compressor:
         else:
             lasting = self._continue_scores(layer, observation.compute_column_sums())
             layer.running_scores = lasting
+        self.carry_queries(layer, observation)
         place = self.layer_indices.index(observation.layer_idx)
         budgets = [plan.budgets[place] for plan in self.plans]
         if all(count <= budget for count, budget in zip(observation.available, budgets, strict=True)):
@@ -116,6 +119,20 @@ class Compressor:
     def carry(self, layer: RankKVLayer, observation: Observation) -> None:
         """Continue a layer's scores by queries that will not be there when it is compressed."""
         layer.running_scores = self._continue_scores(layer, observation.compute_column_sums())
+
+    def carry_queries(self, layer: RankKVLayer, observation: Observation, more: bool = False) -> None:
+        """Keep the moments of queries that will not be there again, where later scores need them.
+
+        ``more``: the layer is yet to be compressed, so they are needed whatever comes after.
+        """
+        config = self.config
+        continued = (
+            more or config.decode != "grow" or config.prefill == "streaming" or config.recompress_turns
+        )
+        if self.selector.past_queries and continued:
+            layer.query_moments = compute_query_moments(observation, self.selector.past_queries)
+        else:
+            layer.query_moments = None
 
     def _compute_lasting_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:
         scores = self.selector.compute_lasting_scores(observation)

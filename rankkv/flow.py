@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from .errors import CacheStateError, ConfigError, UnsupportedModelError
 from .observation import Observation
 from .observing import check_rows, observe
 from .query_buffer import QueryBuffer
+from .rotary import LayerRotation
 from .selection import Selector
 
 # Queries held beyond the observation window while a draft may still be taken back.
@@ -33,10 +37,19 @@ class Flow:
         Token selection method.
     layer_indices : list of int
         Model indices of the compressible layers.
+    rotations : mapping
+        How layers turn keys with position, where the selector or packed positions ask for it.
     """
 
-    def __init__(self, config: RankKVConfig, selector: Selector, layer_indices: list[int]) -> None:
+    def __init__(
+        self,
+        config: RankKVConfig,
+        selector: Selector,
+        layer_indices: list[int],
+        rotations: Mapping[int, LayerRotation | None] = MappingProxyType({}),
+    ) -> None:
         self.config = config
+        self.rotations = rotations
         self.selector = selector
         self.layer_indices = layer_indices
         self.compressor = Compressor(config, selector, layer_indices)
@@ -136,6 +149,7 @@ class Flow:
             row_start=self.row_start,
             more_to_come=self.deferred or self.streaming,
         )
+        observation = self._add_past(layer, observation)
         last = layer_idx == self.layer_indices[-1]
         if self.deferred:
             spare = _DRAFT_QUERIES if self.recording else 0
@@ -206,15 +220,32 @@ class Flow:
         if layer.buffer is None:
             layer.buffer = QueryBuffer(capacity, spare)
         gone = layer.buffer.push(observation)
-        if gone is not None and self.selector.step == "sum":
+        if gone is None:
+            return
+        if self.selector.step == "sum":
             self.compressor.carry(layer, gone)
+        self.compressor.carry_queries(layer, self._add_past(layer, gone), more=True)
+
+    def _add_past(self, layer: RankKVLayer, observation: Observation) -> Observation:
+        """Add what the selector asks for of earlier queries and of positions."""
+        if not self.selector.past_queries:
+            return observation
+        return replace(
+            observation,
+            rotation=self.rotations.get(observation.layer_idx),
+            packed=self.config.positions == "packed",
+            past_moments=layer.query_moments,
+        )
 
     def _observe_buffer(self, layer: RankKVLayer, keys: Tensor, values: Tensor) -> Observation:
         if layer.buffer is None:
             raise CacheStateError(
                 "no query of this prompt was observed; build a new cache and run the prefill again."
             )
-        return layer.buffer.observe(keys, values, layer.compute_positions(), layer.compute_slot_valid())
+        observation = layer.buffer.observe(
+            keys, values, layer.compute_positions(), layer.compute_slot_valid()
+        )
+        return self._add_past(layer, observation)
 
     def _end_round(self, layers: list[Any], last: bool) -> None:
         if last:

@@ -6,9 +6,13 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .rotary import LayerRotation
 
 #: Elements of one block of attention weights (float32): 32 Mi elements are 128 MiB.
 BLOCK_ELEMENTS = 1 << 25
@@ -54,6 +58,12 @@ class Observation:
         The observation window and the number of protected first tokens.
     module_ref : weakref.ref, optional
         The attention module, as long as it lives.
+    rotation : LayerRotation, optional
+        How the layer turns queries and keys with position, where the selector asks for it and it is known.
+    packed : bool
+        Whether they stand at the consecutive positions of the keys that are left, and not at their own.
+    past_moments : Tensor, optional
+        Moments of the queries before these, ``[batch, head, key_dim + 1, key_dim + 1]``, where they are asked for.
     """
 
     layer_idx: int
@@ -77,6 +87,9 @@ class Observation:
     sink_size: int = 4
     # Weak, since queries that wait keep their observation, and a copy of the cache must not copy the model.
     module_ref: weakref.ref[nn.Module] | None = None
+    rotation: LayerRotation | None = None
+    packed: bool = False
+    past_moments: Tensor | None = None
 
     @property
     def module(self) -> nn.Module | None:
@@ -92,6 +105,20 @@ class Observation:
     def key_length(self) -> int:
         """Number of keys, padding included."""
         return self.keys.shape[-2]
+
+    @property
+    def query_index(self) -> Tensor:
+        """Index of each query among its row's real tokens, ``[batch, query]`` int64; negative for padding."""
+        index = torch.arange(self.query_start, self.query_start + self.query_length, device=self.query.device)
+        return index - torch.tensor(self.row_start, device=index.device)[:, None]
+
+    @property
+    def query_rotary_positions(self) -> Tensor:
+        """Position by which each query was turned, ``[batch, query]`` int64."""
+        if not self.packed:
+            return self.query_index
+        evicted = [length - count for length, count in zip(self.lengths, self.available, strict=True)]
+        return self.query_index - torch.tensor(evicted, device=self.query.device)[:, None]
 
     @property
     def hides_real_tokens(self) -> bool:
@@ -214,6 +241,7 @@ class Observation:
             available=self.available[row : row + 1],
             attention_mask=pick(self.attention_mask),
             position_bias=pick(self.position_bias),
+            past_moments=None if self.past_moments is None else self.past_moments[row : row + 1],
         )
 
     def take_head(self, head: int, key_head: int) -> Observation:

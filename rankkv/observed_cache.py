@@ -21,7 +21,7 @@ from .errors import CacheStateError, UnsupportedModelError
 from .flow import Flow
 from .masks import project_mask
 from .resting_layer import RestingLayer
-from .rotary import build_packers
+from .rotary import LayerRotation, build_packers, find_rotations
 from .selection import get_selector
 
 
@@ -58,13 +58,29 @@ class ObservedCache(DynamicCache):
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
         self._backend_of = text_config
-        self._packers = build_packers(model, self.layer_indices) if self.config.positions == "packed" else {}
+        rotations = self._find_rotations(model)
+        self._packers = build_packers(rotations) if self.config.positions == "packed" else {}
         # Weak: a cache must not keep a model alive, and copies of it must not copy the model.
         self._model = weakref.ref(model)
-        self._flow = Flow(self.config, self.selector, self.layer_indices)
+        self._flow = Flow(self.config, self.selector, self.layer_indices, rotations)
         # The keys each layer's attention was last given, for layers that attend to those of another.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
         attention.watch_for(self, model)
+
+    def _find_rotations(self, model: Any) -> dict[int, LayerRotation | None]:
+        if self.config.positions == "packed":
+            return find_rotations(model, self.layer_indices)
+        if self.selector.past_queries != "unturned":
+            return {}
+        try:
+            return find_rotations(model, self.layer_indices)
+        except UnsupportedModelError:
+            warnings.warn(
+                f"how {type(model).__name__} turns queries with their position is not known, so selector "
+                f"{self.selector.name!r} takes past queries as they stand.",
+                stacklevel=4,
+            )
+            return {}
 
     def _build_layer(self) -> RankKVLayer:
         return RankKVLayer() if self.config.storage == "full" else RestingLayer(self.config.storage)

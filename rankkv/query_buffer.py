@@ -42,7 +42,8 @@ class QueryBuffer:
                 f"layer {observation.layer_idx} adds a position bias to its attention, which cannot be computed after "
                 "the forward; use prefill='single' and decode='grow' with this model."
             )
-        joined = replace(observation, attention_mask=None)
+        # What holds on to parts of the model must not wait here, where a copy of the cache would copy it.
+        joined = replace(observation, attention_mask=None, rotation=None, past_moments=None)
         if self._held is not None:
             joined = replace(
                 joined,

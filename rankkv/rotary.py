@@ -6,6 +6,7 @@ how its keys turn with position; the model's own frequencies must explain what i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,11 @@ class LayerRotation:
 
     def turn(self, states: Tensor, angles: Tensor) -> Tensor:
         """Turn ``states [..., slot, head_dim]`` by ``angles [..., slot, pair]``; returns the states' dtype."""
-        size = 2 * angles.shape[-1]
+        return self.combine(states, angles.cos(), angles.sin())
+
+    def combine(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Apply ``[[cos, -sin], [sin, cos]]`` to each pair of ``states``, as a mean of rotations does, too."""
+        size = 2 * cos.shape[-1]
         width = states.shape[-1]
         start = width - size if self.from_end else 0
         part = states[..., start : start + size].float()
@@ -54,7 +59,6 @@ class LayerRotation:
             first, second = part[..., 0::2], part[..., 1::2]
         else:
             first, second = part[..., : size // 2], part[..., size // 2 :]
-        cos, sin = angles.cos(), angles.sin()
         turned = (first * cos - second * sin, second * cos + first * sin)
         joined = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
         out = states.clone()
@@ -225,7 +229,6 @@ class PackedPositions:
         return table[(torch.searchsorted(starts, positions.contiguous(), right=True) - 1).clamp(min=0)]
 
 
-def build_packers(model: Any, layer_indices: list[int]) -> dict[int, PackedPositions]:
+def build_packers(rotations: Mapping[int, LayerRotation | None]) -> dict[int, PackedPositions]:
     """Build what shows each rotary layer its keys at consecutive positions."""
-    rotations = find_rotations(model, layer_indices)
     return {index: PackedPositions(found) for index, found in rotations.items() if found is not None}

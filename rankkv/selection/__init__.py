@@ -9,6 +9,7 @@ from .base import NEEDS, Selector, select_tokens
 from .chunkkv import refine_chunkkv
 from .criticalkv import refine_criticalkv
 from .cur import score_cur
+from .expected_attention import score_expected_attention
 from .h2o import score_h2o
 from .keydiff import score_keydiff
 from .knorm import score_knorm
@@ -34,6 +35,15 @@ SELECTORS: dict[str, Selector] = {
         Selector("knorm", score_knorm, "keys only", "arXiv:2406.11430", "O(keys)", step="rescore"),
         Selector("keydiff", score_keydiff, "keys only", "arXiv:2504.15364", "O(keys)", step="rescore"),
         Selector("lagkv", score_lagkv, "keys and values", "arXiv:2504.04704", "O(keys)", step="rescore"),
+        Selector(
+            "expected_attention",
+            score_expected_attention,
+            "queries",
+            "arXiv:2510.00636",
+            "O(queries x head_dim + keys x head_dim)",
+            step="rescore",
+            past_queries="unturned",
+        ),
         Selector("cur", score_cur, "keys and values", "arXiv:2509.15038", "O(keys)", step="rescore"),
         Selector("lava", score_lava, "window attention", "arXiv:2509.09754", "O(window x keys)"),
         WrappingSelector.of(

@@ -41,6 +41,8 @@ class Selector:
         Options bound to ``score``.
     recent_fraction : float, optional
         Fraction of a layer's budget protected as its newest tokens; None protects ``min(window_size, budget // 2)``.
+    past_queries : {"", "turned", "unturned"}
+        What it needs of queries that are gone, of :data:`rankkv.query_moments.PAST_QUERIES`; empty for nothing.
     step : {"decay", "sum", "rescore"}
         How scores go on from query to query: ``"sum"`` adds the attention each new query pays, ``"decay"`` does so over
         an exponential window as long as the observation window, ``"rescore"`` computes them anew from the keys.
@@ -60,6 +62,7 @@ class Selector:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     recent_fraction: float | None = None
     step: str = "decay"
+    past_queries: str = ""
 
     def with_options(self, **options: Any) -> Selector:
         """Return this selector with ``options`` bound.

@@ -51,6 +51,7 @@ class WrappingSelector(Selector):
             cost,
             recent_fraction=base.recent_fraction,
             step=base.step,
+            past_queries=base.past_queries,
             base=base,
             **more,
         )
@@ -87,6 +88,7 @@ class WrappingSelector(Selector):
             changed,
             needs=base.needs,
             step=base.step,
+            past_queries=base.past_queries,
             recent_fraction=recent_fraction,
             base=base,  # type: ignore[call-arg]
         )

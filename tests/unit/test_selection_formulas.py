@@ -6,13 +6,18 @@ Every row is scored here from its own tokens alone, so that a padded row has to 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import oracles
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from rankkv import RankKVCache
 from rankkv.compat import cache_argument
 from rankkv.errors import ConfigError, UnknownNameError
+from rankkv.query_moments import compute_query_moments
+from rankkv.rotary import find_rotations
 from rankkv.selection import SELECTORS, get_selector
 from rankkv.selection.ties import merge_ties
 
@@ -215,6 +220,164 @@ def test_cur_is_the_share_of_the_local_norms(layer, leverage, window):
     assert_scores(layer, "cur", formula, leverage=leverage, local_window=window)
 
 
+# -- statistics of queries ----------------------------------------------------------------------------------
+
+FUTURE = 20
+
+
+def unturned_queries(model, prompt, layer_idx=1):
+    """Return the queries ``[head][token][channel]`` of a layer before rotary embedding, from its projection."""
+    kept = []
+    is_llama = hasattr(model, "model")
+    block = (model.model if is_llama else model.gpt_neox).layers[layer_idx]
+    projection = block.self_attn.q_proj if is_llama else block.attention.query_key_value
+    hook = projection.register_forward_hook(lambda module, inputs, output: kept.append(output[0]))
+    try:
+        oracles.forward(model, None, prompt)
+    finally:
+        hook.remove()
+    heads = model.config.num_attention_heads
+    return (
+        kept[0].unflatten(-1, (heads, -1))[..., : model.config.hidden_size // heads].transpose(0, 1).double()
+    )
+
+
+def mean_rotation(model, dim, start):
+    """Return the mean rotary matrix of ``FUTURE`` positions from ``start`` on, pair by pair."""
+    turned = dim if hasattr(model, "model") else dim // 4
+    matrix = torch.eye(dim, dtype=torch.float64)
+    for pair in range(turned // 2):
+        other = pair + turned // 2
+        frequency = 10000.0 ** (-2 * pair / turned)
+        cos = sum(math.cos(frequency * position) for position in range(start, start + FUTURE)) / FUTURE
+        sin = sum(math.sin(frequency * position) for position in range(start, start + FUTURE)) / FUTURE
+        matrix[pair, pair], matrix[pair, other] = cos, -sin
+        matrix[other, pair], matrix[other, other] = sin, cos
+    return matrix
+
+
+def plain_expected_attention(keys, values, queries, rotation, covariance, value_norms, epsilon):
+    scaling, groups = keys.shape[-1] ** -0.5, len(queries) // len(keys)
+    per_head = []
+    for head in range(len(queries)):
+        past = queries[head][SINKS:]
+        mean = sum(past) / len(past)
+        spread = sum(torch.outer(query - mean, query - mean) for query in past) / len(past)
+        mean, spread = rotation @ mean, rotation @ spread @ rotation.T
+        logits = []
+        for key in keys[head // groups][SINKS:]:
+            logit = scaling * float(key @ mean)
+            logits.append(logit + covariance * scaling**2 / 2 * float(key @ spread @ key))
+        per_head.append(softmax(logits))
+    scores = []
+    for head, head_values in enumerate(values):
+        group = per_head[head * groups : (head + 1) * groups]
+        own = [sum(column) / groups for column in zip(*group, strict=True)]
+        if value_norms:
+            own = [(x + epsilon) * norm(value) for x, value in zip(own, head_values[SINKS:], strict=True)]
+        scores.append([max(own)] * SINKS + own)
+    return scores
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"covariance": False}, {"value_norms": False}, {"epsilon": 0.5}],
+    ids=["default", "mean alone", "no values", "epsilon"],
+)
+def test_expected_attention_is_that_of_normal_queries_at_later_positions(model, layer, options):
+    layer = replace(layer, rotation=find_rotations(model, [1])[1])
+    scores = get_selector("expected_attention", future_positions=FUTURE, **options).compute_scores(layer)
+    options = {"covariance": True, "value_norms": True, "epsilon": 0.0, **options}
+    for row, first, keys, values, _ in list_rows(layer):
+        queries = unturned_queries(model, PROMPTS[row])
+        rotation = mean_rotation(model, keys.shape[-1], layer.lengths[row])
+        expected = plain_expected_attention(keys, values, queries, rotation, **options)
+        expected = torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(scores[row, :, first:].double(), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_expected_attention_of_a_row_of_sinks_alone():
+    scores = get_selector("expected_attention").compute_scores(oracles.observe_random(tokens=3))
+    assert torch.equal(scores, torch.zeros(1, 2, 3))
+
+
+def test_expected_attention_gives_a_learned_sink_its_part():
+    plain = oracles.observe_random(tokens=30)
+    sunk = replace(plain, sink_logits=torch.full((4,), 50.0))
+    selector = get_selector("expected_attention", value_norms=False)
+    assert float(selector.compute_scores(plain)[..., SINKS:].sum()) == pytest.approx(2.0)
+    assert float(selector.compute_scores(sunk)[..., SINKS:].sum()) < 1e-6
+
+
+def test_moments_of_parts_join_to_those_of_the_whole():
+    whole = oracles.observe_random(tokens=40)
+    expected = compute_query_moments(whole, "turned")
+    first = replace(whole, query=whole.query[:, :, :17], query_valid=whole.query_valid[:, :17])
+    rest = replace(
+        whole,
+        query=whole.query[:, :, 17:],
+        query_valid=whole.query_valid[:, 17:],
+        query_start=17,
+        past_moments=compute_query_moments(first, "turned"),
+    )
+    torch.testing.assert_close(compute_query_moments(rest, "turned"), expected, atol=1e-5, rtol=1e-5)
+    queries = whole.query[0].double()
+    torch.testing.assert_close(expected[0, :, -1, :-1].double(), queries.mean(1))
+    covariance = torch.stack([torch.cov(head.T, correction=0) for head in queries])
+    torch.testing.assert_close(expected[0, :, :-1, :-1].double() / 40, covariance, atol=1e-5, rtol=1e-4)
+
+
+WAYS = {
+    "bounded": {"decode": "bounded"},
+    "periodic": {"decode": "periodic", "decode_interval": 5, "window_size": 3},
+    "packed": {"decode": "bounded", "positions": "packed"},
+    "packed, periodic": {"decode": "periodic", "decode_interval": 5, "window_size": 3, "positions": "packed"},
+    "chunked": {"decode": "bounded", "prefill": "chunked"},
+    "streaming": {"decode": "bounded", "prefill": "streaming"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_queries_that_are_gone_still_count(model, way, padded):
+    # The first layer's queries do not depend on what was evicted, so that one long forward has the same.
+    ids, mask = oracles.left_pad(PROMPTS[: 1 + padded])
+    steps = oracles.next_chunks(len(ids), (1,) * 20)
+    cache = RankKVCache(model, budget=24, selector="expected_attention", **WAYS[way])
+    chunks = [ids] if "prefill" not in WAYS[way] else ids.split(23, dim=1)
+    seen = 0
+    for chunk in chunks:
+        seen += chunk.shape[1]
+        oracles.forward(model, cache, chunk, mask[:, :seen])
+    oracles.feed(model, cache, steps, mask)
+    assert cache.layers[0].width < 64
+    ours = cache.layers[0].query_moments
+    for row, prompt in enumerate(PROMPTS[: 1 + padded]):
+        whole = torch.cat([prompt, *(step[row : row + 1] for step in steps)], dim=1)
+        queries = unturned_queries(model, whole, layer_idx=0)[:, SINKS:]
+        expected = compute_query_moments(
+            replace(oracles.observe_random(tokens=queries.shape[1]), query=queries[None].float()), "turned"
+        )[0]
+        torch.testing.assert_close(ours[row], expected, atol=2e-3, rtol=1e-3)
+
+
+def test_nothing_of_past_queries_is_held_that_is_not_needed(tiny_llama):
+    model = tiny_llama()
+    for options in ({}, {"prefill": "chunked"}, {"selector": "snapkv", "decode": "bounded"}):
+        cache = RankKVCache(model, 0.3, **{"selector": "expected_attention", **options})
+        chunks = [PROMPTS[0]] if "prefill" not in options else PROMPTS[0].split(16, dim=1)
+        oracles.feed(model, cache, [*chunks, *oracles.next_chunks(1, (1, 1))])
+        assert all(layer.query_moments is None for layer in cache.layers)
+
+
+def test_a_model_of_learned_positions_is_scored_as_it_is_and_told():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)).eval()
+    with pytest.warns(UserWarning, match="how GPT2LMHeadModel turns queries .* not known.*as they stand"):
+        cache = RankKVCache(model, 0.3, selector="expected_attention")
+    oracles.forward(model, cache, PROMPTS[0])
+    assert sum(cache.budgets) == round(0.3 * LENGTH * 2)
+
+
 # -- keys of other widths and heads -------------------------------------------------------------------------
 
 
@@ -241,6 +404,8 @@ def test_key_heads_that_share_a_cached_head_are_averaged(name):
         ("lagkv", {"lag_size": 1}, ConfigError, "lag_size=1 .* at least 2"),
         ("lagkv", {"lag_size": 2.5}, ConfigError, "lag_size=2.5 .* at least 2"),
         ("cur", {"local_window": -1}, ConfigError, "local_window=-1 .* at least 0"),
+        ("expected_attention", {"future_positions": 0}, ConfigError, "future_positions=0 .* at least 1"),
+        ("expected_attention", {"epsilon": -0.1}, ConfigError, "epsilon=-0.1 .* 0 or more"),
         ("cur", {"leverage": "keys"}, UnknownNameError, "'keys'; did you mean 'key'"),
     ],
 )
