@@ -16,6 +16,8 @@ from rankkv.budget_strategies import (
     check_options,
     compute_weights,
     get_strategy,
+    register_strategy,
+    unregister_strategy,
 )
 from rankkv.budget_weights import Limits
 from rankkv.errors import BudgetError, ConfigError
@@ -33,6 +35,8 @@ __all__ = [
     "check_ranks",
     "compute_weights",
     "get_strategy",
+    "register_strategy",
+    "unregister_strategy",
 ]
 
 

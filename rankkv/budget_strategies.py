@@ -151,6 +151,8 @@ STRATEGIES: dict[str, Strategy] = {
     ),
 }
 
+_BUILT_IN = frozenset(STRATEGIES)
+
 
 def get_strategy(name: str) -> Strategy:
     """Look a strategy up by name.
@@ -163,6 +165,46 @@ def get_strategy(name: str) -> Strategy:
     if not isinstance(name, str) or name not in STRATEGIES:
         raise UnknownNameError.of("strategy", name, STRATEGIES)
     return STRATEGIES[name]
+
+
+def register_strategy(name: str, strategy: Strategy) -> Strategy:
+    """Add a strategy of your own to the registry, so that its name works wherever a strategy is named.
+
+    Raises
+    ------
+    ConfigError
+        It is no strategy, or its name is taken or no Python name.
+
+    Examples
+    --------
+    >>> squares = Strategy(lambda ranks: ranks**2, True, "weight = rank ** 2", "this example")
+    >>> register_strategy("squares", squares) is get_strategy("squares")
+    True
+    >>> unregister_strategy("squares")
+    """
+    if not isinstance(strategy, Strategy):
+        raise ConfigError(f"{strategy!r} is no Strategy: build one around your function of the ranks.")
+    if name in STRATEGIES:
+        raise ConfigError(f"a strategy named {name!r} is registered already: choose another name.")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ConfigError(f"the strategy's name {name!r} must be a Python name, such as 'my_strategy'.")
+    STRATEGIES[name] = strategy
+    return strategy
+
+
+def unregister_strategy(name: str) -> None:
+    """Take a strategy out of the registry that `register_strategy` put there.
+
+    Raises
+    ------
+    UnknownNameError
+        No strategy of that name was registered.
+    """
+    if name in _BUILT_IN or name not in STRATEGIES:
+        raise UnknownNameError.of(
+            "registered strategy", name, [key for key in STRATEGIES if key not in _BUILT_IN]
+        )
+    del STRATEGIES[name]
 
 
 def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:

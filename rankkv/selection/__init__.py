@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import UnknownNameError
+from ..errors import ConfigError, UnknownNameError
 from .base import NEEDS, Selector, select_tokens
 from .chunkkv import refine_chunkkv
 from .criticalkv import refine_criticalkv
@@ -58,6 +58,7 @@ SELECTORS: dict[str, Selector] = {
         Selector("random", score_random, "nothing", "control", "O(keys)", step="rescore"),
     )
 }
+_BUILT_IN = frozenset(SELECTORS)
 
 
 def get_selector(selector: str | Selector, **options: Any) -> Selector:
@@ -89,4 +90,71 @@ def get_selector(selector: str | Selector, **options: Any) -> Selector:
     return selector.with_options(**options) if options else selector
 
 
-__all__ = ["NEEDS", "SELECTORS", "Selector", "WrappingSelector", "get_selector", "select_tokens"]
+def register_selector(selector: Selector) -> Selector:
+    """Add a method of your own to the registry, so that its name works wherever a selector is named.
+
+    Parameters
+    ----------
+    selector : Selector
+        The method: a name, ``score(observation, **options)``, what it reads, its source and its cost.
+
+    Returns
+    -------
+    Selector
+        The same.
+
+    Raises
+    ------
+    ConfigError
+        If it is no selector, its name is taken or no Python name, or it does not say what it reads.
+
+    Examples
+    --------
+    >>> def score_oldest(observation):
+    ...     return -observation.real_index.float()
+    >>> oldest = register_selector(Selector("oldest", score_oldest, "nothing", "this example", "O(keys)"))
+    >>> get_selector("oldest") is oldest
+    True
+    >>> unregister_selector("oldest")
+    """
+    if not isinstance(selector, Selector):
+        raise ConfigError(f"{selector!r} is no Selector: build one around your scoring function.")
+    if selector.name in SELECTORS:
+        raise ConfigError(f"a selector named {selector.name!r} is registered already: choose another name.")
+    if not selector.name.isidentifier():
+        raise ConfigError(
+            f"the selector's name {selector.name!r} must be a Python name, such as 'my_method'."
+        )
+    if selector.needs not in NEEDS:
+        raise ConfigError(
+            f"needs={selector.needs!r} of selector {selector.name!r} must be one of: {', '.join(NEEDS)}."
+        )
+    SELECTORS[selector.name] = selector
+    return selector
+
+
+def unregister_selector(name: str) -> None:
+    """Take a method out of the registry that :func:`register_selector` put there.
+
+    Raises
+    ------
+    UnknownNameError
+        If no method of that name was registered.
+    """
+    if name in _BUILT_IN or name not in SELECTORS:
+        raise UnknownNameError.of(
+            "registered selector", name, [key for key in SELECTORS if key not in _BUILT_IN]
+        )
+    del SELECTORS[name]
+
+
+__all__ = [
+    "NEEDS",
+    "SELECTORS",
+    "Selector",
+    "WrappingSelector",
+    "get_selector",
+    "register_selector",
+    "select_tokens",
+    "unregister_selector",
+]
