@@ -138,6 +138,20 @@ def attention_backend(model: Any, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+TINY_SHAPE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    # Ten times the usual spread, so that attention is not even.
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 #: Families that kvpress knows, in small: the config class and what differs from four query heads on two kv heads.
 TINY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -155,21 +169,7 @@ def build_tiny(family: str, seed: int = 0) -> Any:
     import transformers
 
     class_name, options = TINY_FAMILIES[family]
-    shape = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        # Ten times the usual spread, so that attention is not even.
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    config = getattr(transformers, class_name)(**(shape | options))
+    config = getattr(transformers, class_name)(**(TINY_SHAPE | options))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -70,6 +70,7 @@ RANKS = {
     # on top
     "rankkv.evaluation": 70,
     "rankkv.plots": 70,
+    "rankkv.integrations": 70,
     "rankkv.cli": 80,
     "rankkv.__main__": 81,
 }

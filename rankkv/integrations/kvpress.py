@@ -1,0 +1,242 @@
+"""RankKV as a press: rank budgets in kvpress' own pipeline and evaluation programs.
+
+``from rankkv.integrations.kvpress import RankKVPress`` imports kvpress, which puts its own attention functions before
+those that transformers registers, in every model of the process; importing this module alone does not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+
+from rankkv._hub import require
+from rankkv.cache import RankKVCache
+from rankkv.cache_layer import RankKVLayer
+from rankkv.config import RankKVConfig
+from rankkv.errors import ConfigError, InputError, UnsupportedModelError
+from rankkv.integrations.pressed_layer import build_pressed_layers
+
+INSTALL = 'pip install "kvpress==0.5.5"'
+
+
+@dataclass
+class _RankKVPress:
+    """Compress a context by RankKV wherever a kvpress press goes.
+
+    The prefill of the context runs on a :class:`~rankkv.RankKVCache`; then every layer of the caller's own cache is
+    given the keys and values that were kept, and holds no others.  Layers differ in length, and each layer's attention
+    gets a mask of its own length, so any attention backend works, new turns of several tokens included.  A layer's
+    ``get_seq_length()`` is the number of tokens it holds, as with every press: positions are the caller's to give, as
+    kvpress' pipeline does.
+
+    Parameters
+    ----------
+    compression_ratio : float, default 0.0
+        Fraction of the cache **removed**, in [0, 1), as everywhere in kvpress: RankKV's own ``compression_ratio`` is
+        one minus this.  It is the mean over the layers; budgets differ.
+    selector : str or Selector, default "snapkv"
+        Token selection method (:data:`rankkv.selection.SELECTORS`).
+    strategy : str, optional
+        Budget strategy; None is the measured default (``"power"``, exponent 4).
+    strategy_options : mapping, optional
+        Options of the strategy.
+    scope, aggregation : str
+        Which part of the attention is ranked, and how its heads are joined.
+    window_size, sink_size : int
+        Observation window and attention sinks.
+    min_budget : int, optional
+        Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
+
+    Attributes
+    ----------
+    budgets : list of int
+        Tokens each layer kept of the last context.
+    layer_ranks : list of float
+        Their effective ranks; empty where the strategy needs none.
+
+    Raises
+    ------
+    MissingDependencyError
+        If kvpress is not installed.
+    ConfigError, UnknownNameError
+        If an option lies outside its range or is not registered; when the press is built or next used.
+    UnsupportedModelError
+        When used: if the model's attention cannot be observed, or a layer is no full-attention layer (the pipeline
+        takes an answer back by cutting each layer to its earlier length, which a sliding or linear layer does not
+        survive).
+    InputError
+        When used: if the prompt is padded, the rows of a batch keep different numbers of tokens, or the cache given is
+        not transformers' ``DynamicCache``.
+
+    Notes
+    -----
+    kvpress keeps ``int(tokens * (1 - compression_ratio))`` tokens in each layer; RankKV keeps
+    ``round(tokens * layers * (1 - compression_ratio))`` in all layers together.
+
+    A press that wraps others layer by layer (``ComposedPress``, ``PerLayerCompressionPress``) cannot wrap this one:
+    budgets follow from all layers.
+
+    Examples
+    --------
+    With kvpress installed::
+
+        from transformers import pipeline
+        from rankkv.integrations.kvpress import RankKVPress
+
+        pipe = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer)
+        pipe(context, question=question, press=RankKVPress(compression_ratio=0.7))["answer"]
+    """
+
+    compression_ratio: float = 0.0
+    selector: Any = "snapkv"
+    strategy: str | None = None
+    strategy_options: Mapping[str, Any] | None = None
+    scope: str = "evictable"
+    aggregation: str = "concat"
+    window_size: int = 32
+    sink_size: int = 4
+    min_budget: int | None = None
+    budgets: list[int] = field(default_factory=list, init=False, repr=False)
+    layer_ranks: list[float] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._build_config()
+
+    def _build_config(self) -> RankKVConfig:
+        removed = self.compression_ratio
+        if isinstance(removed, bool) or not isinstance(removed, int | float) or not 0.0 <= removed < 1.0:
+            raise ConfigError(
+                f"compression_ratio={removed!r} is outside [0, 1): a press takes the fraction of the cache that is "
+                "removed (0.7 keeps 30%)."
+            )
+        return RankKVConfig(
+            compression_ratio=1.0 - removed,
+            selector=self.selector,
+            strategy=self.strategy,
+            strategy_options=self.strategy_options,
+            scope=self.scope,
+            aggregation=self.aggregation,
+            window_size=self.window_size,
+            sink_size=self.sink_size,
+            min_budget=self.min_budget,
+        )
+
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        """Compress what ``model`` is given on an empty cache while the context lasts.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The causal language model, not its base model.
+        """
+        config = self._build_config()
+        running: list[tuple[RankKVCache, DynamicCache]] = []
+
+        def start(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            running.clear()
+            given = kwargs.get("past_key_values")
+            if given is None and kwargs.get("use_cache") is not False:
+                given = DynamicCache()
+            if given is None or given.get_seq_length():
+                return None
+            _check_prompt(given, kwargs.get("attention_mask"))
+            running.append((_build_cache(model, config), given))
+            return args, {**kwargs, "past_key_values": running[0][0]}
+
+        def finish(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            if not running:
+                return output
+            ours, given = running.pop()
+            self.budgets, self.layer_ranks = ours.finish().budgets, ours.layer_ranks
+            given.layers = build_pressed_layers(ours, model)
+            return _hand_back(output, ours, given)
+
+        decoder = _find_decoder(model)
+        hooks = [
+            decoder.register_forward_pre_hook(start, with_kwargs=True),
+            decoder.register_forward_hook(finish, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to compress one layer by itself.
+
+        Raises
+        ------
+        ConfigError
+            Always: budgets follow from all layers.
+        """
+        raise ConfigError(
+            "RankKVPress budgets all layers together, so no other press can run it layer by layer: pass it to the "
+            "pipeline by itself, or use `with press(model):`."
+        )
+
+    compress = forward_hook
+
+
+def _find_decoder(model: Any) -> Any:
+    base = model.base_model
+    return getattr(base, "language_model", base)
+
+
+def _build_cache(model: Any, config: RankKVConfig) -> RankKVCache:
+    cache = RankKVCache(model, config=config)
+    other = [index for index, layer in enumerate(cache.layers) if not isinstance(layer, RankKVLayer)]
+    if other:
+        raise UnsupportedModelError(
+            f"layers {other} of {type(model).__name__} are no full-attention layers, and kvpress' pipeline cannot take "
+            "answers back from them; use rankkv.compress() and generate() with this model."
+        )
+    return cache
+
+
+def _check_prompt(given: Any, attention_mask: Any) -> None:
+    if type(given) is not DynamicCache or getattr(given, "offloading", False):
+        raise InputError(
+            f"this press fills transformers' DynamicCache without offloading, got {type(given).__name__}: leave the "
+            "pipeline's `cache` out (a RankKVCache compresses by itself and needs no press)."
+        )
+    if attention_mask is None:
+        return
+    is_plain = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    if not is_plain or not bool(attention_mask.bool().all()):
+        raise InputError(
+            "this press takes prompts without padding: give one prompt at a time, or use a RankKVCache, which keeps in "
+            "each row of a padded batch what the row keeps alone."
+        )
+
+
+def _hand_back(output: Any, ours: RankKVCache, given: DynamicCache) -> Any:
+    if getattr(output, "past_key_values", None) is ours:
+        output.past_key_values = given
+    elif isinstance(output, tuple):
+        output = tuple(given if item is ours else item for item in output)
+    return output
+
+
+@functools.cache
+def _build_class() -> type:
+    require("kvpress", INSTALL, "RankKVPress")
+    from kvpress import BasePress
+
+    return type(
+        "RankKVPress", (_RankKVPress, BasePress), {"__module__": __name__, "__doc__": _RankKVPress.__doc__}
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Build the class on first use: it inherits from one of kvpress'."""
+    if name != "RankKVPress":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _build_class()
