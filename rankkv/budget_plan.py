@@ -121,6 +121,11 @@ class BudgetPlan:
         """Whether a layer's weight depends on layers still to come, so that nothing can be released before the last."""
         return self.measure is not None and not self._strategy.layerwise
 
+    @property
+    def needs_hidden_states(self) -> bool:
+        """Whether a layer's measure arrives only after its attention."""
+        return self._strategy.needs == "hidden states"
+
     def add_layer(self, measured: Any, available: int | None = None) -> None:
         """Take what was measured of the next layer (None where the strategy measures nothing).
 

@@ -149,6 +149,15 @@ STRATEGIES: dict[str, Strategy] = {
         "O(window x keys + keys log keys)",
         scalar=False,
     ),
+    "squeezeattention": Strategy(
+        weights.weigh_squeezeattention,
+        False,
+        "the group of layers whose attention changes the hidden state least keeps `squeeze` of the average",
+        "Z. Wang et al., SqueezeAttention, arXiv:2404.04793",
+        "squeezeattention",
+        "hidden states",
+        "O(hidden x keys) a layer",
+    ),
 }
 
 _BUILT_IN = frozenset(STRATEGIES)

@@ -201,7 +201,7 @@ class RankKVCache(ObservedCache):
         twin._flow = self._flow.copy()
         twin._attended = {}
         twin._packers = {index: packer.copy() for index, packer in self._packers.items()}
-        attention.watch_for(twin, self._model())
+        twin._watch(self._model())
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankKVCache:

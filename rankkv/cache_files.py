@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .budget_plan import BudgetPlan
-from .cache_layer import RankKVLayer
+from .cache_layer import ROW_TENSORS, RankKVLayer
 from .config import RankKVConfig
 from .errors import CacheStateError, InputError
 from .query_buffer import QueryBuffer
@@ -25,7 +25,6 @@ from .selection import Selector, get_selector
 _FORMAT = "rankkv-cache-1"
 # Config entries that say what keys and values mean.
 _SHAPE = ("num_", "hidden", "head", "vocab", "rope", "partial_rotary", "sliding", "layer_types")
-_LAYER_TENSORS = ("keys", "values", "kept_positions", "kept_valid", "running_scores", "query_moments")
 
 
 def compute_model_fingerprint(model: Any) -> str:
@@ -86,7 +85,7 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
             record |= {"cumulative_length": layer.cumulative_length}
         else:
             raise CacheStateError(f"layer {index} is a {type(layer).__name__}, which cannot be saved.")
-        for name in _LAYER_TENSORS:
+        for name in ROW_TENSORS:
             tensor = getattr(layer, name, None)
             if tensor is not None:
                 tensors[f"{index}.{name}"] = tensor.contiguous().cpu()

@@ -16,6 +16,10 @@ from .observation import Observation
 from .query_buffer import QueryBuffer
 from .selection import Selector, select_tokens
 
+_TOKENS = ("keys", "values", "kept_positions", "kept_valid")
+#: What a layer holds row by row of the batch.
+ROW_TENSORS = (*_TOKENS, "running_scores", "query_moments", "token_changes")
+
 
 @dataclass(frozen=True)
 class SlotMap:
@@ -77,6 +81,8 @@ class RankKVLayer(DynamicLayer):
         self.query_moments: Tensor | None = None
         #: The last queries, where compression has to wait for them.
         self.buffer: QueryBuffer | None = None
+        #: How far attention turned the hidden state of each token, ``[batch, token]``, where the strategy asks for it.
+        self.token_changes: Tensor | None = None
         self._scores: Tensor | None = None
         #: What of the scores is carried on, where that is not what tokens are selected by.
         self._lasting: Tensor | None = None
@@ -148,6 +154,8 @@ class RankKVLayer(DynamicLayer):
             self.values = self.values[..., :-removed, :].clone(memory_format=torch.contiguous_format)
             self.seen -= removed
             self.compressed_at = min(self.compressed_at, self.seen)
+            if self.token_changes is not None:
+                self.token_changes = self.token_changes[:, : self.seen]
             if self.running_scores is not None:
                 self.running_scores = self.running_scores[..., : self.width]
 
@@ -166,7 +174,7 @@ class RankKVLayer(DynamicLayer):
     def _map_rows(self, change: Any) -> None:
         if not self.is_initialized:
             return
-        for name in ("keys", "values", "kept_positions", "kept_valid", "running_scores", "query_moments"):
+        for name in ROW_TENSORS:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor))

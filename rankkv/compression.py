@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .budget_plan import BudgetPlan
 from .cache_layer import RankKVLayer
 from .config import RankKVConfig
+from .errors import UnsupportedModelError
 from .layer_measures import compute_measures
 from .observation import Observation
 from .query_moments import compute_query_moments
@@ -61,6 +63,8 @@ class Compressor:
         #: One plan a row, of the last round that was finished.
         self.plans: list[BudgetPlan] = []
         self._open: list[BudgetPlan] = []
+        # A layer whose measure arrives only after its attention.
+        self._waiting: Observation | None = None
 
     @property
     def carries_scores(self) -> bool:
@@ -71,19 +75,53 @@ class Compressor:
         adds_up = self.selector.step == "sum" and (continued or self.config.decode == "periodic")
         return adds_up or (self.config.decode == "bounded" and self.selector.step == "decay")
 
-    def add_layer(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
-        """Take the next layer of a round and shrink what can be shrunk; True when the round is finished."""
+    def waits_for(self, layer_idx: int) -> bool:
+        """Whether :meth:`resume` is due once the layer's attention module returns."""
+        return self._waiting is not None and self._waiting.layer_idx == layer_idx
+
+    def add_layer(
+        self, layers: Sequence[RankKVLayer], observation: Observation, in_attention: bool = False
+    ) -> bool:
+        """Take the next layer of a round and shrink what can be shrunk; True when the round is finished.
+
+        Called from inside the layer's attention, what is measured of hidden states is not there yet: then nothing is
+        shrunk before :meth:`resume`.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the measure of an earlier layer never arrived.
+        """
+        if self._waiting is not None:
+            missing, self._waiting = self._waiting.layer_idx, None
+            raise UnsupportedModelError(
+                f"the attention of layer {missing} ran outside the modules where its hidden states can be seen (or an "
+                "earlier forward was interrupted): use another strategy with this model, or a new cache."
+            )
         config, layer_idx = self.config, observation.layer_idx
         layer = layers[layer_idx]
         if layer_idx == self.layer_indices[0] or not self._open:
             self._open = [BudgetPlan(config, length, self.layer_indices) for length in observation.lengths]
-        for plan, measured, available in zip(
-            self._open, measure_rows(self._open, config, observation), observation.available, strict=True
-        ):
-            plan.add_layer(measured, available)
         lasting = self._compute_lasting_scores(layer, observation)
         layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
         self.carry_queries(layer, observation)
+        if in_attention and self._open[0].needs_hidden_states:
+            self._waiting = observation
+            return False
+        return self._measure_and_shrink(layers, observation)
+
+    def resume(self, layers: Sequence[RankKVLayer]) -> bool:
+        """Go on with the layer whose measure has arrived; True when the round is finished."""
+        observation, self._waiting = self._waiting, None
+        return observation is not None and self._measure_and_shrink(layers, observation)
+
+    def _measure_and_shrink(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
+        config, layer_idx = self.config, observation.layer_idx
+        if self._open[0].needs_hidden_states:
+            observation = replace(observation, changes=layers[layer_idx].token_changes)
+        rows = measure_rows(self._open, config, observation)
+        for plan, measured, available in zip(self._open, rows, observation.available, strict=True):
+            plan.add_layer(measured, available)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):
             if config.merging is not None:

@@ -155,8 +155,7 @@ class Flow:
             spare = _DRAFT_QUERIES if self.recording else 0
             self._buffer(layer, observation, config.window_size + spare, spare)
         elif not self.compressed or (steps > 1 and (config.recompress_turns or self.streaming)):
-            self.compressor.add_layer(layers, observation)
-            self._end_round(layers, last)
+            self._end_round(layers, self.compressor.add_layer(layers, observation, in_attention=True))
         elif config.decode == "bounded":
             self.compressor.step(layer, observation)
         else:
@@ -167,6 +166,17 @@ class Flow:
         if last:
             self.row_start = observation.row_start
             self.streaming = self.streaming and steps > 1
+
+    def note_changes(self, layers: list[Any], layer_idx: int, changes: Tensor) -> None:
+        """Take how far a layer's attention turned the hidden states, and go on with the layer if that was awaited."""
+        awaited = self.compressor.waits_for(layer_idx)
+        if not awaited and not self.deferred:
+            return
+        layer = layers[layer_idx]
+        past = layer.token_changes
+        layer.token_changes = changes if past is None else torch.cat([past, changes], dim=1)
+        if awaited:
+            self._end_round(layers, self.compressor.resume(layers))
 
     def compress_deferred(self, layers: list[Any]) -> None:
         """Compress all layers from the queries held back."""

@@ -14,11 +14,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from . import attention
 from .attention_call import AttentionCall
 from .budget_plan import BudgetPlan
+from .budget_strategies import get_strategy
 from .cache_layer import RankKVLayer, SlotMap, release_hidden
 from .compat import check_transformers
 from .config import RankKVConfig
 from .errors import CacheStateError, UnsupportedModelError
 from .flow import Flow
+from .hidden_states import watch_hidden_states
 from .masks import project_mask
 from .resting_layer import RestingLayer
 from .rotary import LayerRotation, build_packers, find_rotations
@@ -65,7 +67,13 @@ class ObservedCache(DynamicCache):
         self._flow = Flow(self.config, self.selector, self.layer_indices, rotations)
         # The keys each layer's attention was last given, for layers that attend to those of another.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
+        self._watch(model)
+
+    def _watch(self, model: Any) -> None:
+        """Be shown the attention of the model's layers, and what else the strategy measures."""
         attention.watch_for(self, model)
+        if model is not None and get_strategy(self.config.resolve_strategy()[0]).needs == "hidden states":
+            watch_hidden_states(self, model, self.layer_indices)
 
     def _find_rotations(self, model: Any) -> dict[int, LayerRotation | None]:
         if self.config.positions == "packed":
@@ -175,6 +183,10 @@ class ObservedCache(DynamicCache):
         if self._flow.compressed:
             layer.rest()
         return output
+
+    def note_changes(self, layer_idx: int, changes: Tensor) -> None:
+        """Take how far the layer's attention turned the hidden state of each token, ``[batch, token]``."""
+        self._flow.note_changes(self.layers, layer_idx, changes)
 
     def find_attended(self, key: Tensor) -> int | None:
         """Return the layer whose attention was last given these very keys, if there is one."""

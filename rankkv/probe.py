@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from . import attention
 from .attention_call import AttentionCall
 from .budget_plan import BudgetPlan
+from .budget_strategies import get_strategy
 from .compression import measure_rows
 from .config import RankKVConfig
 from .errors import CacheStateError
+from .hidden_states import watch_hidden_states
 from .layer_rank import compute_layer_ranks
 from .observation import Observation
 from .observing import observe
@@ -62,6 +65,9 @@ class ProbeCache(DynamicCache):
         self.measures: dict[int, Any] = {}
         self.plan: BudgetPlan | None = None
         self._total_budget = total_budget
+        self._waiting: Observation | None = None
+        if get_strategy(config.resolve_strategy()[0]).needs == "hidden states":
+            watch_hidden_states(self, model, self.layer_indices)
         self._config = config
         self._on_layer = on_layer
 
@@ -96,9 +102,19 @@ class ProbeCache(DynamicCache):
             )
         ranks = compute_layer_ranks(observation, self._config.scope, self._config.aggregation)
         self.ranks[layer_idx] = float(ranks[0])
+        if self.plan.needs_hidden_states:
+            self._waiting = observation
+            return
         of_rank = self.plan.measure in ("rank", None)
         measured = ranks.tolist() if of_rank else measure_rows([self.plan], self._config, observation)
         self.measures[layer_idx] = measured[0]
+
+    def note_changes(self, layer_idx: int, changes: Tensor) -> None:
+        """Measure the layer by how far its attention turned the hidden state of each token."""
+        observation, self._waiting = self._waiting, None
+        if observation is not None and self.plan is not None:
+            observation = replace(observation, changes=changes)
+            self.measures[layer_idx] = measure_rows([self.plan], self._config, observation)[0]
 
     def finish_plan(self) -> BudgetPlan:
         """Return the budgets that the layers' measures come to.

@@ -32,6 +32,7 @@ _MAY_BE_REFUSED = (
     ("prefill", "chunked"),
     ("decode", "periodic"),
     ("decode", "bounded"),
+    ("strategy", "squeezeattention"),
 )
 
 

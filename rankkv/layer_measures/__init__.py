@@ -15,6 +15,7 @@ from ..rank_kernels import round_ranks
 from .cake import compute_layer_preference
 from .dynamickv import compute_best_scores
 from .lava import compute_layer_entropy
+from .squeezeattention import compute_layer_change
 from .zigzagkv import compute_layer_uncertainty
 
 #: ``function(observation, **options) -> Tensor [batch] or [batch, ...]``, non-negative, NaN where the attention is not
@@ -25,6 +26,7 @@ MEASURES: dict[str, Callable[..., Tensor]] = {
     "lava": compute_layer_entropy,
     "zigzagkv": compute_layer_uncertainty,
     "dynamickv": compute_best_scores,
+    "squeezeattention": compute_layer_change,
 }
 
 

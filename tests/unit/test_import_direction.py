@@ -40,6 +40,7 @@ RANKS = {
     "rankkv.observing": 21,
     "rankkv.layer_rank": 21,
     "rankkv.layer_measures": 22,
+    "rankkv.hidden_states": 20,
     "rankkv.query_buffer": 21,
     "rankkv.query_moments": 21,
     "rankkv.selection": 30,

@@ -22,6 +22,7 @@ OPTIONS = {
     "lava": ({}, {"kernel_size": 1}),
     "zigzagkv": ({}, {"mass": 0.5}),
     "dynamickv": ({}, {"r_max": 2.0, "kernel_size": 3}),
+    "squeezeattention": ({},),
 }
 
 
@@ -31,7 +32,10 @@ def model(request, tiny_llama, tiny_neox):
 
 
 def observe(model, *prompt):
-    return oracles.observe_layers(model, *prompt, window_size=WINDOW)
+    layers = oracles.observe_layers(model, *prompt, window_size=WINDOW)
+    # Any number that a token has, in a batch or alone, stands for what attention does to its hidden state.
+    changes = prompt[0] * 37 % 11 / 11
+    return [replace(layer, changes=changes * (1 + layer.layer_idx)) for layer in layers]
 
 
 def measure(observation, name, **options):
@@ -106,7 +110,17 @@ def dynamickv(layer, attention, r_max=10.0, kernel_size=5):
     return best
 
 
-SLOW = {"cake": cake, "lava": lava, "zigzagkv": zigzagkv, "dynamickv": dynamickv}
+def squeezeattention(layer, attention):
+    return sum(layer.changes[0].tolist()) / 64
+
+
+SLOW = {
+    "cake": cake,
+    "lava": lava,
+    "zigzagkv": zigzagkv,
+    "dynamickv": dynamickv,
+    "squeezeattention": squeezeattention,
+}
 
 
 @pytest.mark.parametrize(
@@ -139,14 +153,17 @@ def test_what_padding_holds_never_enters(model, name):
     noise = torch.full((27, clean.keys.shape[-1]), 1e4)
     keys, values, query = clean.keys.clone(), clean.values.clone(), clean.query.clone()
     keys[1, :, :27], values[1, :, :27], query[1, :, :27] = noise, noise, noise
-    broken = replace(clean, keys=keys, values=values, query=query)
+    changes = clean.changes.clone()
+    changes[1, :27] = math.nan
+    broken = replace(clean, keys=keys, values=values, query=query, changes=changes)
     assert torch.equal(measure(broken, name), measure(clean, name))
 
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_attention_that_is_not_finite_measures_nan(model, name):
     layer = observe(model, PROMPT)[0]
-    measured = measure(replace(layer, query=torch.full_like(layer.query, math.nan)), name)
+    broken = torch.full_like(layer.query, math.nan)
+    measured = measure(replace(layer, query=broken, changes=layer.changes * math.nan), name)
     assert not torch.isfinite(measured).all()
 
 
