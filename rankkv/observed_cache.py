@@ -21,6 +21,7 @@ from .config import RankKVConfig
 from .errors import CacheStateError, UnsupportedModelError
 from .flow import Flow
 from .hidden_states import watch_hidden_states
+from .layer_measures import get_measure
 from .masks import project_mask
 from .resting_layer import RestingLayer
 from .rotary import LayerRotation, build_packers, find_rotations
@@ -53,6 +54,9 @@ class ObservedCache(DynamicCache):
         self.config = config
         self.selector = get_selector(self.config.selector)
         BudgetPlan.check(self.config)
+        self._strategy = get_strategy(self.config.resolve_strategy()[0])
+        if self._strategy.measure is not None:
+            get_measure(self._strategy.measure)
         text_config = model.config.get_text_config(decoder=True)
         super().__init__(config=text_config)
         self.layers = [self._build_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
@@ -72,7 +76,7 @@ class ObservedCache(DynamicCache):
     def _watch(self, model: Any) -> None:
         """Be shown the attention of the model's layers, and what else the strategy measures."""
         attention.watch_for(self, model)
-        if model is not None and get_strategy(self.config.resolve_strategy()[0]).needs == "hidden states":
+        if model is not None and self._strategy.needs == "hidden states":
             watch_hidden_states(self, model, self.layer_indices)
 
     def _find_rotations(self, model: Any) -> dict[int, LayerRotation | None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, UnknownNameError
 from ..layer_rank import compute_layer_ranks
 from ..observation import Observation
 from ..rank_kernels import round_ranks
@@ -29,6 +30,63 @@ MEASURES: dict[str, Callable[..., Tensor]] = {
     "squeezeattention": compute_layer_change,
 }
 
+_BUILT_IN = frozenset(MEASURES)
+
+
+def get_measure(name: str) -> Callable[..., Tensor]:
+    """Look a measure up by name.
+
+    Raises
+    ------
+    UnknownNameError
+        No such measure; the message lists the known ones.
+    """
+    if name not in MEASURES:
+        raise UnknownNameError.of("measure", name, MEASURES)
+    return MEASURES[name]
+
+
+def register_measure(name: str, function: Callable[..., Tensor]) -> None:
+    """Add a measure of your own, for a :class:`rankkv.budget_allocation.Strategy` that names it.
+
+    Parameters
+    ----------
+    name : str
+        What the strategy calls it.
+    function : callable
+        ``function(observation, **options) -> Tensor [batch]``, one non-negative number a row.
+
+    Raises
+    ------
+    ConfigError
+        It is no function, or the name is taken.
+
+    Examples
+    --------
+    >>> register_measure("tokens", lambda observation: observation.valid.sum(dim=-1))
+    >>> unregister_measure("tokens")
+    """
+    if not callable(function):
+        raise ConfigError(f"{function!r} is no function of an observation.")
+    if name in MEASURES:
+        raise ConfigError(f"a measure named {name!r} is registered already: choose another name.")
+    MEASURES[name] = function
+
+
+def unregister_measure(name: str) -> None:
+    """Take a measure out of the registry that :func:`register_measure` put there.
+
+    Raises
+    ------
+    UnknownNameError
+        No measure of that name was registered.
+    """
+    if name in _BUILT_IN or name not in MEASURES:
+        raise UnknownNameError.of(
+            "registered measure", name, [key for key in MEASURES if key not in _BUILT_IN]
+        )
+    del MEASURES[name]
+
 
 def compute_measures(observation: Observation, measure: str, **options: Any) -> Tensor:
     """Measure one layer.
@@ -48,11 +106,11 @@ def compute_measures(observation: Observation, measure: str, **options: Any) -> 
         ``[batch]`` or ``[batch, ...]`` float64 on the CPU; one number a layer is rounded to 6 significant digits, so
         that float noise does not move a token.
     """
-    function = MEASURES[measure]
+    function = get_measure(measure)
     known = inspect.signature(function).parameters
     measured = function(observation, **{name: value for name, value in options.items() if name in known})
     measured = measured.to("cpu", torch.float64)
     return round_ranks(measured) if measured.dim() == 1 else measured
 
 
-__all__ = ["MEASURES", "compute_measures"]
+__all__ = ["MEASURES", "compute_measures", "get_measure", "register_measure", "unregister_measure"]

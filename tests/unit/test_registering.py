@@ -11,11 +11,12 @@ from laws import test_budget_laws as budget_laws
 from selector_conformance import CHECKS
 from typer.testing import CliRunner
 
-from rankkv import BudgetAllocator, RankKVCache
+from rankkv import BudgetAllocator, RankKVAnalyzer, RankKVCache
 from rankkv.budget_allocation import STRATEGIES, register_strategy, unregister_strategy
 from rankkv.budget_strategies import Strategy
 from rankkv.cli import app
 from rankkv.errors import ConfigError, UnknownNameError
+from rankkv.layer_measures import register_measure, unregister_measure
 from rankkv.selection import SELECTORS, Selector, get_selector, register_selector, unregister_selector
 
 TOY = '''
@@ -131,3 +132,55 @@ def test_what_is_no_new_strategy_is_refused(strategy):
     for name in ("power", "other"):
         with pytest.raises(UnknownNameError, match=f"unknown registered strategy '{name}'"):
             unregister_strategy(name)
+
+
+@pytest.fixture
+def measure():
+    """Register a measure of one line and a strategy that weighs by it."""
+    register_measure(
+        "newest", lambda observation, times=1.0: times * (1.0 + observation.window_attention[:, 0, -1, -1])
+    )
+    newest = Strategy(
+        lambda measures, times=1.0: measures,
+        True,
+        "weight = attention of the newest token to itself",
+        "a toy",
+        "newest",
+    )
+    register_strategy("newest", newest)
+    yield "newest"
+    unregister_strategy("newest")
+    unregister_measure("newest")
+
+
+def test_a_toy_measure_works_in_cache_and_analyzer(measure, tiny_llama):
+    model, prompt = tiny_llama(), oracles.random_prompt(60)
+    cache = oracles.prefill(
+        model, prompt, strategy=measure, strategy_options={"times": 3.0}, compression_ratio=0.5
+    )
+    layers = oracles.observe_layers(model, prompt)
+    expected = [3 + 3 * float(layer.window_attention[0, 0, -1, -1]) for layer in layers]
+    assert cache.layer_measures == pytest.approx(expected, rel=1e-5)
+    assert cache.layer_ranks == []
+    result = RankKVAnalyzer(model, strategy=measure, strategy_options={"times": 3.0}).analyze(
+        prompt, compression_ratio=0.5
+    )
+    assert (result.layer_measures, result.budgets) == (cache.layer_measures, cache.budgets)
+    allocation = BudgetAllocator(measure, min_budget=cache.plans[0].floor).allocate(expected, 90, seq_len=60)
+    assert allocation.budgets == cache.budgets
+
+
+def test_what_is_no_new_measure_is_refused(measure, tiny_llama):
+    for name, given, message in (
+        (measure, len, "'newest' is registered already"),
+        ("other", 3, "3 is no function"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            register_measure(name, given)
+    for name in ("cake", "other"):
+        with pytest.raises(UnknownNameError, match=f"unknown registered measure '{name}'"):
+            unregister_measure(name)
+    unregister_measure(measure)
+    with pytest.raises(UnknownNameError, match="unknown measure 'newest'"):
+        RankKVCache(tiny_llama(), strategy=measure)
+    register_measure(measure, len)
