@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankkv import RankKVCache
 from rankkv.compat import cache_argument
-from rankkv.selection import get_selector
+from rankkv.selection import Selector, get_selector
 
 IS_INSTALLED = importlib.util.find_spec("kvpress") is not None
 #: Two scores that differ by less, relative to the larger, may be told apart one way or the other.
@@ -89,12 +89,22 @@ def run_rankkv(
         noted.append(scores[0].expand(observation.kv_heads, -1).clone())
         return scores
 
+    # A plain selector, also where the method wraps another one.
+    note = Selector(
+        chosen.name,
+        score_and_note,
+        chosen.needs,
+        chosen.source,
+        recent_fraction=chosen.recent_fraction,
+        step=chosen.step,
+        past_queries=chosen.past_queries,
+    )
     cache = RankKVCache(
         model,
         budget=budget,
         min_budget=1,
         strategy="uniform",
-        selector=replace(chosen, score=score_and_note, options={}),
+        selector=note,
         **cache_options,
     )
     with torch.no_grad():

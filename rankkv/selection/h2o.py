@@ -27,6 +27,11 @@ def score_h2o(observation: Observation) -> Tensor:
     Tensor
         ``[batch, kv_head, key]`` float32.
 
+    Notes
+    -----
+    The sums over the observation window's rows alone are ``snapkv`` with ``kernel_size=1``: its mean over these rows
+    gives the same order, so it is no method of its own here.
+
     References
     ----------
     Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", 2023,

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rankkv.selection import get_selector
+
 WINDOW = 16
 SINKS = 4
 EMBEDDED_TOKENS = 500
@@ -66,6 +68,14 @@ METHODS = {
         lambda kvpress, ratio: kvpress.StreamingLLMPress(ratio, n_sink=SINKS),
         "streaming_llm",
         sink_size=SINKS,
+        same_scores=False,
+    ),
+    "criticalkv": Method(
+        lambda kvpress, ratio: kvpress.CriticalKVPress(
+            kvpress.SnapKVPress(ratio, window_size=WINDOW, kernel_size=5)
+        ),
+        "criticalkv",
+        {"base": get_selector("snapkv", pooling="avg", kernel_size=5)},
         same_scores=False,
     ),
     "h2o": Method(
@@ -139,6 +149,62 @@ def test_on_the_embedded_model(name, embedded, python_docs, tally):
 def test_on_tiny_models(name, family, tally):
     model = peers.build_tiny(family)
     assert compare(METHODS[name], name, model, oracles.random_prompt(TINY_TOKENS), tally) == []
+
+
+def compare_chunks(model: Any, input_ids: Tensor, base: str, chunks: int, tally: Any) -> None:
+    """Keep ``chunks`` of the prompt's whole chunks of ``WINDOW`` tokens, so that the newest of them is the window."""
+    import kvpress
+
+    length, window = input_ids.shape[1], WINDOW if base == "snapkv" else 1
+    # kvpress rounds the number of chunks down.
+    ratio = 1.0 - (chunks + 0.5) / (length // WINDOW)
+    presses = {"snapkv": kvpress.SnapKVPress(ratio, window_size=WINDOW), "knorm": kvpress.KnormPress(ratio)}
+    press = kvpress.ChunkKVPress(presses[base], chunk_length=WINDOW)
+    theirs = peers.run_kvpress(model, input_ids, press, presses[base])
+    options = {"pooling": "avg"} if base == "snapkv" else {}
+    ours = peers.run_rankkv(
+        model,
+        input_ids,
+        "chunkkv",
+        chunks * WINDOW,
+        {"base": get_selector(base, **options), "chunk_length": WINDOW},
+        window_size=window,
+        sink_size=0,
+    )
+    for mine, peer in zip(ours, theirs, strict=True):
+        means = peer.scores.double().mean(0).view(-1, WINDOW).mean(-1)
+        for own, other in zip(mine.kept, peer.kept, strict=True):
+            assert len(own) == len(other) == chunks * WINDOW
+            difference = ""
+            if not own.equal(other) and base == "knorm":
+                difference = "the newest token is protected, and the last chunk cut for it"
+                assert own[-1] == length - 1
+                own = own[:-1]
+            # With one token less, a chunk is still one of those kept.
+            touched = [kept.div(WINDOW, rounding_mode="floor").unique() for kept in (own, other)]
+            verdict = peers.compare_kept(*touched, means)
+            tally(
+                f"chunkkv of {base}", "stated" if difference and verdict == "equal" else verdict, difference
+            )
+            assert verdict != "different", peers.describe_difference(own, other)
+
+
+@pytest.mark.parametrize("base", ["snapkv", "knorm"])
+def test_chunks_on_the_embedded_model(base, embedded, python_docs, tally):
+    model, tokenizer = embedded
+    ids = tokenizer(python_docs[:4000], return_tensors="pt").input_ids[
+        :, : EMBEDDED_TOKENS // WINDOW * WINDOW
+    ]
+    for chunks in (8, 16):
+        compare_chunks(model, ids, base, chunks, tally)
+
+
+@pytest.mark.parametrize("base", ["snapkv", "knorm"])
+@pytest.mark.parametrize("family", peers.TINY_FAMILIES)
+def test_chunks_on_tiny_models(base, family, tally):
+    ids = oracles.random_prompt(TINY_TOKENS)
+    for chunks in (3, 5, 8):
+        compare_chunks(peers.build_tiny(family), ids, base, chunks, tally)
 
 
 @pytest.mark.parametrize("kept", [WINDOW + 1, WINDOW + 4, 2 * WINDOW - 1])

@@ -172,6 +172,15 @@ def test_chunkkv_keeps_whole_chunks_and_cuts_the_last_one_at_its_end(model):
         assert set(kept[0, 0].tolist()) == expected
 
 
+@pytest.mark.parametrize("row", [0, 1])
+def test_the_windows_column_sums_are_snapkv_without_pooling(layer, attentions, row):
+    """Why there is no windowed H2O: every budget keeps the same tokens by either."""
+    attention = attentions[row]
+    sums = attention[:, -WINDOW:].sum(1).view(layer.keys.shape[1], -1, attention.shape[-1]).mean(1)
+    scores = real(get_selector("snapkv", kernel_size=1).compute_scores(layer), row)
+    torch.testing.assert_close(scores * WINDOW, sums, atol=1e-5, rtol=1e-4)
+
+
 # -- wrapping -----------------------------------------------------------------------------------------------
 
 
