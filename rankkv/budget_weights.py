@@ -99,8 +99,9 @@ def weigh_pyramid(
     Notes
     -----
     The authors' code divides integers on the way and so spends up to ``(layers - 1) / 2`` tokens a layer more than C;
-    here the lengths are real numbers until the total is met exactly.  kvpress counts the window inside the pyramid,
-    not beside it: its lengths are those of ``window_size=0``.
+    here the lengths are real numbers until the total is met exactly.  kvpress counts the window inside the pyramid, not
+    beside it, which falls more steeply to the same mean, and spends uniformly where the last layer would hold less than
+    the window.  A cache's floor holds for this strategy too: with ``min_budget=1`` the lengths are the formula's.
 
     Raises
     ------

@@ -135,7 +135,9 @@ def test_a_copy_before_the_prompt_watches_for_itself(model):
     assert twin.layer_measures == oracles.prefill(model, PROMPTS[1], **OPTIONS).layer_measures
 
 
-@pytest.mark.parametrize("mode", [{}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize(
+    "mode", [{}, pytest.param({"prompt_lookup_num_tokens": 3}, marks=oracles.needs_recent_generate)]
+)
 def test_generation_starts_with_the_uncompressed_token(model, mode):
     plain = oracles.generate(model, PROMPTS[0], None, 8, **mode)
     cache = RankKVCache(model, **OPTIONS)
