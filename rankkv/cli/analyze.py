@@ -113,7 +113,10 @@ def analyze(
         print_json(result.to_dict())
         return
     console.print()
-    console.print(make_layer_table(result.layer_indices, result.layer_ranks, result.budgets))
+    shown = (
+        (result.layer_measures, result.strategy) if result.layer_measures else (result.layer_ranks, "rank")
+    )
+    console.print(make_layer_table(result.layer_indices, shown[0], result.budgets, shown[1]))
     listed = ", ".join(f"{option} {value}" for option, value in result.strategy_options.items())
     console.print(
         f"\n{result.model_name}: {result.seq_len:,} tokens, {result.total_budget:,} of "

@@ -127,15 +127,17 @@ def draw_bar(value: float, largest: float, width: int) -> str:
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def make_layer_table(layer_indices: Sequence[int], ranks: Sequence[float], budgets: Sequence[int]) -> Table:
-    """Return a table with a line for each layer: rank and budget, a bar for each."""
+def make_layer_table(
+    layer_indices: Sequence[int], ranks: Sequence[float], budgets: Sequence[int], measure: str = "rank"
+) -> Table:
+    """Return a table with a line for each layer: rank, or what else was measured, and budget, a bar for each."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     width = 22
     for name, justify in (
         ("layer", "right"),
-        ("rank", "right"),
+        (measure, "right"),
         ("", "left"),
         ("budget", "right"),
         ("", "left"),
@@ -148,7 +150,7 @@ def make_layer_table(layer_indices: Sequence[int], ranks: Sequence[float], budge
     for layer_idx, rank, budget in zip(layer_indices, listed, budgets, strict=True):
         table.add_row(
             str(layer_idx),
-            "-" if rank is None else f"{rank:.2f}",
+            "-" if rank is None else f"{rank:.2f}" if measure == "rank" else f"{rank:.4g}",
             f"[blue]{draw_bar(rank or 0.0, highest, width)}[/]",
             f"{budget:,}",
             f"[dark_orange]{draw_bar(budget, widest, width)}[/]",

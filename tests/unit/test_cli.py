@@ -345,3 +345,10 @@ def test_bars_grow_with_their_values_and_stay_inside(one, other, largest, width)
 def test_json_has_no_nan():
     record = make_json_ready({"ranks": [1.0, float("nan"), float("inf")], "nested": ({"a": float("-inf")},)})
     assert record == {"ranks": [1.0, None, None], "nested": [{"a": None}]}
+
+
+def test_analyze_shows_what_the_strategy_measured(small):
+    result = invoke("analyze", "--model", small, "--prompt", PROMPT, "--strategy", "cake")
+    assert result.exit_code == 0, result.output
+    heads = [line.split() for line in result.output.splitlines() if line.strip().startswith("layer")]
+    assert heads == [["layer", "cake", "budget"]]
