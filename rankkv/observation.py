@@ -14,8 +14,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .rotary import LayerRotation
 
-#: Elements of one block of attention weights (float32): 32 Mi elements are 128 MiB.
-BLOCK_ELEMENTS = 1 << 25
+#: Elements of one block of attention weights (float32): on a CPU 4 MiB, so that the passes over a block find it in
+#: the cache; elsewhere 128 MiB, so that few kernels are started.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 25}
 
 
 @dataclass
@@ -144,15 +145,21 @@ class Observation:
         rows = min(self.window_size, self.query_length)
         return self.compute_attention(slice(self.query_length - rows, self.query_length))
 
-    def compute_attention(self, rows: slice | Tensor, key_stop: int | None = None) -> Tensor:
+    @cached_property
+    def is_plainly_causal(self) -> bool:
+        """Whether query ``i`` sees exactly the first ``query_start + i + 1`` keys: no padding, eviction or mask."""
+        held = {*self.lengths, *self.available}
+        return self.attention_mask is None and held == {self.key_length}
+
+    def compute_attention(self, rows: slice | Sequence[int], key_stop: int | None = None) -> Tensor:
         """Compute the attention weights of some query rows.
 
         ``softmax(scaling * q k^T + mask)`` over all visible keys, in float32; rows and columns of padding are zero.
 
         Parameters
         ----------
-        rows : slice or Tensor
-            Query rows, counted from the first query (a tensor: int64 indices).
+        rows : slice or sequence of int
+            Query rows, counted from the first query, ascending.
         key_stop : int, optional
             Leave out keys from here on (they must all be invisible to these rows).
 
@@ -165,24 +172,36 @@ class Observation:
         query = self.query[:, :, rows]
         keys = self.keys[:, :, :key_stop]
         batch, heads, count, dim = query.shape
-        grouped = query.reshape(batch, keys.shape[1], heads // keys.shape[1] * count, dim)
-        logits = torch.matmul(grouped, keys.transpose(-1, -2)).view(batch, heads, count, key_stop).float()
-        logits = logits * self.scaling
+        kv_heads = keys.shape[1]
+        # The queries of one group side by side, so that no key is repeated, and each step after this in place.
+        grouped = query.reshape(batch * kv_heads, heads // kv_heads * count, dim)
+        logits = grouped.new_empty(*grouped.shape[:2], key_stop)
+        logits.baddbmm_(grouped, keys.reshape(-1, key_stop, dim).mT, beta=0, alpha=float(self.scaling))
+        logits = logits.view(batch, heads, count, key_stop).float()
         if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.position_bias is not None:
-            logits = logits + self.position_bias[..., rows, :key_stop].float()
+            logits += self.position_bias[..., rows, :key_stop].float()
+        if self.is_plainly_causal:
+            # Only the keys after the first row's own are hidden from any row.
+            first = rows.indices(self.query_length)[0] if isinstance(rows, slice) else min(rows, default=0)
+            split = min(self.query_start + first + 1, key_stop)
+            later = torch.arange(split, key_stop, device=logits.device)
+            last = torch.arange(self.query_length, device=logits.device)[rows] + self.query_start
+            logits[..., split:].masked_fill_(later > last[:, None], float("-inf"))
+            return self._softmax(logits)
         allowed, bias = self._allowed(rows, key_stop)
         if bias is not None:
-            logits = logits + bias
-        logits = logits.masked_fill(~allowed, float("-inf"))
-        if self.sink_logits is not None:
-            sink = self.sink_logits.float().reshape(1, -1, 1, 1).expand(batch, heads, count, 1)
-            weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
-        else:
-            weights = logits.softmax(dim=-1)
+            logits += bias
         # A row of padding has no visible key: its softmax is 0/0, and it must not reach a rank or a score.
-        return weights.masked_fill(~allowed, 0.0)
+        return self._softmax(logits.masked_fill_(~allowed, float("-inf"))).masked_fill_(~allowed, 0.0)
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        """Compute the softmax in place (with learned sinks: in a copy), ``[batch, head, row, key]``."""
+        if self.sink_logits is None:
+            return torch.softmax(logits, dim=-1, out=logits)
+        sink = self.sink_logits.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
     def attention_blocks(self) -> Iterator[Tensor]:
         """Yield the weights of consecutive blocks of query rows of the whole causal attention.
@@ -191,7 +210,8 @@ class Observation:
         of the block sees them.
         """
         batch, heads = self.query.shape[:2]
-        rows = max(16, BLOCK_ELEMENTS // (batch * heads * self.key_length))
+        elements = BLOCK_ELEMENTS["cpu" if self.query.device.type == "cpu" else "other"]
+        rows = max(16, elements // (batch * heads * self.key_length))
         # The last queries' own keys are the last keys, one for each, so a block sees none of those that follow it.
         offset = self.key_length - self.query_length
         for start in range(0, self.query_length, rows):
@@ -268,7 +288,7 @@ class Observation:
             sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[head : head + 1],
         )
 
-    def _allowed(self, rows: slice | Tensor, key_stop: int) -> tuple[Tensor, Tensor | None]:
+    def _allowed(self, rows: slice | Sequence[int], key_stop: int) -> tuple[Tensor, Tensor | None]:
         real = self.valid[:, None, None, :key_stop] & self.query_valid[:, None, :, None][:, :, rows]
         if self.attention_mask is not None:
             mask = self.attention_mask[:, :, rows, :key_stop]

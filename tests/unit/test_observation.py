@@ -59,7 +59,7 @@ def test_window_attention_equals_eager(model, batch):
 
 @pytest.mark.parametrize("elements", [1, 50 * 4 * 17 * 2, 1 << 25])
 def test_blocks_equal_eager(model, batch, elements, monkeypatch):
-    monkeypatch.setattr(observation_module, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setitem(observation_module.BLOCK_ELEMENTS, "cpu", elements)
     ids, mask = batch
     expected = oracles.eager_attentions(model, ids, mask)
     for layer, attention in zip(oracles.observe_layers(model, ids, mask), expected, strict=True):
@@ -88,7 +88,7 @@ def test_padding_is_exactly_zero(model):
 
 def test_rows_may_be_listed(model):
     layer = oracles.observe_layers(model, PROMPTS[0])[0]
-    rows = torch.tensor([3, 20, 49])
+    rows = [3, 20, 49]
     whole = layer.compute_attention(slice(0, 50))
     torch.testing.assert_close(layer.compute_attention(rows), whole[:, :, rows])
 
@@ -280,7 +280,7 @@ class LargestOutput(TorchDispatchMode):
 @pytest.mark.parametrize("scope", ["window", "evictable"])
 def test_no_intermediate_grows_with_the_square_of_the_length(monkeypatch, name, scope):
     length, heads = 1500, 4
-    monkeypatch.setattr(observation_module, "BLOCK_ELEMENTS", heads * 64 * length)
+    monkeypatch.setitem(observation_module.BLOCK_ELEMENTS, "cpu", heads * 64 * length)
     layer = make(query_length=length, key_length=length, heads=heads)
     with LargestOutput() as largest:
         SELECTORS[name].compute_scores(layer)
