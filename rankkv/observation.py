@@ -151,15 +151,15 @@ class Observation:
         held = {*self.lengths, *self.available}
         return self.attention_mask is None and held == {self.key_length}
 
-    def compute_attention(self, rows: slice | Sequence[int], key_stop: int | None = None) -> Tensor:
+    def compute_attention(self, rows: slice, key_stop: int | None = None) -> Tensor:
         """Compute the attention weights of some query rows.
 
         ``softmax(scaling * q k^T + mask)`` over all visible keys, in float32; rows and columns of padding are zero.
 
         Parameters
         ----------
-        rows : slice or sequence of int
-            Query rows, counted from the first query, ascending.
+        rows : slice
+            Query rows, counted from the first query.
         key_stop : int, optional
             Leave out keys from here on (they must all be invisible to these rows).
 
@@ -184,7 +184,7 @@ class Observation:
             logits += self.position_bias[..., rows, :key_stop].float()
         if self.is_plainly_causal:
             # Only the keys after the first row's own are hidden from any row.
-            first = rows.indices(self.query_length)[0] if isinstance(rows, slice) else min(rows, default=0)
+            first = rows.indices(self.query_length)[0]
             split = min(self.query_start + first + 1, key_stop)
             later = torch.arange(split, key_stop, device=logits.device)
             last = torch.arange(self.query_length, device=logits.device)[rows] + self.query_start
@@ -288,7 +288,7 @@ class Observation:
             sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[head : head + 1],
         )
 
-    def _allowed(self, rows: slice | Sequence[int], key_stop: int) -> tuple[Tensor, Tensor | None]:
+    def _allowed(self, rows: slice, key_stop: int) -> tuple[Tensor, Tensor | None]:
         real = self.valid[:, None, None, :key_stop] & self.query_valid[:, None, :, None][:, :, rows]
         if self.attention_mask is not None:
             mask = self.attention_mask[:, :, rows, :key_stop]

@@ -12,7 +12,8 @@ from rankkv.errors import ConfigError, DegenerateAttentionError, InputError
 
 _BLOCK_ELEMENTS = 1 << 19
 _MIN_BLOCK_KEYS = 256
-_LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+#: What torch raises where a spectrum does not converge.
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -65,12 +66,12 @@ def _solve(kernel: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
     """Run a LAPACK kernel; on failure retry on the CPU, then with a tiny jitter, then raise."""
     try:
         return kernel(matrices)
-    except _LinAlgError:
+    except LinAlgError:
         pass
     on_cpu = matrices.cpu()
     try:
         return kernel(on_cpu).to(matrices.device)
-    except _LinAlgError:
+    except LinAlgError:
         pass
     size = min(on_cpu.shape[-2:])
     # Entries are at most 1 in size here (callers rescale), so this stays below the clamp of the spectrum.
@@ -78,7 +79,7 @@ def _solve(kernel: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
     shifted.diagonal(dim1=-2, dim2=-1).add_(_EPSILON * torch.linspace(1.0, 2.0, size, dtype=torch.float64))
     try:
         return kernel(shifted).to(matrices.device)
-    except _LinAlgError as error:
+    except LinAlgError as error:
         raise DegenerateAttentionError(
             f"the spectrum of a matrix of shape {tuple(matrices.shape)} does not converge even with a jitter "
             f"of {2 * _EPSILON:.1e} ({error}); use strategy='uniform', which needs no rank."
