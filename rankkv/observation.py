@@ -14,9 +14,10 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .rotary import LayerRotation
 
-#: Elements of one block of attention weights (float32): on a CPU 4 MiB, so that the passes over a block find it in
-#: the cache; elsewhere 128 MiB, so that few kernels are started.
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 25}
+#: Elements of one block of attention weights (float32): 32 Mi elements are 128 MiB.
+BLOCK_ELEMENTS = 1 << 25
+#: The same on a CPU, where the passes over a block of 4 MiB find it in the cache.
+CPU_BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass
@@ -210,7 +211,7 @@ class Observation:
         of the block sees them.
         """
         batch, heads = self.query.shape[:2]
-        elements = BLOCK_ELEMENTS["cpu" if self.query.device.type == "cpu" else "other"]
+        elements = CPU_BLOCK_ELEMENTS if self.query.device.type == "cpu" else BLOCK_ELEMENTS
         rows = max(16, elements // (batch * heads * self.key_length))
         # The last queries' own keys are the last keys, one for each, so a block sees none of those that follow it.
         offset = self.key_length - self.query_length

@@ -59,7 +59,7 @@ def test_window_attention_equals_eager(model, batch):
 
 @pytest.mark.parametrize("elements", [1, 50 * 4 * 17 * 2, 1 << 25])
 def test_blocks_equal_eager(model, batch, elements, monkeypatch):
-    monkeypatch.setitem(observation_module.BLOCK_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(observation_module, "CPU_BLOCK_ELEMENTS", elements)
     ids, mask = batch
     expected = oracles.eager_attentions(model, ids, mask)
     for layer, attention in zip(oracles.observe_layers(model, ids, mask), expected, strict=True):
@@ -280,7 +280,7 @@ class LargestOutput(TorchDispatchMode):
 @pytest.mark.parametrize("scope", ["window", "evictable"])
 def test_no_intermediate_grows_with_the_square_of_the_length(monkeypatch, name, scope):
     length, heads = 1500, 4
-    monkeypatch.setitem(observation_module.BLOCK_ELEMENTS, "cpu", heads * 64 * length)
+    monkeypatch.setattr(observation_module, "CPU_BLOCK_ELEMENTS", heads * 64 * length)
     layer = make(query_length=length, key_length=length, heads=heads)
     with LargestOutput() as largest:
         SELECTORS[name].compute_scores(layer)
