@@ -40,14 +40,23 @@ def evaluate(block_mask: Any, queries: Tensor, keys: Tensor) -> Tensor:
     return visible.expand(shape)
 
 
-def reduce_block_mask(block_mask: Any, query_length: int, key_length: int) -> Tensor:
+def reduce_block_mask(block_mask: Any, query_length: int, key_length: int, heads: int = 1) -> Tensor:
     """Say with a tensor what a block mask hides.
+
+    Parameters
+    ----------
+    block_mask : BlockMask
+        As transformers or :func:`build_block_mask` makes it.
+    query_length, key_length : int
+        Shape of the call.
+    heads : int, default 1
+        Query heads, where the mask may differ between them.
 
     Returns
     -------
     Tensor
-        ``[batch, key]`` bool, what is real, where nothing but padding and later tokens is hidden; otherwise the whole
-        mask, ``[batch, 1, query, key]`` bool.
+        ``[batch, key]`` bool, what is real, where nothing but padding and later tokens is hidden, the same in all
+        heads; otherwise the whole mask, ``[batch, 1 or head, query, key]`` bool.
 
     Raises
     ------
@@ -68,6 +77,9 @@ def reduce_block_mask(block_mask: Any, query_length: int, key_length: int) -> Te
         )
     device = block_mask.kv_indices.device
     keys = torch.arange(key_length, device=device).view(1, 1, 1, -1)
+    if heads > 1:
+        queries = torch.arange(query_length, device=device).view(1, 1, -1, 1)
+        return evaluate(block_mask, queries, keys.expand(1, heads, 1, -1))
     newest = evaluate(block_mask, keys.new_full((1, 1, 1, 1), query_length - 1), keys)[:, 0, 0]
     if query_length == key_length:
         real = evaluate(block_mask, keys, keys)[:, 0, 0]
@@ -105,7 +117,7 @@ def project_block_mask(
     positions : Tensor
         ``[batch, kv_head or 1, slot]`` int64, logical position of each slot (ascending).
     slot_valid : Tensor, optional
-        ``[batch, slot]`` bool; None if every slot holds a token.
+        ``[batch, 1 or head, slot]`` bool; None if every slot holds a token.
     query_length, query_heads : int
         Shape of the call.
 
@@ -125,7 +137,7 @@ def project_block_mask(
     else:
         visible = evaluate(block_mask, queries, keys)
     if slot_valid is not None:
-        visible = visible & slot_valid[:, None, None, :]
+        visible = visible & slot_valid[:, :, None, :]
     if query_length == 1 and bool(visible.all()):
         return None
     return build_block_mask(visible)

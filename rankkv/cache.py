@@ -47,7 +47,8 @@ class RankKVCache(ObservedCache):
         Number of last queries observed.
     sink_size : int, default 4
         Number of first tokens protected as attention sinks.
-    decode, decode_interval, positions, prefill, recompress_turns, storage, merging, protect
+    decode, decode_interval, positions, prefill, recompress_turns, storage, merging, head_budgets,
+    head_floor, protect
         See :class:`~rankkv.RankKVConfig`.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
@@ -95,6 +96,8 @@ class RankKVCache(ObservedCache):
         storage: str = "full",
         merging: str | None = None,
         min_budget: int | None = None,
+        head_budgets: str | None = None,
+        head_floor: float = 0.2,
         protect: Any = None,
         config: RankKVConfig | None = None,
     ) -> None:
@@ -116,6 +119,8 @@ class RankKVCache(ObservedCache):
             storage=storage,
             merging=merging,
             min_budget=min_budget,
+            head_budgets=head_budgets,
+            head_floor=head_floor,
             protect=protect,
         )
         if config is not None and given != RankKVConfig():
@@ -131,8 +136,13 @@ class RankKVCache(ObservedCache):
 
     @property
     def kept_lengths(self) -> list[int]:
-        """Slots each model layer holds, one entry a layer (a layer without keys: 0)."""
+        """Slots each model layer holds, one entry a layer (a layer without keys: 0; head budgets: a head's average)."""
         return [count_slots(layer) for layer in self.layers]
+
+    @property
+    def kept_per_head(self) -> list[list[list[int]]]:
+        """Tokens that every kv head keeps, ``[compressible layer][row][kv_head]``."""
+        return [self.layers[index].kept_per_head for index in self.layer_indices]
 
     @property
     def plans(self) -> list[BudgetPlan]:

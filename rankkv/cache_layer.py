@@ -30,7 +30,8 @@ class SlotMap:
     kept_positions : Tensor
         Logical positions of the tokens kept at the last compression, ``[batch, kv_head or 1, slot]`` int64.
     kept_valid : Tensor, optional
-        ``[batch, slot]`` bool for those slots; None if every slot held a token.
+        ``[batch, slot]`` bool for those slots, ``[batch, kv_head, slot]`` where heads differ; None if every slot held a
+        token.
     compressed_at, seen : int
         Tokens seen at the last compression, and at this moment.
     """
@@ -46,10 +47,10 @@ class SlotMap:
         return torch.cat([self.kept_positions, later.expand(*self.kept_positions.shape[:2], -1)], dim=-1)
 
     def compute_valid(self) -> Tensor | None:
-        """Compute which slots hold a token, ``[batch, slot]`` bool; None if all do."""
+        """Compute which slots hold a token, ``[batch, slot]`` or ``[batch, kv_head, slot]`` bool; None if all do."""
         if self.kept_valid is None:
             return None
-        later = self.kept_valid.new_ones((self.kept_valid.shape[0], self.seen - self.compressed_at))
+        later = self.kept_valid.new_ones((*self.kept_valid.shape[:-1], self.seen - self.compressed_at))
         return torch.cat([self.kept_valid, later], dim=-1)
 
 
@@ -62,6 +63,8 @@ class RankKVLayer(DynamicLayer):
 
     is_sliding = False
     is_croppable = True
+    #: Tokens beyond a budget that may still shrink, so that the smaller one finds all it would select.
+    cascade_slack = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +76,8 @@ class RankKVLayer(DynamicLayer):
         self.compressed_at = 0
         #: Logical positions of the tokens kept then, ``[batch, kv_head or 1, slot]`` int64; None if all were kept.
         self.kept_positions: Tensor | None = None
-        #: ``[batch, slot]`` bool for those slots; None if every slot holds a token.
+        #: ``[batch, slot]`` bool for those slots, ``[batch, kv_head, slot]`` where heads differ; None if all hold a
+        #: token.
         self.kept_valid: Tensor | None = None
         #: Scores carried from step to step, ``[batch, kv_head or 1, slot]``, where the decode mode needs them.
         self.running_scores: Tensor | None = None
@@ -189,6 +193,21 @@ class RankKVLayer(DynamicLayer):
         return self.keys.shape[-2] if self.is_initialized else 0
 
     @property
+    def kept_length(self) -> int:
+        """Tokens that a head keeps: of the row that keeps most, and an average where heads differ."""
+        return self.width
+
+    @property
+    def kept_per_head(self) -> list[list[int]]:
+        """Tokens kept, ``[row][kv_head]``; padding counts until it is released."""
+        if not self.is_initialized:
+            return []
+        rows, heads = self.keys.shape[:2]
+        valid = self.compute_slot_valid()
+        counts = [self.width] * rows if valid is None else valid.sum(-1).tolist()
+        return [[count] * heads for count in counts]
+
+    @property
     def slot_map(self) -> SlotMap | None:
         """Where the slots stand; None if all tokens were kept."""
         if self.kept_positions is None:
@@ -203,9 +222,15 @@ class RankKVLayer(DynamicLayer):
         return slots.compute_positions()
 
     def compute_slot_valid(self) -> Tensor | None:
-        """Compute which slots hold a token, ``[batch, slot]`` bool; None if all do."""
+        """Compute which slots hold a token, ``[batch, slot]`` or ``[batch, kv_head, slot]`` bool; None if all do."""
         slots = self.slot_map
         return None if slots is None else slots.compute_valid()
+
+    def compute_head_valid(self) -> Tensor | None:
+        """Compute which slots hold a token, ``[batch, kv_head, slot]`` bool; None unless heads differ."""
+        return (
+            self.compute_slot_valid() if self.kept_valid is not None and self.kept_valid.dim() == 3 else None
+        )
 
     def begin_compression(
         self, scores: Tensor, observation: Observation, lasting: Tensor | None = None
@@ -238,17 +263,16 @@ class RankKVLayer(DynamicLayer):
         keep = [min(budget + slack, count) for budget, count in zip(budgets, self._available, strict=True)]
         if min(keep) == self.width:
             return
-        kept = select_tokens(
+        kept = self._select(
             self._scores,
             self._real_index,
-            self._lengths,
             budgets,
-            selector,
-            window_size,
-            sink_size,
+            keep,
+            selector=selector,
+            window_size=window_size,
+            sink_size=sink_size,
             protect=protect,
             protect_before=protect_before,
-            keep=keep,
         )
         empty = kept < 0
         index = kept.clamp(min=0)
@@ -265,8 +289,16 @@ class RankKVLayer(DynamicLayer):
         self._scores = _gather_heads(self._scores, index)
         if self._lasting is not None:
             self._lasting = _gather_heads(self._lasting, index)
-        self.kept_valid = ~empty[:, 0] if min(keep) < max(keep) else None
+        self.kept_valid = self._find_valid(empty, keep)
         self._available = keep
+
+    def _select(
+        self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
+    ) -> Tensor:
+        return select_tokens(scores, real_index, self._lengths, budgets, keep=keep, **how)
+
+    def _find_valid(self, empty: Tensor, keep: list[int]) -> Tensor | None:
+        return ~empty[:, 0] if min(keep) < max(keep) else None
 
     def end_compression(self, keep_scores: bool = False) -> None:
         """Release the scores, or carry them on into decoding."""

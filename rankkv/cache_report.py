@@ -27,10 +27,10 @@ def _held(cache: Any) -> Iterator[Tensor]:
 
 
 def count_slots(layer: Any) -> int:
-    """Count the slots of a cache layer; a layer without keys has none."""
+    """Count the slots of a cache layer, an average where heads differ; a layer without keys has none."""
     if isinstance(layer, RankKVLayer):
         # Not by its keys: stored as int8 or on the CPU they would be computed or moved for it.
-        return layer.width
+        return layer.kept_length
     keys = getattr(layer, "keys", None)
     return keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
 
@@ -94,5 +94,15 @@ def summarize(cache: Any) -> str:
                 if name == "rank"
                 else f"{measured:9.4g}"
             )
-            lines.append(f"  layer {layer_idx:3d}  {name} {shown}  keeps {budget:6d} of {plan.length}")
+            spread = _describe_heads(cache, layer_idx)
+            lines.append(
+                f"  layer {layer_idx:3d}  {name} {shown}  keeps {budget:6d} of {plan.length}{spread}"
+            )
     return "\n".join(lines)
+
+
+def _describe_heads(cache: Any, layer_idx: int) -> str:
+    if cache.config.head_budgets is None:
+        return ""
+    counts = cache.layers[layer_idx].kept_per_head[0]
+    return f" on average; its heads now hold {min(counts)} to {max(counts)}"

@@ -128,7 +128,7 @@ class Compressor:
                 # What a later budget evicts has to be folded into what the last one keeps.
                 return False
             ceilings = [plan.compute_ceilings() for plan in self._open]
-            self._shrink(layers, done, ceilings, len(done) - 1, slack=1)
+            self._shrink(layers, done, ceilings, len(done) - 1, slack=layer.cascade_slack)
             self._release_excess(layers, done, ceilings)
             return False
         budgets = [plan.finish() for plan in self._open]
@@ -193,15 +193,16 @@ class Compressor:
         self, layers: Sequence[RankKVLayer], done: list[int], ceilings: list[list[int]]
     ) -> None:
         """Shrink the layers with most to release until what is held fits the total, and no further."""
-        widths = [max(row[place] for row in ceilings) + 1 for place in range(len(done))]
-        excess = {place: layers[index].width - widths[place] for place, index in enumerate(done)}
+        slack = layers[done[0]].cascade_slack
+        widths = [max(row[place] for row in ceilings) + slack for place in range(len(done))]
+        excess = {place: layers[index].kept_length - widths[place] for place, index in enumerate(done)}
         total = max(plan.total_budget for plan in self._open)
         limit = total + _CASCADE_SLACK * (total + layers[done[-1]].seen)
-        over = sum(layers[index].width for index in done) - limit
+        over = sum(layers[index].kept_length for index in done) - limit
         for place in sorted(excess, key=lambda place: -excess[place]):
             if over <= 0:
                 return
-            self._shrink(layers, done, ceilings, place, slack=1)
+            self._shrink(layers, done, ceilings, place, slack=layers[done[place]].cascade_slack)
             over -= excess[place]
 
     def _shrink(

@@ -63,6 +63,15 @@ def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise UnknownNameError.of(name, value, known)
 
 
+def _check_floor(head_floor: object) -> None:
+    is_number = isinstance(head_floor, int | float) and not isinstance(head_floor, bool)
+    if not is_number or not 0.0 <= head_floor <= 1.0:  # type: ignore[operator]
+        raise ConfigError(
+            f"head_floor={head_floor!r} is outside [0, 1]: it is the fraction of a layer's budget that every head "
+            "keeps; 1 gives all heads the same."
+        )
+
+
 @dataclass(frozen=True)
 class RankKVConfig:
     """Everything that decides what a :class:`~rankkv.RankKVCache` keeps.
@@ -111,6 +120,12 @@ class RankKVConfig:
         None drops what is evicted.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
+    head_budgets : {None, "adaptive"}, default None
+        ``None``: all kv heads of a layer keep the same number of tokens.  ``"adaptive"``: their tokens compete for the
+        layer's budget (Ada-KV, arXiv:2407.11550).  The memory is that of the tokens kept; keys and values are padded
+        for each attention call, which makes a decode step slower, so this is for those whom the memory limits.
+    head_floor : float, default 0.2
+        Fraction of the layer's budget that every head keeps with ``head_budgets="adaptive"``.
     protect : sequence of (int, int), optional
         Spans ``(start, stop)`` of real tokens that every layer keeps: a system prompt, instructions.
 
@@ -142,6 +157,8 @@ class RankKVConfig:
     storage: str = "full"
     merging: str | None = None
     min_budget: int | None = None
+    head_budgets: str | None = None
+    head_floor: float = 0.2
     protect: Any = None
 
     def __post_init__(self) -> None:
@@ -164,6 +181,9 @@ class RankKVConfig:
                     f"merging={self.merging!r} compares the tokens of one eviction with each other, and "
                     "decode='bounded' evicts a single one at a time; use decode='grow' or 'periodic'."
                 )
+        if self.head_budgets is not None:
+            _check_choice("head_budgets", self.head_budgets, ("adaptive",))
+        _check_floor(self.head_floor)
         _check_int(
             "decode_interval", self.decode_interval, 1, "the tokens between two compressions while decoding"
         )

@@ -145,6 +145,7 @@ class Flow:
             window_size=config.window_size,
             sink_size=config.sink_size,
             positions=None if layer.kept_positions is None else layer.compute_positions(),
+            slot_valid=layer.compute_head_valid(),
             seen=layer.seen,
             row_start=self.row_start,
             more_to_come=self.deferred or self.streaming,

@@ -34,7 +34,8 @@ def project_mask(
     positions : Tensor
         ``[batch, kv_head or 1, slot]`` int64, logical position of each slot (ascending).
     slot_valid : Tensor, optional
-        ``[batch, slot]`` bool, False where a shorter row is filled up; None if every slot holds a token.
+        ``[batch, slot]`` bool, False where a shorter row is filled up, or ``[batch, kv_head, slot]`` where the heads of
+        a row keep different numbers of tokens; None if every slot holds a token.
     query_length, query_heads : int
         Shape of the call.
     backend : str, optional
@@ -47,7 +48,14 @@ def project_mask(
     Tensor or None
         ``[batch, 1 or query_heads, query, slot]``, ``[batch, slot]``, flex_attention's block mask, or None where
         nothing needs masking.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the mask is of a kind that cannot say what the layer keeps.
     """
+    if slot_valid is not None:
+        slot_valid = _spread(slot_valid, query_heads, backend)
     flex = backend == block_masks.BACKEND
     if flex and (attention_mask is None or block_masks.is_block_mask(attention_mask)):
         return block_masks.project_block_mask(
@@ -67,10 +75,10 @@ def project_mask(
                 "(streaming_llm), or prompts without padding, or attn_implementation='sdpa'."
             )
         gathered = attention_mask.gather(-1, positions[:, 0])
-        return gathered if slot_valid is None else gathered * slot_valid
+        return gathered if slot_valid is None else gathered * slot_valid[:, 0]
     slots = positions.shape[-1]
     mask = attention_mask.expand(positions.shape[0], -1, -1, -1)
-    heads = max(mask.shape[1], positions.shape[1])
+    heads = max(mask.shape[1], positions.shape[1], 1 if slot_valid is None else slot_valid.shape[1])
     if heads > 1:
         heads = query_heads
         positions = positions.repeat_interleave(heads // positions.shape[1], dim=1)
@@ -79,12 +87,35 @@ def project_mask(
     mask = mask.gather(-1, index)
     if slot_valid is not None:
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask = mask.masked_fill(~slot_valid[:, None, None, :], hidden)
+        mask = mask.masked_fill(~slot_valid[:, :, None, :], hidden)
     if query_length == 1 and mask.device.type == "cpu" and _hides_nothing(mask):
         # Without a mask the fast kernels stay available; on other devices asking would stall the stream.
         return None
     # flex_attention reads a dense mask's first head for all of them.
     return block_masks.build_block_mask(is_visible(mask)) if flex else mask
+
+
+def check_head_budgets(backend: str | None) -> None:
+    """Check that a backend's masks can hide other slots in every head.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For flash attention, whose mask is one for all heads.
+    """
+    if backend is not None and backend.startswith("flash"):
+        raise UnsupportedModelError(
+            f"head_budgets='adaptive' needs a mask for each head, which {backend} does not take; use "
+            "attn_implementation='sdpa', or head_budgets=None."
+        )
+
+
+def _spread(slot_valid: Tensor, query_heads: int, backend: str | None) -> Tensor:
+    """Give ``[batch, 1, slot]``, or ``[batch, query_heads, slot]`` where heads differ."""
+    if slot_valid.dim() == 2:
+        return slot_valid[:, None]
+    check_head_budgets(backend)
+    return slot_valid.repeat_interleave(query_heads // slot_valid.shape[1], dim=1)
 
 
 def _hides_nothing(mask: Tensor) -> bool:
@@ -96,16 +127,16 @@ def _mask_from_slots(
 ) -> Tensor | None:
     flash = backend is not None and backend.startswith("flash")
     if slot_valid is not None and flash:
-        return slot_valid
+        return slot_valid[:, 0]
     if query_length == 1 or flash:
-        visible = None if slot_valid is None else slot_valid[:, None, None, :]
+        visible = None if slot_valid is None else slot_valid[:, :, None, :]
     else:
         # Every kept slot precedes every query; the queries' own slots are the last ones.
         slots = positions.shape[-1]
         rows = torch.arange(slots - query_length, slots, device=positions.device)
         visible = (torch.arange(slots, device=positions.device) <= rows[:, None])[None, None]
         if slot_valid is not None:
-            visible = visible & slot_valid[:, None, None, :]
+            visible = visible & slot_valid[:, :, None, :]
     if visible is None or backend != "eager":
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(

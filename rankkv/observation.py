@@ -40,13 +40,14 @@ class Observation:
     query_start : int
         Logical position of the first query; the others follow without a gap.
     valid, query_valid : Tensor
-        Bool, ``[batch, key]`` and ``[batch, query]``: False where there is padding or an empty slot.
+        Bool, ``[batch, key]`` (``[batch, kv_head, key]`` where heads keep different numbers of tokens) and
+        ``[batch, query]``: False where there is padding or an empty slot.
     row_start : list of int
         Padding before the first real token, one entry a row.
     lengths : list of int
         Real tokens seen, one entry a row, evicted ones included.
     available : list of int
-        Real tokens among the keys, one entry a row.
+        Real tokens among the keys, one entry a row; an average over the heads where they differ.
     kv_heads : int
         Key/value heads of the cache, which may be fewer than those of ``keys``.
     scaling : float
@@ -138,7 +139,11 @@ class Observation:
     def real_index(self) -> Tensor:
         """Index of each key among its row's real tokens, ``[batch, kv_head or 1, key]`` int64, -1 for padding."""
         start = torch.tensor(self.row_start, device=self.positions.device).view(-1, 1, 1)
-        return torch.where(self.valid[:, None], self.positions - start, -1)
+        return torch.where(self._valid_heads, self.positions - start, -1)
+
+    @property
+    def _valid_heads(self) -> Tensor:
+        return self.valid if self.valid.dim() == 3 else self.valid[:, None]
 
     @cached_property
     def window_attention(self) -> Tensor:
@@ -244,7 +249,7 @@ class Observation:
 
     def take_row(self, row: int) -> Observation:
         """Return the observation of one row of the batch alone, without its padding."""
-        real = self.valid[row].nonzero()[:, 0]
+        real = self._valid_heads[row].any(dim=0).nonzero()[:, 0]
         queries = self.query_valid[row].nonzero()[:, 0]
 
         def pick(tensor: Tensor | None) -> Tensor | None:
@@ -259,7 +264,7 @@ class Observation:
             values=self.values[row : row + 1, :, real],
             positions=self.positions[row : row + 1, :, real],
             query_start=self.query_start + (int(queries[0]) if len(queries) else 0),
-            valid=self.valid[row : row + 1, real],
+            valid=self.valid[row : row + 1, ..., real],
             query_valid=self.query_valid[row : row + 1, queries],
             row_start=self.row_start[row : row + 1],
             lengths=self.lengths[row : row + 1],
@@ -283,6 +288,7 @@ class Observation:
             keys=self.keys[:, key_head : key_head + 1],
             values=self.values[:, key_head : key_head + 1],
             positions=self.positions if positions is None else positions,
+            valid=self.valid if self.valid.dim() == 2 else self.valid[:, key_head],
             kv_heads=1,
             attention_mask=pick(self.attention_mask, head),
             position_bias=pick(self.position_bias, head),
@@ -290,7 +296,10 @@ class Observation:
         )
 
     def _allowed(self, rows: slice, key_stop: int) -> tuple[Tensor, Tensor | None]:
-        real = self.valid[:, None, None, :key_stop] & self.query_valid[:, None, :, None][:, :, rows]
+        valid = self._valid_heads[:, :, None, :key_stop]
+        if valid.shape[1] > 1:
+            valid = valid.repeat_interleave(self.query.shape[1] // valid.shape[1], dim=1)
+        real = valid & self.query_valid[:, None, :, None][:, :, rows]
         if self.attention_mask is not None:
             mask = self.attention_mask[:, :, rows, :key_stop]
             if mask.dtype == torch.bool:
@@ -302,6 +311,12 @@ class Observation:
             positions = positions.repeat_interleave(self.query.shape[1] // heads, dim=1)
         index = torch.arange(self.query_length, device=positions.device)[rows] + self.query_start
         return real & (positions <= index[:, None]), None
+
+
+def count_real(valid: Tensor) -> list[int]:
+    """Count the real tokens of each row, ``valid [batch, key]`` or ``[batch, kv_head, key]``: an average over heads."""
+    counts = valid.sum(-1) if valid.dim() == 2 else valid.sum((-2, -1)) // valid.shape[1]
+    return [int(count) for count in counts.tolist()]
 
 
 def is_visible(mask: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from .errors import CacheStateError, UnsupportedModelError
 from .flow import Flow
 from .hidden_states import watch_hidden_states
 from .layer_measures import get_measure
-from .masks import project_mask
+from .masks import check_head_budgets, project_mask
+from .ragged_layer import RaggedLayer
 from .resting_layer import RestingLayer
 from .rotary import LayerRotation, build_packers, find_rotations
 from .selection import get_selector
@@ -58,6 +59,8 @@ class ObservedCache(DynamicCache):
         if self._strategy.measure is not None:
             get_measure(self._strategy.measure)
         text_config = model.config.get_text_config(decoder=True)
+        if config.head_budgets is not None:
+            check_head_budgets(text_config._attn_implementation)
         super().__init__(config=text_config)
         self.layers = [self._build_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, RankKVLayer)]
@@ -95,7 +98,10 @@ class ObservedCache(DynamicCache):
             return {}
 
     def _build_layer(self) -> RankKVLayer:
-        return RankKVLayer() if self.config.storage == "full" else RestingLayer(self.config.storage)
+        storage = self.config.storage
+        if self.config.head_budgets is not None:
+            return RaggedLayer(storage, self.config.head_floor)
+        return RankKVLayer() if storage == "full" else RestingLayer(storage)
 
     # -- what transformers asks ---------------------------------------------------------------------------------
 

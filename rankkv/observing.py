@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .block_masks import reduce_block_mask
 from .errors import InputError
-from .observation import Observation, is_visible
+from .observation import Observation, count_real, is_visible
 
 
 def observe(
@@ -27,6 +27,7 @@ def observe(
     window_size: int,
     sink_size: int,
     positions: Tensor | None = None,
+    slot_valid: Tensor | None = None,
     seen: int | None = None,
     row_start: list[int] | None = None,
     more_to_come: bool = False,
@@ -49,6 +50,9 @@ def observe(
         See :class:`Observation`.
     positions : Tensor, optional
         Logical positions of the keys where some were evicted; None means all tokens are there.
+    slot_valid : Tensor, optional
+        ``[batch, kv_head, key]`` bool, which of the keys hold a token, where the heads of a layer keep different
+        numbers of them; None means all, or that the mask says it.
     seen : int, optional
         Tokens seen, this call's included; None means as many as there are keys.
     row_start : list of int, optional
@@ -69,7 +73,8 @@ def observe(
         available = [key_length] * batch
     else:
         if not isinstance(attention_mask, Tensor):
-            attention_mask = reduce_block_mask(attention_mask, query_length, key_length)
+            heads = 1 if slot_valid is None else query.shape[1]
+            attention_mask = reduce_block_mask(attention_mask, query_length, key_length, heads)
         if attention_mask.dim() == 2:
             valid, attention_mask = attention_mask[:, -key_length:].bool(), None
         else:
@@ -78,9 +83,17 @@ def observe(
             seen_keys = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1) if whole else attention_mask[:, 0, -1]
             valid = is_visible(seen_keys[:, :key_length])
         valid = valid.expand(batch, -1)
-        available = [int(n) for n in valid.sum(-1).tolist()]
+        if slot_valid is not None and attention_mask is not None:
+            # The newest query of each group sees what is real in its head.
+            newest = attention_mask[
+                :, :: max(1, attention_mask.shape[1] // slot_valid.shape[1]), -1, :key_length
+            ]
+            valid = slot_valid & is_visible(newest)
+        available = count_real(valid)
         if not more_to_come:
             check_rows(available)
+    # The queries' own keys are there in all heads.
+    query_valid = (valid if valid.dim() == 2 else valid[:, 0])[:, key_length - query_length :]
     if row_start is None and attention_mask_given:
         ends_real = [end or count == 0 for end, count in zip(valid[:, -1].tolist(), available, strict=True)]
         if not all(ends_real):
@@ -96,7 +109,7 @@ def observe(
     elif max(row_start) >= seen - query_length > 0:
         # A row of nothing but padding so far may start in this call.
         past = seen - query_length
-        starts = _first_valid(valid[:, key_length - query_length :])
+        starts = _first_valid(query_valid)
         row_start = [
             past + new if start >= past else start for start, new in zip(row_start, starts, strict=True)
         ]
@@ -113,7 +126,7 @@ def observe(
         positions=positions,
         query_start=seen - query_length,
         valid=valid,
-        query_valid=valid[:, key_length - query_length :],
+        query_valid=query_valid,
         row_start=row_start,
         lengths=[seen - start for start in row_start],
         available=available,

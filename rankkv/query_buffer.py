@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import CacheStateError, UnsupportedModelError
-from .observation import Observation
+from .observation import Observation, count_real
 
 
 class QueryBuffer:
@@ -132,7 +132,7 @@ class QueryBuffer:
         positions : Tensor
             ``[batch, kv_head or 1, slot]``.
         slot_valid : Tensor, optional
-            ``[batch, slot]``; None if every slot holds a token.
+            ``[batch, slot]`` or ``[batch, kv_head, slot]``; None if every slot holds a token.
         """
         held = self._held
         if held is None or held.query_length == 0:
@@ -142,7 +142,7 @@ class QueryBuffer:
         whole = held.valid.shape[-1] >= slots and slot_valid is None and positions.shape[1] == 1
         valid = held.valid[:, :slots] if whole else torch.ones_like(positions[:, 0], dtype=torch.bool)
         if slot_valid is not None:
-            valid = valid & slot_valid
+            valid = (valid if slot_valid.dim() == 2 else valid[:, None]) & slot_valid
         seen = held.query_start + held.query_length
         return replace(
             held,
@@ -151,7 +151,7 @@ class QueryBuffer:
             positions=positions,
             valid=valid,
             lengths=[seen - start for start in held.row_start],
-            available=[int(count) for count in valid.sum(-1).tolist()],
+            available=count_real(valid),
         )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .cache_layer import RankKVLayer
-from .storage import STORAGES
+from .storage import STORAGES, PlainStorage
 
 
 class RestingLayer(RankKVLayer):
@@ -20,7 +21,10 @@ class RestingLayer(RankKVLayer):
     """
 
     def __init__(self, storage: str) -> None:
-        self._stores = {"keys": STORAGES[storage](), "values": STORAGES[storage]()}
+        self._stores: Mapping[str, PlainStorage] = {
+            "keys": STORAGES[storage](),
+            "values": STORAGES[storage](),
+        }
         super().__init__()
 
     @property

@@ -201,24 +201,24 @@ class PackedPositions:
         positions : Tensor
             Logical position of each slot, ``[batch, kv_head or 1, slot]``.
         slot_valid : Tensor, optional
-            ``[batch, slot]``, False for the empty slots a shorter row starts with.
+            ``[batch, slot]`` or ``[batch, kv_head, slot]``, False for the empty slots a row or head starts with.
         row_start : list of int
             Padding before each row's first real token.
         """
         slots, steps = keys.shape[-2], query.shape[-2]
         packed = torch.arange(slots, device=keys.device).expand(positions.shape[0], 1, -1)
         if slot_valid is not None:
-            packed = packed - (~slot_valid).sum(-1).view(-1, 1, 1)
+            slot_valid = slot_valid if slot_valid.dim() == 3 else slot_valid[:, None]
+            packed = packed - (~slot_valid).sum(-1, keepdim=True)
         original = positions - torch.tensor(row_start, device=positions.device).view(-1, 1, 1)
         now = self.epochs[-1][1].to(keys.device)
         old_angles = original[..., None] * self._frequencies_at(positions)
         angles = packed[..., None] * now - old_angles
-        return (
-            self.rotation.turn(
-                query, angles[..., -steps:, :] if angles.shape[1] == 1 else angles[:, :1, -steps:, :]
-            ),
-            self.rotation.turn(keys, angles),
-        )
+        newest = angles[..., -steps:, :]
+        if newest.shape[1] > 1:
+            # A query comes right behind the keys of its own head.
+            newest = newest.repeat_interleave(query.shape[1] // newest.shape[1], dim=1)
+        return self.rotation.turn(query, newest), self.rotation.turn(keys, angles)
 
     def _frequencies_at(self, positions: Tensor) -> Tensor:
         starts = torch.tensor([start for start, _ in self.epochs], device=positions.device)

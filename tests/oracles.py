@@ -113,7 +113,8 @@ def kept_positions(cache: RankKVCache, layer_idx: int) -> list[list[list[int]]]:
     valid = layer.compute_slot_valid()
     if valid is None:
         valid = torch.ones(rows, positions.shape[-1], dtype=torch.bool)
-    return [[positions[row, head][valid[row]].tolist() for head in range(heads)] for row in range(rows)]
+    valid = (valid if valid.dim() == 3 else valid[:, None]).expand(rows, heads, -1)
+    return [[positions[row, head][valid[row, head]].tolist() for head in range(heads)] for row in range(rows)]
 
 
 def kept_tokens(cache: RankKVCache, mask: Tensor | None = None) -> list[list[list[list[int]]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError, UnknownNameError
+from .across_heads import CASCADE_SLACK, select_tokens_across_heads
 from .base import NEEDS, Selector, select_tokens
 from .chunkkv import refine_chunkkv
 from .criticalkv import refine_criticalkv
@@ -149,6 +150,7 @@ def unregister_selector(name: str) -> None:
 
 
 __all__ = [
+    "CASCADE_SLACK",
     "NEEDS",
     "SELECTORS",
     "Selector",
@@ -156,5 +158,6 @@ __all__ = [
     "get_selector",
     "register_selector",
     "select_tokens",
+    "select_tokens_across_heads",
     "unregister_selector",
 ]

@@ -178,10 +178,52 @@ def select_tokens(
     >>> select_tokens(scores, index, [6], [3], get_selector("snapkv"), window_size=1, sink_size=0).tolist()
     [[[1, 3, 5]]]
     """
-    device = scores.device
     if keep is None:
         keep = [min(budget, length) for budget, length in zip(budgets, lengths, strict=True)]
     width = max(keep)
+    scores = raise_protected(
+        scores,
+        real_index,
+        lengths,
+        budgets,
+        selector,
+        window_size,
+        sink_size,
+        protect=protect,
+        protect_before=protect_before,
+    )
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    if min(keep) < width:
+        rank = torch.arange(width, device=order.device)
+        order = order.masked_fill(rank >= torch.tensor(keep, device=order.device).view(-1, 1, 1), -1)
+    return order.sort(dim=-1).values
+
+
+def raise_protected(
+    scores: Tensor,
+    real_index: Tensor,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    selector: Selector,
+    window_size: int,
+    sink_size: int,
+    *,
+    protect: Sequence[tuple[int, int]] = (),
+    protect_before: Sequence[int] | None = None,
+) -> Tensor:
+    """Raise the scores of protected tokens to infinity and lower those of empty places to minus infinity.
+
+    Parameters
+    ----------
+    scores, real_index, lengths, budgets, selector, window_size, sink_size, protect, protect_before
+        See :func:`select_tokens`.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_head or 1, key]``; all other scores are finite.
+    """
+    device = scores.device
     spanned_in = lengths if protect_before is None else protect_before
     spans = [count_spanned(protect, length) for length in spanned_in]
     counts = [
@@ -200,9 +242,4 @@ def select_tokens(
     stops = torch.tensor(spanned_in, device=device).view(-1, 1, 1)
     for start, stop in protect:
         is_protected |= (real_index >= start) & (real_index < stops.clamp(max=stop))
-    scores = scores.masked_fill(is_protected, float("inf")).masked_fill(real_index < 0, float("-inf"))
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    if min(keep) < width:
-        rank = torch.arange(width, device=device)
-        order = order.masked_fill(rank >= torch.tensor(keep, device=device).view(-1, 1, 1), -1)
-    return order.sort(dim=-1).values
+    return scores.masked_fill(is_protected, float("inf")).masked_fill(real_index < 0, float("-inf"))

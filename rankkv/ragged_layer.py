@@ -1,0 +1,101 @@
+"""A cache layer whose heads keep different numbers of tokens, and whose memory is that of the tokens kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .packed_storage import PackedStorage, SlotLayout
+from .resting_layer import RestingLayer
+from .selection import CASCADE_SLACK, select_tokens_across_heads
+from .storage import STORAGES
+
+
+class RaggedLayer(RestingLayer):
+    """Spreads the layer's budget over its heads; keys and values wait packed and are padded for attention only.
+
+    Empty slots stand at the start of a head.  With one head, or with scores that are the same for all heads, every
+    head keeps as many as any other.
+
+    Parameters
+    ----------
+    storage : str
+        A key of :data:`rankkv.storage.STORAGES`.
+    head_floor : float
+        Fraction of the budget that every head keeps.
+    """
+
+    cascade_slack = CASCADE_SLACK
+
+    def __init__(self, storage: str, head_floor: float) -> None:
+        super().__init__(storage)
+        self._stores: Mapping[str, PackedStorage] = {
+            name: PackedStorage(STORAGES[storage]) for name in ("keys", "values")
+        }
+        self._head_floor = head_floor
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens and return all that are kept, padded."""
+        if self._layout is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.seen += key_states.shape[-2]
+        return self._stores["keys"].append(key_states), self._stores["values"].append(value_states)
+
+    @property
+    def _layout(self) -> SlotLayout | None:
+        return self._stores["keys"].layout
+
+    @property
+    def width(self) -> int:
+        """Number of slots of the padded form (the widest head's kept tokens)."""
+        return self._stores["keys"].slots
+
+    @property
+    def kept_length(self) -> int:
+        """Tokens that a head keeps on average, rounded up, in the row that keeps most."""
+        if self._layout is None:
+            return self.width
+        return max(-(-sum(row) // len(row)) for row in self.kept_per_head)
+
+    @property
+    def kept_per_head(self) -> list[list[int]]:
+        """Tokens kept, ``[row][kv_head]``."""
+        layout = self._layout
+        if layout is None:
+            return super().kept_per_head
+        later = self.width - layout.shape[-1]
+        return [[count + later for count in row] for row in layout.counts]
+
+    def shrink(self, *args: Any, **kwargs: Any) -> None:
+        """Keep as many tokens as the budgets say, spread over the heads, and release the rest."""
+        super().shrink(*args, **kwargs)
+        self._pack()
+
+    def rest(self) -> None:
+        """Go over to the packed form, stored as the storage says."""
+        self._pack()
+        super().rest()
+
+    def _pack(self) -> None:
+        if self._layout is not None or self.kept_valid is None:
+            return
+        valid = self.kept_valid if self.kept_valid.dim() == 3 else self.kept_valid[:, None]
+        layout = SlotLayout.of(valid.expand(-1, self.keys.shape[1], -1))
+        for store in self._stores.values():
+            store.pack(layout)
+
+    def _select(
+        self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
+    ) -> Tensor:
+        if scores.shape[1] == 1:
+            return super()._select(scores, real_index, budgets, keep, **how)
+        return select_tokens_across_heads(
+            scores, real_index, self._lengths, budgets, keep=keep, head_floor=self._head_floor, **how
+        )
+
+    def _find_valid(self, empty: Tensor, keep: list[int]) -> Tensor | None:
+        return super()._find_valid(empty, keep) if bool((empty == empty[:, :1]).all()) else ~empty
