@@ -121,11 +121,14 @@ class Observation:
 
     @property
     def query_rotary_positions(self) -> Tensor:
-        """Position by which each query was turned, ``[batch, query]`` int64."""
+        """Position by which each query was turned, ``[batch, 1 or head, query]`` int64."""
         if not self.packed:
-            return self.query_index
-        evicted = [length - count for length, count in zip(self.lengths, self.available, strict=True)]
-        return self.query_index - torch.tensor(evicted, device=self.query.device)[:, None]
+            return self.query_index[:, None]
+        held = self._valid_heads.sum(dim=-1)
+        if held.shape[1] > 1:
+            held = held.repeat_interleave(self.query.shape[1] // held.shape[1], dim=1)
+        evicted = torch.tensor(self.lengths, device=held.device)[:, None] - held
+        return self.query_index[:, None] - evicted[..., None]
 
     @property
     def hides_real_tokens(self) -> bool:
@@ -274,6 +277,32 @@ class Observation:
             past_moments=None if self.past_moments is None else self.past_moments[row : row + 1],
             changes=None if self.changes is None else self.changes[row : row + 1],
         )
+
+    def take_group(self, row: int, key_head: int) -> Observation:
+        """Return the observation of one key head and its query heads in one row, without padding and empty slots."""
+        groups = self.query.shape[1] // self.keys.shape[1]
+        key_heads, heads = slice(key_head, key_head + 1), slice(key_head * groups, (key_head + 1) * groups)
+
+        def pick(tensor: Tensor | None, among: slice) -> Tensor | None:
+            return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, among]
+
+        valid = self._valid_heads.expand(-1, self.keys.shape[1], -1)[:, key_head]
+        positions = pick(self.positions, key_heads)
+        group = replace(
+            self,
+            query=self.query[:, heads],
+            keys=self.keys[:, key_heads],
+            values=self.values[:, key_heads],
+            positions=self.positions if positions is None else positions,
+            valid=valid,
+            available=count_real(valid),
+            kv_heads=1,
+            attention_mask=pick(self.attention_mask, heads),
+            position_bias=pick(self.position_bias, heads),
+            sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[heads],
+            past_moments=pick(self.past_moments, heads),
+        )
+        return group.take_row(row)
 
     def take_head(self, head: int, key_head: int) -> Observation:
         """Return the observation of one query head and its key head alone."""

@@ -35,7 +35,7 @@ def compute_query_moments(observation: Observation, kind: str) -> Tensor:
         used = used & (observation.query_index >= observation.sink_size)
         if observation.rotation is not None:
             frequencies = observation.rotation.frequencies.to(queries.device)
-            angles = observation.query_rotary_positions[:, None, :, None] * frequencies
+            angles = observation.query_rotary_positions[..., None] * frequencies
             queries = observation.rotation.turn(queries, -angles)
     weights = used[:, None, :, None]
     # Padding may hold anything, and 0 times that may not be a number.

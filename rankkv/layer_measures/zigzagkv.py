@@ -44,6 +44,6 @@ def compute_layer_uncertainty(observation: Observation, mass: float = 0.9) -> Te
     # All of the mass is in reach up to float noise.
     wanted = mass * held[..., -1:] * (1 - 1e-12)
     needed = (held < wanted).sum(dim=-1) + 1
-    tokens = observation.valid.sum(dim=-1).clamp(min=1)
+    tokens = torch.tensor(observation.available, device=held.device).clamp(min=1)
     share = needed.to(torch.float64).mean(dim=-1) / tokens
     return torch.where(torch.isfinite(held[..., -1]).all(dim=-1), share, torch.nan)

@@ -116,7 +116,7 @@ def _average_rotation(
     observation: Observation, frequencies: Tensor, future_positions: int
 ) -> tuple[Tensor, Tensor]:
     """Average cosine and sine over the positions to come, ``[batch, 1, 1, pair]``."""
-    newest = observation.query_rotary_positions[:, -1:]
+    newest = observation.query_rotary_positions[:, 0, -1:]
     future = newest + torch.arange(1, future_positions + 1, device=newest.device)
     angles = future[:, :, None] * frequencies
     return angles.cos().mean(dim=1)[:, None, None], angles.sin().mean(dim=1)[:, None, None]

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..observation import Observation
@@ -31,6 +32,8 @@ def without_padding(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def score_each(observation: Observation, *args: Any, **options: Any) -> Tensor:
         if min(observation.available) == observation.key_length:
             return score(observation, *args, **options)
+        if observation.valid.dim() == 3:
+            return _score_groups(score, observation, *args, **options)
         rows = {
             row: score(observation.take_row(row), *args, **options)
             for row, count in enumerate(observation.available)
@@ -45,3 +48,16 @@ def without_padding(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return joined
 
     return score_each
+
+
+def _score_groups(
+    score: Callable[..., Tensor], observation: Observation, *args: Any, **options: Any
+) -> Tensor:
+    """Score the tokens of each head alone, where heads hold different tokens."""
+    joined = torch.zeros(observation.valid.shape, dtype=torch.float32, device=observation.keys.device)
+    for row, heads in enumerate(observation.valid.any(dim=-1).tolist()):
+        for head, holds_tokens in enumerate(heads):
+            if holds_tokens:
+                group = observation.take_group(row, head)
+                joined[row, head, observation.valid[row, head]] = score(group, *args, **options)[0, 0].float()
+    return joined

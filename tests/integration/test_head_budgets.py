@@ -313,9 +313,10 @@ def test_a_prompt_in_chunks_keeps_what_one_in_one_piece_keeps(model, batch):
     assert torch.equal(*texts)
 
 
-def test_streaming_prefill_holds_the_budget(model, batch):
-    ids, mask = batch
-    cache = RankKVCache(model, prefill="streaming", **KEEP)
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_streaming_prefill_holds_the_budget(tiny_llama, batch, selector):
+    model, (ids, mask) = tiny_llama(), batch
+    cache = RankKVCache(model, prefill="streaming", selector=selector, **KEEP)
     for start in range(0, 90, 30):
         oracles.forward(model, cache, ids[:, start : start + 30], mask[:, : start + 30])
         assert cache.cache_bytes() == 2 * count_tokens(cache) * HEAD_DIM * 4
