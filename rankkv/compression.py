@@ -128,12 +128,12 @@ class Compressor:
                 # What a later budget evicts has to be folded into what the last one keeps.
                 return False
             ceilings = [plan.compute_ceilings() for plan in self._open]
-            self._shrink(layers, done, ceilings, len(done) - 1, slack=layer.cascade_slack)
+            self._shrink(layers, done, ceilings, len(done) - 1)
             self._release_excess(layers, done, ceilings)
             return False
         budgets = [plan.finish() for plan in self._open]
         for place, index in enumerate(done):
-            self._shrink(layers, done, budgets, place, slack=0)
+            self._shrink(layers, done, budgets, place, final=True)
             layers[index].end_compression(keep_scores=self.carries_scores)
         self.plans, self._open = self._open, []
         return True
@@ -202,13 +202,19 @@ class Compressor:
         for place in sorted(excess, key=lambda place: -excess[place]):
             if over <= 0:
                 return
-            self._shrink(layers, done, ceilings, place, slack=layers[done[place]].cascade_slack)
+            self._shrink(layers, done, ceilings, place)
             over -= excess[place]
 
     def _shrink(
-        self, layers: Sequence[RankKVLayer], done: list[int], budgets: list[list[int]], place: int, slack: int
+        self,
+        layers: Sequence[RankKVLayer],
+        done: list[int],
+        budgets: list[list[int]],
+        place: int,
+        final: bool = False,
     ) -> None:
-        self._shrink_layer(layers[done[place]], [row[place] for row in budgets], slack)
+        layer = layers[done[place]]
+        self._shrink_layer(layer, [row[place] for row in budgets], slack=0 if final else layer.cascade_slack)
 
     def _shrink_layer(
         self, layer: RankKVLayer, budgets: list[int], slack: int, protect_before: list[int] | None = None
