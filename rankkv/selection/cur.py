@@ -44,7 +44,11 @@ def score_cur(observation: Observation, leverage: str = "kv_product", local_wind
     -----
     The paper estimates the norms from a random projection to 20 dimensions; here they are exact, as by default in
     kvpress' form of the method, whose formula this is.  The paper's adaptive split of a budget over heads is a matter
-    of budgets.
+    of budgets.  kvpress' ``kv_avg`` without a local window averages the squared norms as they are; here each is divided
+    by its sum over the row first.
+
+    As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
+    other); kvpress protects none.
 
     References
     ----------

@@ -62,6 +62,9 @@ def score_expected_attention(
     the logits and position biases.  A model whose layers turn keys in no known way is scored with ``R = 1`` from its
     queries as they are, and a warning says so.
 
+    As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
+    other); kvpress protects none.
+
     References
     ----------
     Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",

@@ -26,6 +26,11 @@ def score_keydiff(observation: Observation) -> Tensor:
     Tensor
         ``[batch, kv_head, key]`` float32; where attention sees more key heads than the cache has, their mean.
 
+    Notes
+    -----
+    As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
+    other); kvpress protects none.
+
     References
     ----------
     Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained

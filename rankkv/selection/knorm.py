@@ -27,6 +27,11 @@ def score_knorm(observation: Observation) -> Tensor:
     Tensor
         ``[batch, kv_head, key]`` float32; where attention sees more key heads than the cache has, their mean.
 
+    Notes
+    -----
+    As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
+    other); kvpress protects none.
+
     References
     ----------
     Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", 2024, arXiv:2406.11430,

@@ -11,11 +11,14 @@ import peers
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from rankkv.selection import get_selector
 
 WINDOW = 16
 SINKS = 4
+LAG = 32
+NEWEST = "the newest token is always kept"
 EMBEDDED_TOKENS = 500
 TINY_TOKENS = 160
 #: Kept fractions; a layer's budget is the number of tokens that kvpress keeps at one minus this.
@@ -70,6 +73,93 @@ METHODS = {
         sink_size=SINKS,
         same_scores=False,
     ),
+    "tova": Method(
+        lambda kvpress, ratio: kvpress.TOVAPress(ratio),
+        "tova",
+        {"recent_fraction": 0.0},
+        window_size=1,
+    ),
+    "knorm": Method(
+        lambda kvpress, ratio: kvpress.KnormPress(ratio),
+        "knorm",
+        {"recent_fraction": 0.0},
+        window_size=1,
+        newest=1,
+        difference=NEWEST,
+    ),
+    "keydiff": Method(
+        lambda kvpress, ratio: kvpress.KeyDiffPress(ratio),
+        "keydiff",
+        {"recent_fraction": 0.0},
+        window_size=1,
+        newest=1,
+        difference=NEWEST,
+    ),
+    "lagkv": Method(
+        lambda kvpress, ratio: kvpress.LagKVPress(ratio, n_sink=SINKS, lag_size=LAG),
+        "lagkv",
+        {"recent_fraction": 0.0, "lag_size": LAG},
+        window_size=1,
+        sink_size=SINKS,
+    ),
+    "lagkv, across": Method(
+        lambda kvpress, ratio: kvpress.LagKVPress(ratio, n_sink=SINKS, lag_size=LAG, cross_scoring=True),
+        "lagkv",
+        {"recent_fraction": 0.0, "lag_size": LAG, "across": True},
+        window_size=1,
+        sink_size=SINKS,
+    ),
+    "expected_attention": Method(
+        lambda kvpress, ratio: kvpress.ExpectedAttentionPress(ratio, n_future_positions=64, n_sink=SINKS),
+        "expected_attention",
+        {"recent_fraction": 0.0, "future_positions": 64},
+        window_size=1,
+        sink_size=SINKS,
+        newest=1,
+        difference=NEWEST,
+    ),
+    "expected_attention, mean": Method(
+        lambda kvpress, ratio: kvpress.ExpectedAttentionPress(
+            ratio, n_future_positions=64, n_sink=SINKS, use_covariance=False, use_vnorm=False
+        ),
+        "expected_attention",
+        {"recent_fraction": 0.0, "future_positions": 64, "covariance": False, "value_norms": False},
+        window_size=1,
+        sink_size=SINKS,
+        newest=1,
+        difference=NEWEST,
+    ),
+    "cur": Method(
+        lambda kvpress, ratio: kvpress.CURPress(compression_ratio=ratio, num_sinks=SINKS),
+        "cur",
+        {"recent_fraction": 0.0},
+        window_size=1,
+        sink_size=SINKS,
+        newest=1,
+        difference=NEWEST,
+    ),
+    "cur, mean": Method(
+        lambda kvpress, ratio: kvpress.CURPress(
+            compression_ratio=ratio, num_sinks=SINKS, leverage_type="kv_avg", local_window_size=8
+        ),
+        "cur",
+        {"recent_fraction": 0.0, "leverage": "kv_avg", "local_window": 8},
+        window_size=1,
+        sink_size=SINKS,
+        newest=1,
+        difference=NEWEST,
+    ),
+    "cur, all tokens": Method(
+        lambda kvpress, ratio: kvpress.CURPress(
+            compression_ratio=ratio, num_sinks=SINKS, use_local_approximation=False
+        ),
+        "cur",
+        {"recent_fraction": 0.0, "local_window": 0},
+        window_size=1,
+        sink_size=SINKS,
+        newest=1,
+        difference=NEWEST,
+    ),
     "criticalkv": Method(
         lambda kvpress, ratio: kvpress.CriticalKVPress(
             kvpress.SnapKVPress(ratio, window_size=WINDOW, kernel_size=5)
@@ -77,6 +167,13 @@ METHODS = {
         "criticalkv",
         {"base": get_selector("snapkv", pooling="avg", kernel_size=5)},
         same_scores=False,
+    ),
+    "criticalkv, one stage": Method(
+        lambda kvpress, ratio: kvpress.CriticalKVPress(
+            kvpress.SnapKVPress(ratio, window_size=WINDOW), first_stage_ratio=0.0
+        ),
+        "criticalkv",
+        {"base": get_selector("snapkv", pooling="avg"), "first_stage_ratio": 0.0},
     ),
     "h2o": Method(
         lambda kvpress, ratio: kvpress.ObservedAttentionPress(ratio),
@@ -118,15 +215,15 @@ def compare(method: Method, name: str, model: Any, input_ids: Tensor, tally: Any
             assert [len(row) for row in peer.kept] == [kept] * model.config.num_key_value_heads
             scores = method.expect(peer.scores)
             if method.same_scores:
-                seen = scores.isfinite() & (torch.arange(length) < length - method.window_size)
-                torch.testing.assert_close(mine.scores[seen], scores[seen], rtol=1e-3, atol=1e-6)
+                free = slice(method.sink_size, length - method.window_size)
+                torch.testing.assert_close(mine.scores[:, free], scores[:, free], rtol=1e-3, atol=1e-6)
             ranked = scores.clone()
             ranked[:, length - method.newest :] = float("inf")
             expected = peers.pick_highest(ranked, [kept] * len(scores))
             for head, (own, other) in enumerate(zip(mine.kept, peer.kept, strict=True)):
                 verdict = peers.compare_kept(own, other, peer.scores[head])
                 if verdict == "different" and method.difference:
-                    as_stated = peers.compare_kept(own, expected[head], scores[head])
+                    as_stated = peers.compare_kept(own, expected[head], ranked[head])
                     verdict = "different" if as_stated == "different" else "stated"
                 tally(name, verdict, method.difference)
                 if verdict == "different":
@@ -229,3 +326,28 @@ def test_snapkv_below_two_windows_keeps_half_a_budget_of_its_window(kept):
             assert peers.compare_kept(own[own < split], best, peer.scores[head]) != "different"
             differing += not own.equal(other)
     assert differing
+
+
+def test_cur_divides_each_leverage_by_its_sum_where_kvpress_averages_the_squares():
+    """The mean of keys' and values' leverage over all tokens of the row, as the docstring states."""
+    import kvpress
+
+    model, ids, kept = peers.build_tiny("llama"), oracles.random_prompt(TINY_TOKENS), 40
+    press = kvpress.CURPress(
+        compression_ratio=find_ratio(TINY_TOKENS, kept),
+        num_sinks=SINKS,
+        leverage_type="kv_avg",
+        use_local_approximation=False,
+    )
+    theirs = peers.run_kvpress(model, ids, press)
+    options = {"recent_fraction": 0.0, "leverage": "kv_avg", "local_window": 0}
+    ours = peers.run_rankkv(model, ids, "cur", kept, options, window_size=1, sink_size=SINKS)
+    cache = DynamicCache()
+    oracles.forward(model, cache, ids)
+    for mine, peer, layer in zip(ours, theirs, cache.layers, strict=True):
+        keys, values = (states[0].square().sum(dim=-1) for states in (layer.keys, layer.values))
+        sums = keys.sum(dim=-1, keepdim=True), values.sum(dim=-1, keepdim=True)
+        torch.testing.assert_close(peer.scores[:, SINKS:], ((keys + values) / (sums[0] + sums[1]))[:, SINKS:])
+        torch.testing.assert_close(
+            mine.scores[:, SINKS:], ((keys / sums[0] + values / sums[1]) / 2)[:, SINKS:], rtol=1e-3, atol=1e-6
+        )
