@@ -9,7 +9,7 @@ KVPRESS := kvpress==0.5.5
 VERSIONS := 5.0.0 5.2.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-versions parity lint bench clean
+.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers clean
 .SECONDARY:
 
 help: ## list the targets
@@ -71,6 +71,9 @@ lint: $(STAMP) ## ruff and mypy
 bench: $(STAMP) ## latency and memory of prefill and decode
 	$(BIN)/python -m benchmarks.latency --tokens 2048 --repeats 5
 	$(BIN)/python -m benchmarks.analysis --tokens 2048
+
+bench-peers: .venv-parity/.installed ## time to first token beside kvpress, in turn in one process
+	.venv-parity/bin/python -m benchmarks.peers.ttft --tokens 2048 --repeats 7
 
 clean: ## remove .venv, caches and builds (the converted model in the user's cache folder stays)
 	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -47,7 +47,6 @@ class Method:
     newest: int = 0
     difference: str = ""
     same_scores: bool = True
-    find_scorer: Callable[[Any], Any] = same
 
 
 def divide_out_queries(scores: Tensor) -> Tensor:
@@ -200,7 +199,7 @@ def compare(method: Method, name: str, model: Any, input_ids: Tensor, tally: Any
         kept = int(fraction * length)
         with peers.attention_backend(model, method.backend):
             press = method.build_press(kvpress, find_ratio(length, kept))
-            theirs = peers.run_kvpress(model, input_ids, press, method.find_scorer(press))
+            theirs = peers.run_kvpress(model, input_ids, press)
             ours = peers.run_rankkv(
                 model,
                 input_ids,

@@ -9,13 +9,13 @@ import pytest
 from rankkv.budget_strategies import compute_weights
 from rankkv.budget_weights import Limits
 
-kvpress = pytest.importorskip("kvpress")
-
 WINDOW = 16
 LAYERS = 9
 
 
 def measure_press(length, kept, beta):
+    import kvpress
+
     press = kvpress.PyramidKVPress(1 - kept, window_size=WINDOW, beta=beta)
     config = SimpleNamespace(num_hidden_layers=LAYERS)
     layers = [SimpleNamespace(config=config, layer_idx=index) for index in range(LAYERS)]

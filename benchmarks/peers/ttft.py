@@ -1,0 +1,99 @@
+"""Time to first token of RankKV against kvpress' SnapKVPress and a plain cache, in turn in one process.
+
+Runs where kvpress is installed (`make bench-peers`):
+
+python -m benchmarks.peers.ttft --tokens 2048 --repeats 7
+
+One run is what a user waits for: build the cache, one forward over the prompt with the compression in it, and the first
+token's id.  Same model, same prompt, the same mean number of tokens kept a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import kvpress
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache
+
+from benchmarks.common import build_prompt, compute_ratio, publish, summarize_seconds, time_interleaved
+from rankkv import RankKVCache, load_model
+from rankkv.compat import cache_argument
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
+    parser.add_argument("--compression_ratio", type=float, default=0.3, help="fraction of the cache kept")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", default="results/bench.json")
+    options = parser.parse_args()
+    model, tokenizer = load_model(options.model)
+    rows = [_measure(model, tokenizer, tokens, options) for tokens in options.tokens]
+    table = Table(title=f"TTFT beside kvpress {version('kvpress')}, {options.compression_ratio:.0%} kept")
+    for heading in (
+        "tokens",
+        "plain s",
+        "SnapKVPress s",
+        "RankKV s",
+        "RankKV / SnapKVPress",
+        "RankKV / plain",
+    ):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        seconds = (f"{row[name]['median_seconds']:.2f}" for name in ("plain", "snapkv_press", "rankkv"))
+        ratios = (row["ratio_to_snapkv_press"], row["ratio_to_plain"])
+        shown = (f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" for ratio in ratios)
+        table.add_row(str(row["tokens"]), *seconds, *shown)
+    Console(stderr=True).print(table)
+    publish("peers_ttft", rows, options.output)
+
+
+def _measure(model: Any, tokenizer: Any, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    input_ids = build_prompt(tokenizer, tokens).to(model.device)
+    kept = options.compression_ratio
+    slots: dict[str, int] = {}
+
+    def run(name: str, cache: Any) -> None:
+        _take_first_token(model, input_ids, cache)
+        slots[name] = sum(layer.keys.shape[-2] for layer in cache.layers)
+
+    def run_press() -> None:
+        # The same window and pooling width as RankKV's default.
+        with kvpress.SnapKVPress(1.0 - kept, window_size=32, kernel_size=5)(model):
+            run("snapkv_press", DynamicCache())
+
+    runs: dict[str, Callable[[], None]] = {
+        "plain": lambda: run("plain", DynamicCache()),
+        "snapkv_press": run_press,
+        "rankkv": lambda: run("rankkv", RankKVCache(model, kept)),
+    }
+    seconds = time_interleaved(runs, options.repeats)
+    return {
+        "tokens": tokens,
+        "compression_ratio": kept,
+        "kvpress": version("kvpress"),
+        **{name: summarize_seconds(times) for name, times in seconds.items()},
+        "ratio_to_snapkv_press": compute_ratio(seconds["rankkv"], seconds["snapkv_press"]),
+        "ratio_to_plain": compute_ratio(seconds["rankkv"], seconds["plain"]),
+        "slots": slots,
+    }
+
+
+@torch.no_grad()
+def _take_first_token(model: Any, input_ids: Tensor, cache: Any) -> int:
+    logits = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **cache_argument(cache)).logits
+    # Reading it waits for the device.
+    return int(logits[0, -1].argmax())
+
+
+if __name__ == "__main__":
+    main()
