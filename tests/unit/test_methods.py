@@ -18,8 +18,36 @@ from rankkv.selection import SELECTORS, get_selector
 KEYS = {"name", "options", "description", "needs", "cost", "source"}
 #: What the field has, and this package therefore too.
 EXPECTED = {
-    "selectors": {"snapkv", "h2o", "streaming_llm", "lava", "criticalkv", "chunkkv", "random"},
-    "strategies": {"uniform", "pyramid", "proportional", "softmax", "adaptive", "power", "inverse", "random"},
+    "selectors": {
+        "snapkv",
+        "h2o",
+        "streaming_llm",
+        "tova",
+        "knorm",
+        "keydiff",
+        "expected_attention",
+        "lagkv",
+        "cur",
+        "lava",
+        "criticalkv",
+        "chunkkv",
+        "random",
+    },
+    "strategies": {
+        "uniform",
+        "pyramid",
+        "cake",
+        "lava",
+        "zigzagkv",
+        "squeezeattention",
+        "dynamickv",
+        "proportional",
+        "softmax",
+        "adaptive",
+        "power",
+        "inverse",
+        "random",
+    },
 }
 
 
