@@ -113,6 +113,22 @@ def model(request, tiny_llama, tiny_neox):
 
 
 @pytest.mark.parametrize("mode", MERGING_MODES)
+def test_heads_of_unequal_length_are_each_folded_by_themselves(model, mode):
+    full = oracles.prefill(model, LONG, compression_ratio=1.0)
+    merged = oracles.prefill(model, LONG, merging=mode, head_budgets="adaptive", **KEEP)
+    lengths = set()
+    for index in merged.layer_indices:
+        ours, whole = merged.layers[index], full.layers[index]
+        for head, kept in enumerate(oracles.kept_positions(merged, index)[0]):
+            lengths.add((index, len(kept)))
+            expected = fold_plainly(whole.keys[0, head], whole.values[0, head], kept, range(70), mode)
+            for own, theirs in zip((ours.keys, ours.values), expected, strict=True):
+                found = own[0, head, own.shape[2] - len(kept) :].double()
+                torch.testing.assert_close(found, theirs, atol=1e-5, rtol=1e-4)
+    assert len(lengths) > len(merged.layer_indices)
+
+
+@pytest.mark.parametrize("mode", MERGING_MODES)
 @pytest.mark.parametrize("strategy", ["uniform", *RANKED])
 def test_the_outcome_is_one_folding_of_the_whole_cache(model, strategy, mode):
     """Whatever a strategy knows when, every evicted token is folded into the tokens that are kept in the end."""
