@@ -150,20 +150,20 @@ class Flow:
             row_start=self.row_start,
             more_to_come=self.deferred or self.streaming,
         )
-        observation = self._add_past(layer, observation)
+        observation = self.add_past(layer, observation)
         last = layer_idx == self.layer_indices[-1]
         if self.deferred:
             spare = _DRAFT_QUERIES if self.recording else 0
             self._buffer(layer, observation, config.window_size + spare, spare)
         elif not self.compressed or (steps > 1 and (config.recompress_turns or self.streaming)):
-            self._end_round(layers, self.compressor.add_layer(layers, observation, in_attention=True))
+            self.end_round(layers, self.compressor.add_layer(layers, observation, in_attention=True))
         elif config.decode == "bounded":
             self.compressor.step(layer, observation)
         else:
             self._buffer(layer, observation, config.window_size)
             if layer.seen - self.compressed_at >= config.decode_interval:
                 self.compressor.add_layer(layers, self._observe_buffer(layer, call.key, call.value))
-                self._end_round(layers, last)
+                self.end_round(layers, last)
         if last:
             self.row_start = observation.row_start
             self.streaming = self.streaming and steps > 1
@@ -177,7 +177,7 @@ class Flow:
         past = layer.token_changes
         layer.token_changes = changes if past is None else torch.cat([past, changes], dim=1)
         if awaited:
-            self._end_round(layers, self.compressor.resume(layers))
+            self.end_round(layers, self.compressor.resume(layers))
 
     def compress_deferred(self, layers: list[Any]) -> None:
         """Compress all layers from the queries held back."""
@@ -189,7 +189,7 @@ class Flow:
             for index in self.layer_indices:
                 layer = layers[index]
                 self.compressor.add_layer(layers, self._observe_buffer(layer, layer.keys, layer.values))
-        self._end_round(layers, True)
+        self.end_round(layers)
 
     def check_positions(self, layer: RankKVLayer, steps: int, position_ids: Tensor | None) -> None:
         """Check that new tokens go on where the tokens seen end.
@@ -215,6 +215,25 @@ class Flow:
                 "them from 0 each time."
             )
 
+    def end_round(self, layers: list[Any], last: bool = True) -> None:
+        """Note that all layers are compressed, once the last one is."""
+        if last:
+            self.compressed, self.compressed_at = True, layers[self.layer_indices[-1]].seen
+            for index in self.layer_indices:
+                layers[index].buffer = None
+                layers[index].rest()
+
+    def add_past(self, layer: RankKVLayer, observation: Observation) -> Observation:
+        """Add what the selector asks for of earlier queries and of positions."""
+        if not self.selector.past_queries:
+            return observation
+        return replace(
+            observation,
+            rotation=self.rotations.get(observation.layer_idx),
+            packed=self.config.positions == "packed",
+            past_moments=layer.query_moments,
+        )
+
     def _buffer(
         self, layer: RankKVLayer, observation: Observation, capacity: int, spare: int | None = None
     ) -> None:
@@ -235,18 +254,7 @@ class Flow:
             return
         if self.selector.step == "sum":
             self.compressor.carry(layer, gone)
-        self.compressor.carry_queries(layer, self._add_past(layer, gone), more=True)
-
-    def _add_past(self, layer: RankKVLayer, observation: Observation) -> Observation:
-        """Add what the selector asks for of earlier queries and of positions."""
-        if not self.selector.past_queries:
-            return observation
-        return replace(
-            observation,
-            rotation=self.rotations.get(observation.layer_idx),
-            packed=self.config.positions == "packed",
-            past_moments=layer.query_moments,
-        )
+        self.compressor.carry_queries(layer, self.add_past(layer, gone), more=True)
 
     def _observe_buffer(self, layer: RankKVLayer, keys: Tensor, values: Tensor) -> Observation:
         if layer.buffer is None:
@@ -256,11 +264,4 @@ class Flow:
         observation = layer.buffer.observe(
             keys, values, layer.compute_positions(), layer.compute_slot_valid()
         )
-        return self._add_past(layer, observation)
-
-    def _end_round(self, layers: list[Any], last: bool) -> None:
-        if last:
-            self.compressed, self.compressed_at = True, layers[self.layer_indices[-1]].seen
-            for index in self.layer_indices:
-                layers[index].buffer = None
-                layers[index].rest()
+        return self.add_past(layer, observation)

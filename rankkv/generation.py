@@ -48,8 +48,8 @@ def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
     return input_ids if input_ids.dim() == 2 else input_ids[None]
 
 
-def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """Run one forward over ``input_ids`` that fills ``cache``, without keeping logits or gradients.
+def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Run one forward over ``input_ids`` that fills ``cache``, without gradients.
 
     Parameters
     ----------
@@ -59,6 +59,11 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
         An empty cache.
     input_ids, attention_mask : Tensor
         ``[batch, token]``, on any device; padding stands on the left.
+
+    Returns
+    -------
+    Tensor
+        Logits after the last token, ``[batch, vocabulary]``.
     """
     input_ids = input_ids.to(model.device)
     options: dict[str, Any] = {"use_cache": True, **cache_argument(cache)}
@@ -71,7 +76,7 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
             # As generate() does: a row's positions count its real tokens.
             options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        model(input_ids=input_ids, **options)
+        return model(input_ids=input_ids, **options).logits[:, -1]
 
 
 def compress(

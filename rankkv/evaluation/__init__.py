@@ -1,0 +1,14 @@
+"""What a compressed cache is worth: tasks, shared prefills, statistics, and results that outlive a kill."""
+
+from __future__ import annotations
+
+from .perplexity import ContinuationScore, compute_continuation_loss, evaluate_continuation
+from .shared_prefill import PrefillRecord, record_prefill
+
+__all__ = [
+    "ContinuationScore",
+    "PrefillRecord",
+    "compute_continuation_loss",
+    "evaluate_continuation",
+    "record_prefill",
+]

@@ -1,0 +1,227 @@
+"""One prefill, many caches: what a context's attention looked like, kept so that any option can be tried on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .. import attention
+from ..attention_call import AttentionCall
+from ..cache import RankKVCache
+from ..cache_layer import RankKVLayer
+from ..errors import ConfigError
+from ..generation import check_input_ids, run_prefill
+from ..observation import Observation
+from ..observing import observe
+from ..selection import Selector
+
+
+class _RecordingCache(DynamicCache):
+    """The model's plain cache, which keeps an observation of each full-attention layer besides."""
+
+    layers: list[Any]
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(config=model.config.get_text_config(decoder=True))
+        self.observed = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        self.observations: dict[int, Observation] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx in self.observed:
+            attention.hand_off(self, layer_idx, states[0].shape[-2])
+        return states
+
+    def attend(self, layer_idx: int, call: AttentionCall) -> Any:
+        output = call.run()
+        with torch.no_grad():
+            self.observations[layer_idx] = observe(
+                layer_idx,
+                *call.arguments,
+                kv_heads=self.layers[layer_idx].keys.shape[1],
+                window_size=1,
+                sink_size=0,
+            )
+        return output
+
+    def find_attended(self, key: Tensor) -> None:
+        return None
+
+
+class _Recalling:
+    """A selector that looks scores up before it computes them."""
+
+    def __init__(self, selector: Selector, scores: dict[tuple[Any, ...], Tensor]) -> None:
+        self._selector = selector
+        self._scores = scores
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._selector, name)
+
+    def compute_lasting_scores(self, observation: Observation) -> Tensor:
+        return self._recall("lasting", observation, self._selector.compute_lasting_scores, observation)
+
+    def refine(self, scores: Tensor, observation: Observation) -> Tensor:
+        return self._recall("refined", observation, self._selector.refine, scores, observation)
+
+    def _recall(
+        self, stage: str, observation: Observation, compute: Callable[..., Tensor], *arguments: Any
+    ) -> Tensor:
+        key = (
+            stage,
+            str(self._selector),
+            observation.layer_idx,
+            observation.window_size,
+            observation.sink_size,
+        )
+        if key not in self._scores:
+            self._scores[key] = compute(*arguments)
+        return self._scores[key]
+
+
+class PrefillRecord:
+    """A context that was prefilled once, from which compressed caches are cut without running the model again.
+
+    Built by :func:`record_prefill`.  Scores of a selector and window attention are computed once and shared by all
+    caches that need them.
+
+    Attributes
+    ----------
+    input_ids, attention_mask : Tensor
+        The context, ``[batch, token]``.
+    last_logits : Tensor
+        Logits after the context's last token, ``[batch, vocabulary]`` float32: they predict the first token that
+        follows, before any cache is read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: _RecordingCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        last_logits: Tensor,
+    ) -> None:
+        self.model = model
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+        self.last_logits = last_logits
+        self._observations = cache.observations
+        self._plain = cache
+        self._windows: dict[tuple[int, int], dict[int, Observation]] = {}
+        self._scores: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context, padding included."""
+        return self.input_ids.shape[1]
+
+    def observe(self, window_size: int, sink_size: int) -> dict[int, Observation]:
+        """Return the observation of each compressible layer for these sizes, by layer index."""
+        size = (window_size, sink_size)
+        if size not in self._windows:
+            self._windows[size] = {
+                index: replace(observation, window_size=window_size, sink_size=sink_size)
+                for index, observation in self._observations.items()
+            }
+        return self._windows[size]
+
+    def build_full_cache(self) -> DynamicCache:
+        """Build the model's plain cache after the context, to compare with."""
+        full = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        full.layers = copy.deepcopy(self._plain.layers)
+        return full
+
+    def build_cache(self, **options: Any) -> RankKVCache:
+        """Build the cache that ``rankkv.compress(model, input_ids, **options)`` would return.
+
+        Parameters
+        ----------
+        **options
+            Options of :class:`~rankkv.RankKVCache`.
+
+        Returns
+        -------
+        RankKVCache
+            Finished, independent of the record and of other caches.
+
+        Raises
+        ------
+        ConfigError
+            With ``prefill`` other than "single": a record holds one whole prefill.
+        """
+        cache = RankKVCache(self.model, **options)
+        config = cache.config
+        if config.prefill != "single":
+            raise ConfigError(
+                f"prefill={config.prefill!r} cannot be cut from a recorded prefill, which came in one piece; use "
+                "prefill='single'."
+            )
+        flow, layers = cache._flow, cache.layers
+        observations = self.observe(config.window_size, config.sink_size)
+        for index, layer in enumerate(layers):
+            if isinstance(layer, RankKVLayer):
+                layer.update(observations[index].keys, observations[index].values)
+            else:
+                layers[index] = copy.deepcopy(self._plain.layers[index])
+        compressor = flow.compressor
+        selector = compressor.selector
+        compressor.selector = cast(Selector, _Recalling(selector, self._scores))
+        with torch.no_grad():
+            for index in cache.layer_indices:
+                compressor.add_layer(layers, flow.add_past(layers[index], observations[index]))
+        compressor.selector = selector
+        if cache.layer_indices:
+            flow.row_start = observations[cache.layer_indices[0]].row_start
+            flow.end_round(layers)
+        return cache
+
+
+def record_prefill(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> PrefillRecord:
+    """Prefill a context with the model's plain cache and record what every layer's attention was given.
+
+    Memory: queries, keys and values of all layers stay, some three times a plain cache.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    input_ids, attention_mask : Tensor
+        ``[batch, token]``; padding stands on the left.
+
+    Returns
+    -------
+    PrefillRecord
+        Caches of any option are cut from it.
+
+    Raises
+    ------
+    InputError
+        If the ids are unusable.
+    UnsupportedModelError
+        If the model's attention cannot be observed.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)).eval()
+    >>> record = record_prefill(model, torch.arange(60)[None])
+    >>> [sum(record.build_cache(compression_ratio=ratio).budgets) for ratio in (0.5, 0.8)]
+    [60, 96]
+    """
+    input_ids = check_input_ids(input_ids, attention_mask).to(model.device)
+    attention.check_observable(model)
+    cache = _RecordingCache(model)
+    attention.watch_for(cache, model)
+    last_logits = run_prefill(model, cache, input_ids, attention_mask).float()
+    attention.check_not_pending(cache)
+    return PrefillRecord(model, cache, input_ids, attention_mask, last_logits)

@@ -1,0 +1,179 @@
+"""Means with intervals over texts, paired where two methods saw the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import InputError
+
+#: Texts drawn anew for one interval.
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over texts with its bootstrap interval.
+
+    Attributes
+    ----------
+    mean, low, high : float
+        The mean, and the bounds of the interval.
+    samples : int
+        Texts behind it.
+    """
+
+    mean: float
+    low: float
+    high: float
+    samples: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def compute_mean(values: ArrayLike, confidence: float = 0.95, seed: int = 0) -> Estimate:
+    """Compute the mean of one number a text and its percentile bootstrap interval over the texts.
+
+    Give the differences of two methods on the same texts for a paired interval.
+
+    Parameters
+    ----------
+    values : array_like
+        ``[text]``.
+    confidence : float, default 0.95
+        Of the interval.
+    seed : int, default 0
+        Of the texts drawn.
+
+    Returns
+    -------
+    Estimate
+        With a single text, the interval is the value itself.
+
+    Raises
+    ------
+    InputError
+        If there is no text, or a value is not finite.
+
+    Examples
+    --------
+    >>> str(compute_mean([1.0, 1.0, 1.0]))
+    '1.000 [1.000, 1.000]'
+    """
+    numbers = _check(values)
+    mean = float(numbers.mean())
+    if len(numbers) == 1 or np.ptp(numbers) == 0.0:
+        return Estimate(mean, mean, mean, len(numbers))
+    from scipy.stats import bootstrap
+
+    interval = bootstrap(
+        (numbers,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high), len(numbers))
+
+
+def compute_ratio(
+    numerator: ArrayLike, denominator: ArrayLike, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
+    """Compute the ratio of two means over the same texts, with a paired bootstrap interval.
+
+    Raises
+    ------
+    InputError
+        If the two have different lengths, or the denominator's mean is not positive.
+
+    Examples
+    --------
+    >>> compute_ratio([1.0, 2.0], [2.0, 4.0]).mean
+    0.5
+    """
+    a, b = _check(numerator), _check(denominator)
+    if len(a) != len(b):
+        raise InputError(f"a ratio of {len(a)} values to {len(b)}: give one value a text in both.")
+    if b.mean() <= 0.0:
+        raise InputError(
+            f"the denominator's mean {b.mean():.3g} is not positive: there is nothing to relate to."
+        )
+    draws = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
+    means = b[draws].mean(axis=1)
+    ratios = a[draws].mean(axis=1)[means > 0.0] / means[means > 0.0]
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(ratios, [tail, 1.0 - tail])
+    return Estimate(float(a.mean() / b.mean()), float(low), float(high), len(a))
+
+
+def compute_iso_quality_ratio(
+    excess: Mapping[float, Sequence[float]],
+    reference: Sequence[float],
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Compute the share of the cache at which a method loses no more than a reference does.
+
+    Interpolates the mean excess linearly over the logarithm of the share kept, and returns the largest share below
+    which the method is worse; outside the measured shares it is the nearest measured one.
+
+    Parameters
+    ----------
+    excess : mapping
+        Share kept to the method's excess loss, one number a text.
+    reference : sequence of float
+        The reference's excess on the same texts, such as that of uniform budgets at 0.2.
+    confidence, seed
+        Of the paired bootstrap interval over texts.
+
+    Raises
+    ------
+    InputError
+        If fewer than two shares are given, or the texts do not match.
+
+    Examples
+    --------
+    >>> compute_iso_quality_ratio({0.1: [0.3, 0.3], 0.2: [0.1, 0.1]}, [0.3, 0.3]).mean
+    0.1
+    """
+    shares = np.array(sorted(excess))
+    curves = np.array([_check(excess[share]) for share in shares])
+    wanted = _check(reference)
+    if len(shares) < 2 or curves.shape[1] != len(wanted):
+        raise InputError(
+            f"{len(shares)} shares of {curves.shape[1:]} texts against {len(wanted)} texts: give at least two "
+            "shares, and the same texts everywhere."
+        )
+
+    def cross(curve: np.ndarray, target: float) -> float:
+        worse = np.nonzero(curve > target)[0]
+        if len(worse) == 0:
+            return float(shares[0])
+        last = int(worse[-1])
+        if last == len(shares) - 1:
+            return float(shares[-1])
+        part = (curve[last] - target) / (curve[last] - curve[last + 1])
+        return float(np.exp((1.0 - part) * np.log(shares[last]) + part * np.log(shares[last + 1])))
+
+    draws = np.random.default_rng(seed).integers(0, len(wanted), (RESAMPLES, len(wanted)))
+    means, targets = curves[:, draws].mean(axis=-1), wanted[draws].mean(axis=-1)
+    found = [cross(means[:, i], targets[i]) for i in range(RESAMPLES)]
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(found, [tail, 1.0 - tail])
+    return Estimate(cross(curves.mean(axis=1), float(wanted.mean())), float(low), float(high), len(wanted))
+
+
+def _check(values: ArrayLike) -> np.ndarray:
+    numbers = np.asarray(values, dtype=np.float64).ravel()
+    if len(numbers) == 0:
+        raise InputError("no values: there is no mean of nothing.")
+    if not np.isfinite(numbers).all():
+        raise InputError(
+            f"value {int(np.nonzero(~np.isfinite(numbers))[0][0])} is not finite: {numbers.tolist()}"
+        )
+    return numbers

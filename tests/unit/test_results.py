@@ -1,0 +1,59 @@
+"""Results outlive a kill: whole parts or none, resumed under the same config only."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rankkv.errors import InputError
+from rankkv.evaluation import results
+from rankkv.evaluation.results import ResultStore, read_rows
+
+ROWS = [{"text": "a", "loss": 1.25, "kept": 3}, {"text": "b", "loss": 2.5, "kept": 4}]
+
+
+def test_rows_come_back(tmp_path):
+    store = ResultStore(tmp_path, {"seed": 0})
+    store.write("one", ROWS[:1])
+    store.write("two", ROWS[1:])
+    assert store.read() == ROWS
+    assert read_rows([store.join(tmp_path / "all.parquet")]) == ROWS
+
+
+def test_a_killed_write_leaves_nothing(tmp_path, monkeypatch):
+    store = ResultStore(tmp_path, {"seed": 0})
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results.os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.write("one", ROWS)
+    assert not store.is_done("one")
+    assert store.read() == []
+    assert list(store.parts.iterdir()) == []
+    resumed = ResultStore(tmp_path, {"seed": 0})
+    resumed.write("one", ROWS)
+    assert resumed.is_done("one")
+    assert resumed.read() == ROWS
+
+
+def test_another_config_is_refused_by_what_differs(tmp_path):
+    ResultStore(tmp_path, {"seed": 0, "ratios": [0.1]})
+    ResultStore(tmp_path, {"seed": 0, "ratios": [0.1]})
+    with pytest.raises(InputError, match=r"seed: 0, now 1"):
+        ResultStore(tmp_path, {"seed": 1, "ratios": [0.1]})
+
+
+def test_manifest_names_what_a_reader_needs(tmp_path):
+    ResultStore(tmp_path, {"seed": 0})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["config"] == {"seed": 0}
+    assert {"rankkv", "torch", "transformers", "device", "commit"} <= set(manifest["environment"])
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.parquet does not exist"):
+        read_rows([tmp_path / "none.parquet"])
