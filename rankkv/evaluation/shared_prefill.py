@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,9 @@ from .. import attention
 from ..attention_call import AttentionCall
 from ..cache import RankKVCache
 from ..cache_layer import RankKVLayer
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..generation import check_input_ids, run_prefill
+from ..hidden_states import watch_hidden_states
 from ..observation import Observation
 from ..observing import observe
 from ..selection import Selector
@@ -31,6 +33,13 @@ class _RecordingCache(DynamicCache):
         super().__init__(config=model.config.get_text_config(decoder=True))
         self.observed = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         self.observations: dict[int, Observation] = {}
+        self.changes: dict[int, Tensor] = {}
+        # A model whose layers are not found is recorded without: only strategies that read hidden states miss them.
+        with contextlib.suppress(UnsupportedModelError):
+            watch_hidden_states(self, model, self.observed)
+
+    def note_changes(self, layer_idx: int, changes: Tensor) -> None:
+        self.changes[layer_idx] = changes
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -170,6 +179,7 @@ class PrefillRecord:
         for index, layer in enumerate(layers):
             if isinstance(layer, RankKVLayer):
                 layer.update(observations[index].keys, observations[index].values)
+                layer.token_changes = self._plain.changes.get(index)
             else:
                 layers[index] = copy.deepcopy(self._plain.layers[index])
         compressor = flow.compressor
