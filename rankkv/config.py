@@ -122,8 +122,9 @@ class RankKVConfig:
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
     head_budgets : {None, "adaptive"}, default None
         ``None``: all kv heads of a layer keep the same number of tokens.  ``"adaptive"``: their tokens compete for the
-        layer's budget (Ada-KV, arXiv:2407.11550).  The memory is that of the tokens kept; keys and values are padded
-        for each attention call, which makes a decode step slower, so this is for those whom the memory limits.
+        layer's budget (Ada-KV, arXiv:2407.11550).  The memory stays the same, since only the tokens kept are held;
+        they are padded for each attention call, which makes a decode step slower.  For those whom the memory limits,
+        on texts where it has been seen to help.
     head_floor : float, default 0.2
         Fraction of the layer's budget that every head keeps with ``head_budgets="adaptive"``.
     protect : sequence of (int, int), optional
