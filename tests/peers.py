@@ -113,7 +113,14 @@ def run_rankkv(
     runs = []
     for layer, scores in zip(cache.layers, noted, strict=True):
         positions = layer.compute_positions()[0].expand(scores.shape[0], -1)
-        runs.append(LayerRun([row.clone() for row in positions], scores))
+        valid = layer.compute_slot_valid()
+        # Heads that keep fewer than the widest one start with empty slots.
+        valid = (
+            torch.ones_like(positions, dtype=torch.bool)
+            if valid is None
+            else valid[0].expand(positions.shape)
+        )
+        runs.append(LayerRun([row[real] for row, real in zip(positions, valid, strict=True)], scores))
     return runs
 
 
@@ -135,6 +142,11 @@ def compare_kept(ours: Tensor, theirs: Tensor, scores: Tensor) -> str:
     border = scores[theirs].min()
     near = (scores[only] - border).abs() <= TIE * torch.maximum(scores[only].abs(), border.abs())
     return "tie" if bool(near.all()) else "different"
+
+
+def join_heads(kept: list[Tensor], length: int) -> Tensor:
+    """Return what all heads of a layer kept as places in their joined scores, ascending."""
+    return torch.cat([row + head * length for head, row in enumerate(kept)])
 
 
 @contextmanager

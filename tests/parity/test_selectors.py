@@ -303,6 +303,48 @@ def test_chunks_on_tiny_models(base, family, tally):
         compare_chunks(peers.build_tiny(family), ids, base, chunks, tally)
 
 
+def compare_head_budgets(model: Any, input_ids: Tensor, floor: float, tally: Any) -> None:
+    import kvpress
+
+    length = input_ids.shape[1]
+    for fraction in KEPT:
+        kept = int(fraction * length)
+        scorer = kvpress.SnapKVPress(find_ratio(length, kept), window_size=WINDOW)
+        press = kvpress.AdaKVPress(scorer, alpha_safeguard=floor)
+        theirs = peers.run_kvpress(model, input_ids, press, scorer)
+        ours = peers.run_rankkv(
+            model,
+            input_ids,
+            "snapkv",
+            kept,
+            {"pooling": "avg"},
+            window_size=WINDOW,
+            sink_size=0,
+            head_budgets="adaptive",
+            head_floor=floor,
+        )
+        for mine, peer in zip(ours, theirs, strict=True):
+            heads = len(peer.kept)
+            assert sum(map(len, mine.kept)) == sum(map(len, peer.kept)) == kept * heads
+            joined = [peers.join_heads(run.kept, length) for run in (mine, peer)]
+            verdict = peers.compare_kept(*joined, peer.scores.flatten())
+            for own, other in zip(mine.kept, peer.kept, strict=True):
+                tally("head budgets (AdaKV)", "equal" if own.equal(other) else verdict)
+            assert verdict != "different", peers.describe_difference(*joined)
+
+
+def test_head_budgets_on_the_embedded_model(embedded, python_docs, tally):
+    model, tokenizer = embedded
+    ids = tokenizer(python_docs[:4000], return_tensors="pt").input_ids[:, :EMBEDDED_TOKENS]
+    compare_head_budgets(model, ids, 0.2, tally)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.7])
+@pytest.mark.parametrize("family", peers.TINY_FAMILIES)
+def test_head_budgets_on_tiny_models(family, floor, tally):
+    compare_head_budgets(peers.build_tiny(family), oracles.random_prompt(TINY_TOKENS), floor, tally)
+
+
 @pytest.mark.parametrize("kept", [WINDOW + 1, WINDOW + 4, 2 * WINDOW - 1])
 def test_snapkv_below_two_windows_keeps_half_a_budget_of_its_window(kept):
     """kvpress keeps the whole window whatever the budget; here it fills no more than half of it unless it scores."""
