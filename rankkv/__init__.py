@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rankkv.models import load_model
     from rankkv.pipeline import RankKVAnalyzer, RankKVResult, quick_analyze
     from rankkv.rank_analysis import RankAnalysis, analyze_attention_ranks, compute_effective_rank
+    from rankkv.rank_profile import RankProfile
     from rankkv.texts import load_texts
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "RankKVCache",
     "RankKVConfig",
     "RankKVResult",
+    "RankProfile",
     "__version__",
     "analyze_attention_ranks",
     "compress",
@@ -51,6 +53,7 @@ _HOME_OF = {
     "RankKVCache": "rankkv.cache",
     "RankKVConfig": "rankkv.config",
     "RankKVResult": "rankkv.pipeline",
+    "RankProfile": "rankkv.rank_profile",
     "analyze_attention_ranks": "rankkv.rank_analysis",
     "compress": "rankkv.generation",
     "compute_effective_rank": "rankkv.rank_analysis",

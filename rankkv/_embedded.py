@@ -18,6 +18,7 @@ from typing import Any
 from rankkv._checkpoints import first_line, from_pretrained, quiet_progress
 from rankkv._hub import require
 from rankkv.errors import MissingDependencyError, SourceUnavailableError, UnsupportedModelError
+from rankkv.files import find_cache_folder
 
 EMBEDDED = "embedded"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -76,13 +77,6 @@ def _find_embedded_gguf() -> Path:
     )
 
 
-def _cache_root() -> Path:
-    if os.environ.get("RANKKV_CACHE"):
-        return Path(os.environ["RANKKV_CACHE"]).expanduser()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path("~/.cache").expanduser()) / "rankkv"
-
-
 def _converted_folder(gguf: Path) -> Path:
     try:
         version = importlib.metadata.version(_DISTRIBUTION)
@@ -92,7 +86,7 @@ def _converted_folder(gguf: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     # Tokenizers differ in what transformers versions write of them: what one wrote, another may read otherwise.
     written_by = ".".join(importlib.metadata.version("transformers").split(".")[:2])
-    return _cache_root() / f"{gguf.stem}-{version}-{digest}-transformers-{written_by}"
+    return find_cache_folder() / f"{gguf.stem}-{version}-{digest}-transformers-{written_by}"
 
 
 class _CacheNotWritable(Exception):

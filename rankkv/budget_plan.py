@@ -15,10 +15,13 @@ from .budget_allocation import (
     compute_weights,
     get_strategy,
 )
+from .budget_profile import allocate_by_distortion, compute_curve
+from .budget_strategies import PROFILE_STRATEGIES
 from .budget_weights import Limits
 from .config import FLOOR_TOKENS, RankKVConfig
-from .errors import BudgetError
+from .errors import BudgetError, ProfileError
 from .rank_aggregation import get_aggregation
+from .rank_profile import RankProfile
 from .spans import count_spanned
 
 
@@ -64,6 +67,10 @@ class BudgetPlan:
         self.layer_indices = list(layer_indices)
         self.strategy, self.strategy_options = config.resolve_strategy()
         self._strategy = get_strategy(self.strategy)
+        self._profile = find_used_profile(config, self.strategy, self.layer_indices)
+        # Least total distortion gives budgets directly; every other strategy gives weights.
+        self._by_distortion = self.strategy == "profile" and self.strategy_options.get("exponent") is None
+        self._allocated: dict[int, np.ndarray] = {}
         #: What the strategy measures of each layer; None if nothing.
         self.measure = self._strategy.measure
         self.notes: list[str] = []
@@ -185,12 +192,18 @@ class BudgetPlan:
         return list(self.budgets)
 
     def _compute_weights(self, count: int) -> np.ndarray:
-        options: dict[str, Any] = {"limits": self.limits, **self.strategy_options}
+        options: dict[str, Any] = {
+            "limits": self.limits,
+            "profile": self._profile,
+            **self.strategy_options,
+        }
         if self.measure is not None:
             return compute_weights(_stack(self.layer_measures[:count]), self.strategy, **options)
         return compute_weights([1.0] * len(self._lower), self.strategy, **options)[:count]
 
     def _compute_shares(self, count: int) -> np.ndarray:
+        if self._by_distortion and self._profile is not None:
+            return self._allocate_by_distortion(self._profile, count)
         return allocate_shares(
             self._compute_weights(count),
             self.total_budget,
@@ -198,6 +211,43 @@ class BudgetPlan:
             self._upper[:count],
             partial=True,
         )
+
+    def _allocate_by_distortion(self, profile: RankProfile, count: int) -> np.ndarray:
+        known = self._allocated.get(count)
+        if known is None or not self._all_there:
+            bounds = list(zip(self._lower[:count].tolist(), self._upper[:count].tolist(), strict=True))
+            curves = [
+                compute_curve(profile, layer, self.length, *bound) for layer, bound in enumerate(bounds)
+            ]
+            known = allocate_by_distortion(
+                curves, self.total_budget, self._lower[:count], self._upper[:count]
+            ).astype(np.float64)
+            self._allocated[count] = known
+        return known
+
+
+def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[int]) -> RankProfile | None:
+    """Return the profile that a strategy uses, None where it uses none.
+
+    Raises
+    ------
+    ProfileError
+        If it needs one and none is known, or that one has other layers.
+    """
+    if strategy not in PROFILE_STRATEGIES:
+        return None
+    profile = config.profile
+    if not isinstance(profile, RankProfile):
+        raise ProfileError(
+            f"strategy {strategy!r} needs a profile of the model and none is known: measure one with rankkv calibrate, "
+            "or give profile=RankProfile.load(path)."
+        )
+    if list(profile.layer_indices) != layer_indices:
+        raise ProfileError(
+            f"the profile has layers {list(profile.layer_indices)}, the model compresses {layer_indices}: it is one of "
+            "another model; calibrate this one."
+        )
+    return profile
 
 
 def _stack(measures: list[Any]) -> Any:

@@ -12,9 +12,11 @@ import numpy as np
 
 from rankkv import budget_weights as weights
 from rankkv.budget_checks import check_measures
+from rankkv.budget_profile import weigh_blend, weigh_profile
 from rankkv.budget_shares import FloatArray
 from rankkv.budget_weights import Limits
-from rankkv.errors import ConfigError, UnknownNameError
+from rankkv.errors import ConfigError, ProfileError, UnknownNameError
+from rankkv.rank_profile import RankProfile
 
 #: What a strategy may read of each layer, as :attr:`Strategy.needs` says it.
 NEEDS = ("ranks", "window attention", "whole attention", "hidden states", "nothing")
@@ -31,7 +33,8 @@ class Strategy:
     ----------
     function : callable
         ``(measures [layer] or [layer, ...] float64, **options) -> weights [layer]``, non-negative; only ratios count.
-        With a parameter ``limits`` it is told the total, the prompt's length and the window.
+        With a parameter ``limits`` it is told the total, the prompt's length and the window, with ``profile`` the
+        model's profile.
     layerwise : bool
         A layer's weight, up to a factor common to all layers, depends on its own measure alone; so shares
         computed from the first layers only shrink as further layers arrive (what a cascade needs).
@@ -69,11 +72,24 @@ class Strategy:
     def defaults(self) -> dict[str, Any]:
         """The options of the strategy with their default values."""
         parameters = list(inspect.signature(self.function).parameters.values())[1:]
-        return {parameter.name: parameter.default for parameter in parameters if parameter.name != "limits"}
+        return {
+            parameter.name: parameter.default
+            for parameter in parameters
+            if parameter.name not in ("limits", "profile")
+        }
 
-    def weigh(self, measures: FloatArray, limits: Limits | None, options: dict[str, Any]) -> FloatArray:
+    def weigh(
+        self,
+        measures: FloatArray,
+        limits: Limits | None,
+        options: dict[str, Any],
+        profile: RankProfile | None = None,
+    ) -> FloatArray:
         """Return the weights of the layers, ``[layer]``."""
-        known = {"limits": limits} if "limits" in inspect.signature(self.function).parameters else {}
+        offered = {"limits": limits, "profile": profile}
+        known = {
+            name: offered[name] for name in inspect.signature(self.function).parameters if name in offered
+        }
         return self.function(measures, **known, **options)
 
 
@@ -163,6 +179,26 @@ STRATEGIES: dict[str, Strategy] = {
 _BUILT_IN = frozenset(STRATEGIES)
 
 
+#: Strategies that need a profile of the model beside, or instead of, what is measured of the prompt.
+PROFILE_STRATEGIES: dict[str, Strategy] = {
+    "profile": Strategy(
+        weigh_profile,
+        True,
+        "least sum of measured distortions; with `exponent`, weight = measured sensitivity ** exponent",
+        "this project; bit allocation: Y. Shoham, A. Gersho, IEEE Transactions on ASSP 36 (9), 1988",
+        None,
+        "nothing",
+        "O(1)",
+    ),
+    "blend": Strategy(
+        weigh_blend,
+        True,
+        "weight = measured sensitivity ** profile_exponent * rank ** rank_exponent",
+        "this project",
+    ),
+}
+
+
 def get_strategy(name: str) -> Strategy:
     """Look a strategy up by name.
 
@@ -171,9 +207,10 @@ def get_strategy(name: str) -> Strategy:
     UnknownNameError
         No such strategy; the message lists the known ones and the closest.
     """
-    if not isinstance(name, str) or name not in STRATEGIES:
-        raise UnknownNameError.of("strategy", name, STRATEGIES)
-    return STRATEGIES[name]
+    known = {**STRATEGIES, **PROFILE_STRATEGIES}
+    if not isinstance(name, str) or name not in known:
+        raise UnknownNameError.of("strategy", name, known)
+    return known[name]
 
 
 def register_strategy(name: str, strategy: Strategy) -> Strategy:
@@ -246,7 +283,12 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def compute_weights(
-    layer_ranks: Any, strategy: str = "proportional", *, limits: Limits | None = None, **options: Any
+    layer_ranks: Any,
+    strategy: str = "proportional",
+    *,
+    limits: Limits | None = None,
+    profile: RankProfile | None = None,
+    **options: Any,
 ) -> FloatArray:
     """Compute the weight of each layer under a strategy; all-zero measures weigh every layer the same.
 
@@ -256,9 +298,11 @@ def compute_weights(
         ``[layer]`` effective ranks, finite and non-negative; for a strategy that measures something else
         (`Strategy.measure`) that in their place.
     strategy : str, default "proportional"
-        A key of `STRATEGIES`.
+        A key of `STRATEGIES` or `PROFILE_STRATEGIES`.
     limits : Limits, optional
         Total, length and window, for the formulas that speak of tokens.
+    profile : RankProfile, optional
+        Of the model, for the strategies of `PROFILE_STRATEGIES`.
     **options
         The strategy's options.
 
@@ -271,6 +315,8 @@ def compute_weights(
     ------
     UnknownNameError, ConfigError, InputError, DegenerateAttentionError
         As `check_options` and `check_ranks`.
+    ProfileError
+        If the strategy needs a profile and there is none.
 
     Examples
     --------
@@ -280,7 +326,13 @@ def compute_weights(
     [1.0, 1.0]
     """
     merged = check_options(strategy, options)
-    measures = check_measures(layer_ranks, strategy, STRATEGIES[strategy].scalar)
+    known = get_strategy(strategy)
+    if strategy in PROFILE_STRATEGIES and profile is None:
+        raise ProfileError(
+            f"strategy {strategy!r} needs a profile of the model: give profile=RankProfile.load(...), or measure one "
+            "with rankkv calibrate."
+        )
+    measures = check_measures(layer_ranks, strategy, known.scalar)
     if not measures.any():
         return np.ones(len(measures))
-    return STRATEGIES[strategy].weigh(measures, limits, merged)
+    return known.weigh(measures, limits, merged, profile)

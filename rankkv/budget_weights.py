@@ -32,7 +32,7 @@ class Limits:
     window_size: int = 32
 
 
-def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
+def check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
     """Return a strategy option as a float inside its range, or raise a ConfigError that names it."""
     number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     if not low <= number <= high or (open_low and number == low):
@@ -49,13 +49,13 @@ def weigh_proportional(ranks: FloatArray) -> FloatArray:
 def weigh_power(ranks: FloatArray, exponent: float = 1.0) -> FloatArray:
     """Weigh each layer by a power of its rank."""
     # Dividing by the maximum keeps the power finite; the ratios, which are all that counts, do not see it.
-    return (ranks / ranks.max()) ** _number("exponent", exponent, 0.0, 64.0)
+    return (ranks / ranks.max()) ** check_number("exponent", exponent, 0.0, 64.0)
 
 
 def weigh_softmax(ranks: FloatArray, temperature: float = 1.0) -> FloatArray:
     """Weigh layers by a softmax over their ranks, in units of the mean rank."""
     logits = ranks / ranks.max()
-    logits = logits / (logits.mean() * _number("temperature", temperature, 1e-6, 1e6))
+    logits = logits / (logits.mean() * check_number("temperature", temperature, 1e-6, 1e6))
     exponentials = np.exp(logits - logits.max())
     return exponentials / exponentials.sum()
 
@@ -68,11 +68,11 @@ def weigh_adaptive(
     high_factor: float = 1.5,
 ) -> FloatArray:
     """Weigh each layer by its rank, less below one percentile of the ranks and more above another."""
-    low_percentile = _number("low_percentile", low_percentile, 0.0, 100.0)
-    high_percentile = _number("high_percentile", high_percentile, low_percentile, 100.0)
+    low_percentile = check_number("low_percentile", low_percentile, 0.0, 100.0)
+    high_percentile = check_number("high_percentile", high_percentile, low_percentile, 100.0)
     # Factors on the far side of 1 would give a higher rank fewer tokens.
-    low_factor = _number("low_factor", low_factor, 0.0, 1.0, open_low=True)
-    high_factor = _number("high_factor", high_factor, 1.0, 1e6)
+    low_factor = check_number("low_factor", low_factor, 0.0, 1.0, open_low=True)
+    high_factor = check_number("high_factor", high_factor, 1.0, 1e6)
     low, high = np.percentile(ranks, [low_percentile, high_percentile])
     factors = np.ones_like(ranks)
     factors[(ranks <= low) & (ranks < high)] = low_factor
@@ -108,7 +108,7 @@ def weigh_pyramid(
     ConfigError
         An option outside its range, or both of them.
     """
-    steepness = _number("steepness", steepness, 0.0, 1.0)
+    steepness = check_number("steepness", steepness, 0.0, 1.0)
     layers = len(ranks)
     if beta is None:
         return np.linspace(1.0 + steepness, 1.0 - steepness, layers) if layers > 1 else np.ones(1)
@@ -116,7 +116,7 @@ def weigh_pyramid(
         raise ConfigError(
             f"steepness={steepness:g} and beta={beta!r} are two ways to draw a pyramid; give one of them."
         )
-    beta = _number("beta", beta, 1.0, 1e6)
+    beta = check_number("beta", beta, 1.0, 1e6)
     window = 0 if limits is None else limits.window_size
     base = 1.0 if limits is None else limits.total_budget / layers - window
     length = None if limits is None else limits.length
@@ -142,8 +142,8 @@ def weigh_random(ranks: FloatArray, seed: int = 0) -> FloatArray:
 
 def weigh_cake(preferences: FloatArray, tau1: float = 1.0, tau2: float = 1.0) -> FloatArray:
     """Weigh each layer by its CAKE preference, which was measured with the two temperatures."""
-    _number("tau1", tau1, 0.0, 1e3, open_low=True)
-    _number("tau2", tau2, 0.0, 1e3, open_low=True)
+    check_number("tau1", tau1, 0.0, 1e3, open_low=True)
+    check_number("tau2", tau2, 0.0, 1e3, open_low=True)
     return preferences
 
 
@@ -158,7 +158,7 @@ def weigh_lava(entropies: FloatArray, kernel_size: int = 7) -> FloatArray:
 
 def weigh_zigzagkv(uncertainties: FloatArray, mass: float = 0.9) -> FloatArray:
     """Weigh each layer by the share of tokens that holds ``mass`` of its attention."""
-    _number("mass", mass, 0.0, 1.0, open_low=True)
+    check_number("mass", mass, 0.0, 1.0, open_low=True)
     return uncertainties
 
 
@@ -169,7 +169,7 @@ def weigh_squeezeattention(changes: FloatArray, groups: int = 3, squeeze: float 
     exactly: numbers on a line have one best division into intervals.
     """
     groups = check_integer("groups", groups, 2)
-    squeeze = _number("squeeze", squeeze, 0.0, 1.0)
+    squeeze = check_number("squeeze", squeeze, 0.0, 1.0)
     labels = group_values(changes, groups)
     squeezed = labels == 0
     if squeezed.all():
@@ -187,7 +187,7 @@ def weigh_dynamickv(
     the window's W are kept in every layer; the best ``(C - W) x heads x layers`` scores of all layers together are
     counted layer by layer, and ``(C - W) x layers`` tokens are shared out by these counts.
     """
-    _number("r_max", r_max, 1.0, 1e3)
+    check_number("r_max", r_max, 1.0, 1e3)
     if check_integer("kernel_size", kernel_size, 1) % 2 == 0:
         raise ConfigError(
             f"kernel_size={kernel_size} must be odd: as many neighbours on either side; 1 is none."

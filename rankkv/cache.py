@@ -50,6 +50,9 @@ class RankKVCache(ObservedCache):
     decode, decode_interval, positions, prefill, recompress_turns, storage, merging, head_budgets,
     head_floor, protect
         See :class:`~rankkv.RankKVConfig`.
+    profile : {"auto"}, RankProfile, path or None, default "auto"
+        Measured sensitivity of the model's layers: the known one of this model unless ``strategy`` is given, one of
+        yours, or None for no calibration.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
     config : RankKVConfig, optional
@@ -61,6 +64,8 @@ class RankKVCache(ObservedCache):
         If an option lies outside its range or is not registered.
     UnsupportedModelError
         If the model's attention cannot be observed, or it has no KV cache.
+    ProfileError
+        If ``profile`` belongs to another model, or the strategy needs one and none is known.
 
     Examples
     --------
@@ -95,6 +100,7 @@ class RankKVCache(ObservedCache):
         recompress_turns: bool = False,
         storage: str = "full",
         merging: str | None = None,
+        profile: Any = "auto",
         min_budget: int | None = None,
         head_budgets: str | None = None,
         head_floor: float = 0.2,
@@ -118,6 +124,7 @@ class RankKVCache(ObservedCache):
             recompress_turns=recompress_turns,
             storage=storage,
             merging=merging,
+            profile=profile,
             min_budget=min_budget,
             head_budgets=head_budgets,
             head_floor=head_floor,

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigError, UnknownNameError
+from .rank_profile import RankProfile, check_profile
 from .spans import check_spans
 
 SCOPES = ("full", "window", "evictable")
@@ -20,6 +21,11 @@ PREFILL_MODES = ("single", "chunked", "streaming")
 #: What `strategy=None` means without calibration: the exponent that measured best with concatenated heads.
 DEFAULT_STRATEGY = "power"
 DEFAULT_STRATEGY_OPTIONS: Mapping[str, Any] = MappingProxyType({"exponent": 4.0})
+
+#: What it means with a profile of the model.
+PROFILED_STRATEGY = "blend"
+#: Strategies that use a profile.
+PROFILE_USERS = ("profile", "blend")
 
 #: No layer is compressed below this many tokens unless `min_budget` says so.
 FLOOR_TOKENS = 16
@@ -86,7 +92,7 @@ class RankKVConfig:
         Token selection method, a key of :data:`rankkv.selection.SELECTORS` or a selector with options.
     strategy : str, optional
         Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`; None takes the measured default
-        (``"power"`` with exponent 4).
+        (``"power"`` with exponent 4; with a known profile of the model ``"blend"``).
     scope : {"evictable", "window", "full"}, default "evictable"
         Part of the attention whose effective rank is taken.
     aggregation : str, default "concat"
@@ -118,6 +124,9 @@ class RankKVConfig:
         Fold evicted tokens into the kept token with the most similar key, as in D2O: their values, or their keys too.
         Folding needs all tokens until the budgets are final, so all layers stay whole until the last one is there.
         None drops what is evicted.
+    profile : {"auto"}, RankProfile, path or None, default "auto"
+        Measured sensitivity of the model's layers.  ``"auto"`` uses the known profile of the model, shipped or in the
+        user's cache folder, unless ``strategy`` or its options are given; None never uses calibration.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
     head_budgets : {None, "adaptive"}, default None
@@ -134,6 +143,8 @@ class RankKVConfig:
     ------
     ConfigError, UnknownNameError
         If an option lies outside its range or names something that is not registered.
+    ProfileError, SourceUnavailableError
+        If ``profile`` is damaged or not there.
 
     Examples
     --------
@@ -157,6 +168,7 @@ class RankKVConfig:
     recompress_turns: bool = False
     storage: str = "full"
     merging: str | None = None
+    profile: Any = "auto"
     min_budget: int | None = None
     head_budgets: str | None = None
     head_floor: float = 0.2
@@ -191,6 +203,7 @@ class RankKVConfig:
         if not isinstance(self.recompress_turns, bool):
             raise ConfigError(f"recompress_turns={self.recompress_turns!r} must be True or False.")
         object.__setattr__(self, "protect", check_spans(self.protect))
+        self._check_profile()
         if self.prefill == "chunked" and self.scope == "full":
             raise ConfigError(
                 "scope='full' needs every query of the prompt at once, which prefill='chunked' does not keep; use "
@@ -199,8 +212,24 @@ class RankKVConfig:
         if self.strategy_options is not None:
             object.__setattr__(self, "strategy_options", MappingProxyType(dict(self.strategy_options)))
 
+    def _check_profile(self) -> None:
+        object.__setattr__(self, "profile", check_profile(self.profile))
+        uses_profile = self.strategy in PROFILE_USERS
+        if isinstance(self.profile, RankProfile) and self.strategy is not None and not uses_profile:
+            raise ConfigError(
+                f"strategy={self.strategy!r} uses no profile, but one is given: leave one of them out, or use strategy "
+                f"{' or '.join(map(repr, PROFILE_USERS))}."
+            )
+        if self.profile is None and uses_profile:
+            raise ConfigError(
+                f"strategy={self.strategy!r} needs a profile, but profile=None forbids one: use profile='auto', or "
+                "give a RankProfile."
+            )
+
     def resolve_strategy(self) -> tuple[str, dict[str, Any]]:
         """Return the strategy's name and options, with the defaults filled in."""
+        if self.strategy is None and isinstance(self.profile, RankProfile):
+            return PROFILED_STRATEGY, dict(self.strategy_options or {})
         if self.strategy is None:
             return DEFAULT_STRATEGY, {**DEFAULT_STRATEGY_OPTIONS, **(self.strategy_options or {})}
         return self.strategy, dict(self.strategy_options or {})
@@ -210,4 +239,6 @@ class RankKVConfig:
         record = {item.name: getattr(self, item.name) for item in fields(self)}
         record["selector"] = str(self.selector)
         record["strategy"], record["strategy_options"] = self.resolve_strategy()
+        if isinstance(self.profile, RankProfile):
+            record["profile"] = self.profile.to_dict()
         return record

@@ -61,6 +61,10 @@ class CacheStateError(RankKVError, RuntimeError):
     """The cache is asked for something its state does not allow, such as restoring evicted tokens."""
 
 
+class ProfileError(RankKVError, ValueError):
+    """A profile is damaged, belongs to another model, or is wanted where none is known."""
+
+
 class MissingDependencyError(RankKVError, ImportError):
     """A package behind an extra is not installed; the message gives the one command that installs it."""
 

@@ -51,3 +51,11 @@ def make_json_ready(value: Any) -> Any:
 def dump_json(record: dict[str, Any]) -> str:
     """Return a record as indented JSON that ends in a newline."""
     return json.dumps(make_json_ready(record), indent=2, allow_nan=False) + "\n"
+
+
+def find_cache_folder() -> Path:
+    """Return the folder for what is kept between runs: ``$RANKKV_CACHE``, else the user's cache folder."""
+    if os.environ.get("RANKKV_CACHE"):
+        return Path(os.environ["RANKKV_CACHE"]).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path("~/.cache").expanduser()) / "rankkv"

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from .budget_allocation import STRATEGIES
-from .budget_strategies import Strategy
+from .budget_strategies import PROFILE_STRATEGIES, Strategy
 from .selection import SELECTORS, Selector, WrappingSelector
 
 
@@ -28,7 +28,10 @@ def describe_methods() -> dict[str, list[dict[str, Any]]]:
     """
     return {
         "selectors": [describe_selector(selector) for selector in SELECTORS.values()],
-        "strategies": [describe_strategy(name, strategy) for name, strategy in STRATEGIES.items()],
+        "strategies": [
+            describe_strategy(name, strategy)
+            for name, strategy in {**STRATEGIES, **PROFILE_STRATEGIES}.items()
+        ],
     }
 
 

@@ -21,6 +21,7 @@ from .config import RankKVConfig
 from .errors import CacheStateError, UnsupportedModelError
 from .flow import Flow
 from .hidden_states import watch_hidden_states
+from .known_profiles import resolve_profile
 from .layer_measures import get_measure
 from .masks import check_head_budgets, project_mask
 from .ragged_layer import RaggedLayer
@@ -54,8 +55,8 @@ class ObservedCache(DynamicCache):
         attention.check_observable(model)
         self.config = config
         self.selector = get_selector(self.config.selector)
-        BudgetPlan.check(self.config)
-        self._strategy = get_strategy(self.config.resolve_strategy()[0])
+        BudgetPlan.check(config)
+        self._strategy = get_strategy(config.resolve_strategy()[0])
         if self._strategy.measure is not None:
             get_measure(self._strategy.measure)
         text_config = model.config.get_text_config(decoder=True)
@@ -66,6 +67,8 @@ class ObservedCache(DynamicCache):
         self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, RankKVLayer)]
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
+        self.config = resolve_profile(config, model, self.layer_indices)
+        self._strategy = get_strategy(self.config.resolve_strategy()[0])
         self._backend_of = text_config
         rotations = self._find_rotations(model)
         self._packers = build_packers(rotations) if self.config.positions == "packed" else {}

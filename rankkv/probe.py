@@ -18,6 +18,7 @@ from .compression import measure_rows
 from .config import RankKVConfig
 from .errors import CacheStateError
 from .hidden_states import watch_hidden_states
+from .known_profiles import resolve_profile
 from .layer_rank import compute_layer_ranks
 from .observation import Observation
 from .observing import observe
@@ -68,7 +69,7 @@ class ProbeCache(DynamicCache):
         self._waiting: Observation | None = None
         if get_strategy(config.resolve_strategy()[0]).needs == "hidden states":
             watch_hidden_states(self, model, self.layer_indices)
-        self._config = config
+        self._config = resolve_profile(config, model, self.layer_indices)
         self._on_layer = on_layer
 
     def update(

@@ -8,6 +8,7 @@ import typer
 
 from .._version import __version__
 from .analyze import analyze
+from .calibrate import calibrate
 from .check import check
 from .demo import demo
 from .generate import generate
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(analyze)
 app.command()(generate)
+app.command()(calibrate)
 app.command()(methods)
 app.command()(check)
 

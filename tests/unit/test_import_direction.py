@@ -18,7 +18,8 @@ RANKS = {
     "rankkv.errors": 0,
     "rankkv.files": 1,
     "rankkv.spans": 1,
-    "rankkv.config": 2,
+    "rankkv.rank_profile": 2,
+    "rankkv.config": 3,
     "rankkv.compat": 1,
     # rank and budget: two pure lines that know nothing of each other
     "rankkv.rank_kernels": 10,
@@ -27,10 +28,12 @@ RANKS = {
     "rankkv.budget_shares": 10,
     "rankkv.budget_checks": 11,
     "rankkv.budget_weights": 11,
-    "rankkv.budget_strategies": 12,
-    "rankkv.budget_record": 13,
-    "rankkv.budget_allocation": 14,
-    "rankkv.budget_plan": 15,
+    "rankkv.budget_profile": 12,
+    "rankkv.budget_strategies": 13,
+    "rankkv.budget_record": 14,
+    "rankkv.budget_allocation": 15,
+    "rankkv.budget_plan": 16,
+    "rankkv.known_profiles": 16,
     # from the model to the cache
     "rankkv.block_masks": 10,
     "rankkv.attention_call": 20,
@@ -65,6 +68,7 @@ RANKS = {
     "rankkv.probe": 60,
     "rankkv.pipeline": 61,
     "rankkv.selfcheck": 61,
+    "rankkv.calibration": 71,
     # loading knows nothing of compression
     "rankkv._hub": 1,
     "rankkv._checkpoints": 1,
@@ -81,8 +85,11 @@ RANKS = {
 # `import rankkv` gives every public name, so it counts as the highest module that defines one.
 ROOT_RANK = max(RANKS[home] for home in rankkv._HOME_OF.values())
 
-# The one way up: `RankKVResult.plot()` looks the figures up by name when it is called.
-UPWARD_BY_NAME = {("rankkv.pipeline", "rankkv.plots.figures")}
+# The ways up: `RankKVResult.plot()` and `RankProfile.calibrate()` look up by name when they are called.
+UPWARD_BY_NAME = {
+    ("rankkv.pipeline", "rankkv.plots.figures"),
+    ("rankkv.rank_profile", "rankkv.calibration"),
+}
 
 # What a module may import beyond the standard library and rankkv itself.
 PURE = {
@@ -95,6 +102,7 @@ PURE = {
     "rankkv.budget_checks": {"numpy"},
     "rankkv.budget_weights": {"numpy"},
     "rankkv.budget_strategies": {"numpy"},
+    "rankkv.budget_profile": {"numpy"},
     "rankkv.budget_record": set(),
     "rankkv.budget_allocation": {"numpy"},
     "rankkv.budget_plan": {"numpy"},

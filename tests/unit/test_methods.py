@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rankkv.budget_allocation import STRATEGIES
+from rankkv.budget_strategies import PROFILE_STRATEGIES
 from rankkv.cli import app
 from rankkv.methods import describe_methods
 from rankkv.selection import SELECTORS, get_selector
@@ -54,7 +55,7 @@ EXPECTED = {
 def test_records_are_those_of_the_registries():
     methods = describe_methods()
     assert [method["name"] for method in methods["selectors"]] == list(SELECTORS)
-    assert [method["name"] for method in methods["strategies"]] == list(STRATEGIES)
+    assert [method["name"] for method in methods["strategies"]] == [*STRATEGIES, *PROFILE_STRATEGIES]
     for kind, expected in EXPECTED.items():
         assert expected <= {method["name"] for method in methods[kind]}
         for method in methods[kind]:

@@ -1,0 +1,431 @@
+"""Measure what compressing each layer of a model costs, text by text, into a `RankProfile`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._version import __version__
+from .cache import RankKVCache
+from .compat import cache_argument
+from .errors import ConfigError, InputError, UnsupportedModelError
+from .files import write_text_atomically
+from .generation import run_prefill
+from .known_profiles import describe_shape, sample_weights
+from .rank_profile import RankProfile
+
+#: Fractions kept at which each layer is compressed alone.
+RATIOS = (0.03, 0.05, 0.1, 0.2, 0.4)
+#: Fraction kept of all layers while one of them gets its full cache back.
+BASE_RATIO = 0.1
+#: Scope and aggregation of the ranks that a profile records.
+RANKS = (
+    ("evictable", "concat"),
+    ("evictable", "mean"),
+    ("evictable", "mass_normalized"),
+    ("window", "concat"),
+)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The uncompressed model's predictions, which every cell is compared with."""
+
+    targets: Tensor
+    log_probabilities: Tensor
+    probabilities: Tensor
+    nll: float
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor) -> _Reference:
+        log_probabilities = logits.float().log_softmax(-1)
+        nll = -log_probabilities.gather(-1, targets[:, None]).mean()
+        return cls(targets, log_probabilities, log_probabilities.exp(), float(nll))
+
+    def compare(self, logits: Tensor) -> tuple[float, float]:
+        """Return the excess loss and the KL divergence (full || compressed), nats a token."""
+        other = logits.float().log_softmax(-1)
+        nll = -other.gather(-1, self.targets[:, None]).mean()
+        # The difference first: two long sums subtracted would leave float32 noise of a millinat.
+        divergence = (self.probabilities * (self.log_probabilities - other)).sum(-1)
+        return float(nll) - self.nll, float(divergence.mean())
+
+
+class _Continuation:
+    """Scores a continuation on many caches; what lies below the first layer that differs is run once."""
+
+    def __init__(self, model: Any, input_ids: Tensor) -> None:
+        self._model = model
+        self._input_ids = input_ids
+        self._layers = _find_layers(model)
+        self._outputs: list[Any] = []
+
+    @torch.no_grad()
+    def run(self, cache: Any, first: int = 0) -> Tensor:
+        """Return logits ``[token, vocabulary]``; layers below ``first`` give what they gave at `remember`."""
+        with self._replay(first if self._layers else 0):
+            return self._model(self._input_ids, **cache_argument(cache)).logits[0, :-1]
+
+    def remember(self, cache: Any) -> Tensor:
+        """Run the whole model and keep what every layer gave."""
+        outputs: list[Any] = []
+        hooks = [
+            layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+            for layer in self._layers
+        ]
+        try:
+            logits = self.run(cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._outputs = outputs
+        return logits
+
+    def trust_replay(self, cache: Any, logits: Tensor) -> None:
+        """Replay half of the layers once; where that gives other logits, nothing is replayed for this model."""
+        if not self._layers or len(self._outputs) != len(self._layers):
+            self._layers = []
+            return
+        replayed = self.run(cache, len(self._layers) // 2)
+        if not torch.allclose(replayed, logits, rtol=1e-3, atol=1e-3):
+            self._layers = []
+
+    @contextmanager
+    def _replay(self, first: int) -> Iterator[None]:
+        replaced = list(zip(self._layers[:first], self._outputs, strict=False))
+        try:
+            for layer, output in replaced:
+                layer.forward = lambda *_args, _output=output, **_options: _output
+            yield
+        finally:
+            for layer, _ in replaced:
+                del layer.forward
+
+
+def _find_layers(model: Any) -> list[nn.Module]:
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    return list(found[0]) if len(found) == 1 else []
+
+
+class _Prefill:
+    """One prefill, from which caches of any uniform budget are made."""
+
+    def __init__(self, model: Any, input_ids: Tensor, selector: Any) -> None:
+        self._model, self._input_ids, self._selector = model, input_ids, selector
+        self._record: RankKVCache | None = None
+        try:
+            record = RankKVCache(model, 1.0, selector=selector, prefill="chunked", strategy="uniform")
+            run_prefill(model, record, input_ids, None)
+            self._record = record
+        except UnsupportedModelError:
+            # Such models attend to other keys than they cache, so each cache takes a prefill of its own.
+            pass
+
+    def build(self, **options: Any) -> RankKVCache:
+        if self._record is None:
+            cache = RankKVCache(self._model, selector=self._selector, **options)
+            run_prefill(self._model, cache, self._input_ids, None)
+            return cache.finish()
+        cache = self._record.copy()
+        config = replace(cache.config, **options)
+        cache.config = cache._flow.config = cache._flow.compressor.config = config
+        return cache.finish()
+
+    def measure_ranks(self) -> dict[str, list[float]]:
+        """Return the rank of each layer by scope and aggregation."""
+        found = {}
+        for scope, aggregation in RANKS:
+            cache = self.build(
+                compression_ratio=1.0, strategy="proportional", scope=scope, aggregation=aggregation
+            )
+            found[f"{scope}/{aggregation}"] = cache.layer_ranks
+        return found
+
+    def build_uniform(self, budget: int) -> RankKVCache:
+        return self.build(budget=budget, min_budget=1, strategy="uniform")
+
+
+def _mix(cache: RankKVCache, layer_idx: int, other: RankKVCache) -> RankKVCache:
+    """Return a copy of ``cache`` whose layer ``layer_idx`` is that of another."""
+    twin = cache.copy()
+    twin.layers[layer_idx] = copy.deepcopy(other.layers[layer_idx])
+    return twin
+
+
+@torch.no_grad()
+def measure_text(
+    model: Any,
+    input_ids: Tensor,
+    context_tokens: int,
+    ratios: Sequence[float] = RATIOS,
+    base_ratio: float = BASE_RATIO,
+    selector: Any = "snapkv",
+    on_cell: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Measure every compressible layer of a model on one text, all from one prefill.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    input_ids : Tensor
+        ``[1, token]``: context and continuation.
+    context_tokens : int
+        Tokens of the context, which is compressed; the rest is scored.
+    ratios : sequence of float
+        Fractions kept at which each layer is compressed alone.
+    base_ratio : float, default 0.1
+        Fraction kept of all layers while one gets its full cache back.
+    selector : str or Selector, default "snapkv"
+        Token selection method.
+    on_cell : callable, optional
+        Called after each of ``(len(ratios) + 1) * layers`` continuations.
+
+    Returns
+    -------
+    dict
+        ``nll``, ``excess_loss`` and ``divergence`` (``[layer][ratio]``), ``gain_loss`` and ``gain_divergence``
+        (``[layer]``), ``base_excess_loss``, ``base_divergence``, ``ranks``, ``layer_indices``.
+    """
+    context, rest = input_ids[:, :context_tokens], input_ids[:, context_tokens:]
+    prefill, continuation = _Prefill(model, context, selector), _Continuation(model, rest)
+    full = prefill.build_uniform(context_tokens)
+    logits = continuation.remember(full.copy())
+    reference = _Reference.of(logits, rest[0, 1:])
+    continuation.trust_replay(full.copy(), logits)
+    compressed = {
+        ratio: prefill.build_uniform(max(1, round(ratio * context_tokens)))
+        for ratio in sorted({*ratios, base_ratio})
+    }
+
+    def score(cache: RankKVCache, layer_idx: int, other: RankKVCache) -> tuple[float, float]:
+        cell = reference.compare(continuation.run(_mix(cache, layer_idx, other), layer_idx))
+        if on_cell is not None:
+            on_cell()
+        return cell
+
+    alone = [[score(full, layer, compressed[ratio]) for ratio in ratios] for layer in full.layer_indices]
+    base = compressed[base_ratio]
+    base_loss, base_divergence = reference.compare(continuation.remember(base.copy()))
+    back = [score(base, layer, full) for layer in full.layer_indices]
+    return {
+        "layer_indices": list(full.layer_indices),
+        "nll": reference.nll,
+        "base_excess_loss": base_loss,
+        "base_divergence": base_divergence,
+        "excess_loss": [[loss for loss, _ in row] for row in alone],
+        "divergence": [[divergence for _, divergence in row] for row in alone],
+        "gain_loss": [base_loss - loss for loss, _ in back],
+        "gain_divergence": [base_divergence - divergence for _, divergence in back],
+        "ranks": prefill.measure_ranks(),
+    }
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any = None,
+    texts: Any = None,
+    *,
+    context_tokens: int = 1024,
+    continuation_tokens: int = 256,
+    max_texts: int = 12,
+    ratios: Sequence[float] = RATIOS,
+    base_ratio: float = BASE_RATIO,
+    selector: Any = "snapkv",
+    name: str | None = None,
+    resume_path: str | Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> RankProfile:
+    """Measure a profile: what compressing each layer costs, on pieces of the texts given.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Needed where texts are strings.
+    texts : sequence of str or Tensor
+        Strings, or token ids ``[token]`` or ``[1, token]``; several kinds of text mixed make a profile that holds
+        for all of them.
+    context_tokens, continuation_tokens : int
+        A piece is so many tokens compressed and so many scored.
+    max_texts : int, default 12
+        Most pieces measured; of more, so many are taken, spread evenly.
+    ratios : sequence of float
+        Fractions kept at which each layer is compressed alone.
+    base_ratio : float, default 0.1
+        Fraction kept of all layers while one gets its full cache back.
+    selector : str or Selector, default "snapkv"
+        Token selection method.
+    name : str, optional
+        What to call the model.
+    resume_path : str or Path, optional
+        File that takes each piece's measurements as they are made; pieces found in it are not measured again.
+    on_progress : callable, optional
+        Called with (continuations done, in all).
+
+    Returns
+    -------
+    RankProfile
+        Means over the pieces.
+
+    Raises
+    ------
+    InputError
+        If no text is long enough, or strings come without a tokenizer.
+    ConfigError
+        If a number is out of range.
+
+    Notes
+    -----
+    One prefill a piece, then ``(len(ratios) + 1) * layers`` continuations; what lies below the first layer that
+    differs is run once, so that they cost about half of as many forwards.
+    """
+    _check_numbers(context_tokens, continuation_tokens, max_texts, ratios, base_ratio)
+    pieces = _cut(tokenizer, texts, context_tokens + continuation_tokens, max_texts)
+    shape, sample = describe_shape(model), sample_weights(model)
+    options = [shape, sample, context_tokens, list(ratios), base_ratio, str(selector)]
+    done = _read_done(resume_path)
+    layers = RankKVCache(model, profile=None).layer_indices
+    cells = (len(ratios) + 1) * len(layers)
+    records = []
+    for number, ids in enumerate(pieces):
+        key = hashlib.sha256(json.dumps([options, ids.tolist()], default=str).encode()).hexdigest()
+        if key not in done:
+            counter = itertools.count(number * cells + 1)
+            report = None
+            if on_progress is not None:
+                report = functools.partial(_report, on_progress, counter, len(pieces) * cells)
+            done[key] = measure_text(
+                model, ids[None].to(model.device), context_tokens, ratios, base_ratio, selector, report
+            )
+            if resume_path is not None:
+                write_text_atomically(resume_path, json.dumps(done))
+        records.append(done[key])
+    calibration = {
+        "texts": len(pieces),
+        "context_tokens": context_tokens,
+        "continuation_tokens": continuation_tokens,
+        "selector": str(selector),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rankkv": __version__,
+    }
+    return join_records(
+        records, shape, sample, ratios, base_ratio, calibration, name or model.config._name_or_path or ""
+    )
+
+
+def join_records(
+    records: Sequence[Mapping[str, Any]],
+    shape: Mapping[str, Any],
+    sample: Sequence[float],
+    ratios: Sequence[float],
+    base_ratio: float,
+    calibration: Mapping[str, Any],
+    name: str,
+) -> RankProfile:
+    """Join what `measure_text` gave for several texts to one profile, rounded to six digits."""
+
+    def average(field: str) -> Any:
+        return _round(torch.tensor([record[field] for record in records], dtype=torch.float64).mean(0))
+
+    ranks = {}
+    for kind in records[0]["ranks"]:
+        values = torch.tensor([record["ranks"][kind] for record in records], dtype=torch.float64)
+        ranks[kind] = {"mean": _round(values.mean(0)), "std": _round(values.std(0, correction=0))}
+    told = {
+        "nll": average("nll"),
+        "base_excess_loss": average("base_excess_loss"),
+        "base_divergence": average("base_divergence"),
+    }
+    return RankProfile(
+        model=shape,
+        weight_sample=_round(torch.tensor(list(sample), dtype=torch.float64)),
+        layer_indices=records[0]["layer_indices"],
+        ratios=tuple(ratios),
+        excess_loss=average("excess_loss"),
+        divergence=average("divergence"),
+        gain_loss=average("gain_loss"),
+        gain_divergence=average("gain_divergence"),
+        base_ratio=base_ratio,
+        ranks=ranks,
+        calibration={**calibration, **told},
+        name=name,
+    )
+
+
+def _round(values: Tensor) -> Any:
+    nested = values.tolist()
+
+    def shorten(value: Any) -> Any:
+        return [shorten(item) for item in value] if isinstance(value, list) else float(f"{value:.6g}")
+
+    return shorten(nested)
+
+
+def _report(on_progress: Callable[[int, int], None], counter: Iterator[int], total: int) -> None:
+    on_progress(next(counter), total)
+
+
+def _check_numbers(
+    context_tokens: int, continuation_tokens: int, max_texts: int, ratios: Sequence[float], base_ratio: float
+) -> None:
+    for name, value, least in (
+        ("context_tokens", context_tokens, 64),
+        ("continuation_tokens", continuation_tokens, 2),
+        ("max_texts", max_texts, 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
+    if not ratios or list(ratios) != sorted({*ratios}) or not 0 < ratios[0] <= ratios[-1] < 1:
+        raise ConfigError(f"ratios={list(ratios)} must be ascending fractions kept, above 0 and below 1.")
+    if not 0 < base_ratio < 1:
+        raise ConfigError(f"base_ratio={base_ratio!r} must lie above 0 and below 1: it is the fraction kept.")
+
+
+def _cut(tokenizer: Any, texts: Any, tokens: int, most: int) -> list[Tensor]:
+    if texts is None or isinstance(texts, str):
+        texts = [] if texts is None else [texts]
+    pieces = []
+    for text in texts:
+        if isinstance(text, str):
+            if tokenizer is None:
+                raise InputError("texts are strings, so a tokenizer is needed: give it, or give token ids.")
+            text = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
+        ids = torch.as_tensor(text).reshape(-1)
+        pieces += [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
+    if not pieces:
+        raise InputError(
+            f"no text has {tokens} tokens, what a context and its continuation take: give longer texts, or fewer "
+            "context_tokens and continuation_tokens."
+        )
+    count = min(most, len(pieces))
+    return [pieces[int((place + 0.5) * len(pieces) / count)] for place in range(count)]
+
+
+def _read_done(path: str | Path | None) -> dict[str, Any]:
+    if path is None or not Path(path).is_file():
+        return {}
+    try:
+        done = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        done = None
+    if not isinstance(done, dict):
+        raise InputError(
+            f"{str(path)!r} holds no measurements to resume from: delete it, or name another file."
+        )
+    return done

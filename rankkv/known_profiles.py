@@ -1,0 +1,159 @@
+"""Which profile belongs to a model: those shipped with the package and those in the user's cache folder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.resources
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import PROFILE_USERS, RankKVConfig
+from .errors import ProfileError, RankKVError
+from .files import find_cache_folder
+from .rank_profile import RankProfile, compute_shape_key
+
+#: Entries of a model's configuration that say which profile can belong to it.
+_SHAPE = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+)
+# So many parameters, spread over the model, and so many values of each tell its weights from others.
+_SAMPLED_PARAMETERS, _SAMPLED_VALUES = 16, 4
+
+
+def describe_shape(model: Any) -> dict[str, Any]:
+    """Return what a model's configuration says of its shape.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found = {name: getattr(config, name, None) for name in _SHAPE}
+    return {name: value for name, value in found.items() if isinstance(value, int | str)}
+
+
+def sample_weights(model: Any) -> list[float]:
+    """Read a few weights spread over the model: enough to tell it from another of the same shape.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model, on any device and in any floating-point dtype.
+
+    Returns
+    -------
+    list of float
+        Values of up to 16 parameters, 4 each; of those that are not in memory or not floating-point, none.
+    """
+    parameters = list(model.parameters())
+    count = min(_SAMPLED_PARAMETERS, len(parameters))
+    places = [round(i * (len(parameters) - 1) / max(1, count - 1)) for i in range(count)]
+    sample: list[float] = []
+    for place in places:
+        flat = parameters[place].detach().reshape(-1)
+        if not flat.is_meta and flat.is_floating_point() and flat.numel():
+            step = max(1, flat.numel() // _SAMPLED_VALUES)
+            sample += flat[::step][:_SAMPLED_VALUES].to("cpu", torch.float32).tolist()
+    return sample
+
+
+def list_known_profiles(key: str) -> list[Path]:
+    """List the files of known profiles for a shape, the user's own first.
+
+    Parameters
+    ----------
+    key : str
+        From `compute_shape_key`.
+    """
+    own = sorted(_own_folder().glob(f"*{key}*.json")) if _own_folder().is_dir() else []
+    with importlib.resources.as_file(importlib.resources.files("rankkv") / "profiles") as folder:
+        return own + sorted(folder.glob(f"*{key}*.json"))
+
+
+def save_known_profile(profile: RankProfile) -> Path:
+    """Keep a profile in the user's cache folder, where its model finds it, and return the path."""
+    digest = hashlib.sha256(repr(profile.weight_sample).encode()).hexdigest()[:8]
+    return profile.save(_own_folder() / f"{profile.key}-{digest}.json")
+
+
+def find_profile(model: Any, layer_indices: list[int]) -> RankProfile | None:
+    """Find the known profile of a model; None where there is none.
+
+    Weights are looked at only where a profile of the same shape is known.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    layer_indices : list of int
+        Its compressible layers.
+    """
+    shape = describe_shape(model)
+    for path in list_known_profiles(compute_shape_key(shape)):
+        try:
+            profile = _load(path, path.stat().st_mtime_ns)
+            profile.check_model(shape, sample_weights(model), layer_indices)
+        except (RankKVError, OSError):
+            # A damaged file, or one of another model of this shape, is no reason to fail where none was asked for.
+            continue
+        return profile
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path: Path, changed_at: int) -> RankProfile:
+    return RankProfile.load(path)
+
+
+def resolve_profile(config: RankKVConfig, model: Any, layer_indices: list[int]) -> RankKVConfig:
+    """Return the options with the profile of this model in the place of ``profile="auto"``, where it is used.
+
+    Parameters
+    ----------
+    config : RankKVConfig
+        All options.
+    model : PreTrainedModel
+        The model they are for.
+    layer_indices : list of int
+        Its compressible layers.
+
+    Raises
+    ------
+    ProfileError
+        If a profile given belongs to another model, or a strategy needs one and none is known.
+    """
+    if not layer_indices or config.profile is None:
+        return config
+    if isinstance(config.profile, RankProfile):
+        config.profile.check_model(describe_shape(model), sample_weights(model), layer_indices)
+        return config
+    wanted = config.strategy in PROFILE_USERS
+    # Options without a strategy are those of the uncalibrated default.
+    if not wanted and (config.strategy is not None or config.strategy_options is not None):
+        return config
+    profile = find_profile(model, layer_indices)
+    if profile is not None:
+        return replace(config, profile=profile)
+    if wanted:
+        raise ProfileError(
+            f"strategy={config.strategy!r} needs a profile, and none is known of {type(model).__name__} "
+            f"{model.config._name_or_path or '(no name)'!r}: measure one with rankkv calibrate, or give "
+            "profile=RankProfile.load(path)."
+        )
+    return config
+
+
+def _own_folder() -> Path:
+    return find_cache_folder() / "profiles"

@@ -1,0 +1,330 @@
+"""RankProfile: what compressing each layer of one model costs, measured once, kept as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ._hub import is_hub_reachable, require
+from .errors import InputError, ProfileError, SourceUnavailableError
+from .files import dump_json, write_text_atomically
+
+FORMAT = "rankkv-profile"
+VERSION = 1
+#: Name of the file in a hub repository.
+HUB_FILE = "rankkv_profile.json"
+
+#: Sampled weights of the same model in another floating-point type differ by its rounding, no more.
+_WEIGHT_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """Measured sensitivity of each compressible layer of one model.
+
+    All distances are means over the calibration texts, in nats a token, between the model with its full cache and the
+    model with part of it, on a continuation: ``divergence`` is KL(full || compressed), ``excess_loss`` the difference
+    of the negative log-likelihoods, which the former estimates with less noise.
+
+    Parameters
+    ----------
+    model : mapping
+        What the profile belongs to: type, layer count, heads, widths, vocabulary.
+    weight_sample : sequence of float
+        Values of a few weights, which tell this model from another of the same shape.
+    layer_indices : sequence of int
+        Model indices of the compressible layers.
+    ratios : sequence of float
+        Fractions of the cache kept at which the curves were measured, ascending.
+    excess_loss, divergence : sequence of sequence of float
+        ``[layer][ratio]``: distance when this layer alone is compressed to that ratio.
+    gain_loss, gain_divergence : sequence of float
+        ``[layer]``: with every layer compressed to ``base_ratio``, how much nearer the model comes when this layer
+        gets its full cache back.
+    base_ratio : float
+        See above.
+    ranks : mapping
+        ``"scope/aggregation"`` to ``{"mean": [layer], "std": [layer]}``, effective ranks over the texts.
+    calibration : mapping
+        How it was measured: number of texts, tokens, selector, version.
+    name : str
+        What the model was called.
+
+    Raises
+    ------
+    ProfileError
+        If lengths disagree, a number is not finite or the ratios are not ascending in (0, 1).
+
+    Examples
+    --------
+    >>> profile = RankProfile(model={"num_hidden_layers": 2}, weight_sample=[0.5], layer_indices=[0, 1],
+    ...     ratios=[0.1, 0.4], excess_loss=[[0.2, 0.1], [0.4, 0.1]], divergence=[[0.2, 0.1], [0.4, 0.1]],
+    ...     gain_loss=[0.1, 0.3], gain_divergence=[0.1, 0.3], base_ratio=0.1)
+    >>> RankProfile.from_dict(profile.to_dict()) == profile
+    True
+    """
+
+    model: Mapping[str, Any]
+    weight_sample: tuple[float, ...]
+    layer_indices: tuple[int, ...]
+    ratios: tuple[float, ...]
+    excess_loss: tuple[tuple[float, ...], ...]
+    divergence: tuple[tuple[float, ...], ...]
+    gain_loss: tuple[float, ...]
+    gain_divergence: tuple[float, ...]
+    base_ratio: float
+    ranks: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "model", dict(self.model))
+            object.__setattr__(self, "layer_indices", tuple(int(index) for index in self.layer_indices))
+            for name in ("weight_sample", "ratios", "gain_loss", "gain_divergence"):
+                object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            for name in ("excess_loss", "divergence"):
+                rows = tuple(tuple(float(value) for value in row) for row in getattr(self, name))
+                object.__setattr__(self, name, rows)
+            object.__setattr__(self, "base_ratio", float(self.base_ratio))
+        except (TypeError, ValueError) as error:
+            raise ProfileError(f"the profile is not well-formed ({error}); calibrate again.") from error
+        self._check()
+
+    def __hash__(self) -> int:
+        return hash((self.layer_indices, self.divergence, self.gain_divergence))
+
+    def _check(self) -> None:
+        count, ratios = len(self.layer_indices), self.ratios
+        if (
+            count == 0
+            or not ratios
+            or list(ratios) != sorted({*ratios})
+            or not 0 < ratios[0] <= ratios[-1] < 1
+        ):
+            raise ProfileError(
+                f"a profile needs at least one layer and ascending ratios in (0, 1), got {count} layers and ratios "
+                f"{list(ratios)}; calibrate again."
+            )
+        for name in ("excess_loss", "divergence", "gain_loss", "gain_divergence"):
+            values = getattr(self, name)
+            if len(values) != count:
+                raise ProfileError(
+                    f"{name} has {len(values)} entries for {count} layers; the file is damaged, calibrate again."
+                )
+            if name in ("excess_loss", "divergence") and any(len(row) != len(ratios) for row in values):
+                raise ProfileError(
+                    f"{name} needs {len(ratios)} numbers a layer, one a ratio; calibrate again."
+                )
+        numbers = [*self.gain_loss, *self.gain_divergence, *self.weight_sample]
+        numbers += [value for rows in (self.excess_loss, self.divergence) for row in rows for value in row]
+        if not all(map(math.isfinite, numbers)):
+            raise ProfileError(
+                "a number of the profile is not finite; calibrate again, in float32 or bfloat16."
+            )
+
+    @property
+    def key(self) -> str:
+        """Digest of the model's shape, by which known profiles are found."""
+        return compute_shape_key(self.model)
+
+    def check_model(
+        self, model: Mapping[str, Any], weight_sample: Iterable[float], layers: list[int]
+    ) -> None:
+        """Raise if the profile belongs to another model.
+
+        Parameters
+        ----------
+        model : mapping
+            Shape of the model at hand.
+        weight_sample : iterable of float
+            Its sampled weights.
+        layers : list of int
+            Its compressible layers.
+
+        Raises
+        ------
+        ProfileError
+            The message says how they differ.
+        """
+        names = sorted({*self.model, *model})
+        differing = [
+            f"{name} {self.model.get(name)!r} there, {model.get(name)!r} here"
+            for name in names
+            if self.model.get(name) != model.get(name)
+        ]
+        if not differing and list(self.layer_indices) != list(layers):
+            differing = [f"compressible layers {list(self.layer_indices)} there, {list(layers)} here"]
+        if not differing:
+            sample = [float(value) for value in weight_sample]
+            scale = max((abs(value) for value in self.weight_sample), default=0.0)
+            same = len(sample) == len(self.weight_sample) and all(
+                abs(a - b) <= _WEIGHT_TOLERANCE * scale
+                for a, b in zip(sample, self.weight_sample, strict=True)
+            )
+            if not same:
+                differing = ["the shape is the same but the weights are others"]
+        if differing:
+            raise ProfileError(
+                f"the profile{f' of {self.name}' if self.name else ''} belongs to another model: "
+                f"{'; '.join(differing)}. Use profile=None, or calibrate this model (rankkv calibrate)."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the profile as plain JSON types, with format and version."""
+        return {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(asdict(self)))}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> RankProfile:
+        """Build a profile from what `to_dict` gave.
+
+        Raises
+        ------
+        ProfileError
+            If it is none, or of a version this library does not know.
+        """
+        if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+            raise ProfileError("this is no RankKV profile: give a file that RankProfile.save() wrote.")
+        if record.get("version") != VERSION:
+            raise ProfileError(
+                f"the profile has version {record.get('version')!r}, this RankKV reads {VERSION}: calibrate again, or "
+                "use the RankKV that wrote it."
+            )
+        fields = {name: value for name, value in record.items() if name not in ("format", "version")}
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ProfileError(f"the profile is not well-formed ({error}); calibrate again.") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the profile as JSON, atomically, and return the path."""
+        return write_text_atomically(path, dump_json(self.to_dict()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankProfile:
+        """Read a profile; neither torch nor a model is needed.
+
+        Raises
+        ------
+        SourceUnavailableError
+            If there is no such file.
+        ProfileError
+            If it holds no profile.
+        """
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceUnavailableError(f"cannot read a profile from {str(path)!r}: {error}.") from error
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise ProfileError(f"{str(path)!r} is not JSON ({error}); give the path of a profile.") from error
+        return cls.from_dict(record)
+
+    @classmethod
+    def calibrate(cls, model: Any, tokenizer: Any = None, texts: Any = None, **options: Any) -> RankProfile:
+        """Measure a profile of ``model``; see :func:`rankkv.calibration.calibrate` for all options.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            A causal language model.
+        tokenizer : PreTrainedTokenizerBase, optional
+            Needed where texts are strings.
+        texts : sequence of str or Tensor
+            Strings, or token ids ``[token]`` or ``[1, token]``.
+        **options
+            Tokens of context and continuation, ratios, selector, a file to resume from.
+        """
+        # By name, because calibration runs caches and stands above this module.
+        calibration = importlib.import_module("rankkv.calibration")
+        profile: RankProfile = calibration.calibrate(model, tokenizer, texts, **options)
+        return profile
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the profile to a model repository of the hub, and return its address.
+
+        Parameters
+        ----------
+        repo_id : str
+            "organisation/name".
+        **options
+            Of ``huggingface_hub.HfApi.upload_file``, such as ``token`` or ``revision``.
+
+        Raises
+        ------
+        SourceUnavailableError
+            If the hub cannot be reached.
+        """
+        require("huggingface_hub", "pip install huggingface_hub", "pushing a profile")
+        if not is_hub_reachable(repo_id, "model"):
+            raise SourceUnavailableError(
+                f"the hub cannot be reached to push a profile to {repo_id!r}: save() keeps it in a file."
+            )
+        from huggingface_hub import HfApi
+
+        content = dump_json(self.to_dict()).encode()
+        return str(
+            HfApi().upload_file(path_or_fileobj=content, path_in_repo=HUB_FILE, repo_id=repo_id, **options)
+        )
+
+    @classmethod
+    def pull_from_hub(cls, repo_id: str, **options: Any) -> RankProfile:
+        """Download a profile that `push_to_hub` uploaded.
+
+        Raises
+        ------
+        SourceUnavailableError
+            If the hub cannot be reached, or the repository holds no profile.
+        """
+        require("huggingface_hub", "pip install huggingface_hub", "pulling a profile")
+        if not is_hub_reachable(repo_id, "model"):
+            raise SourceUnavailableError(f"the hub cannot be reached to pull a profile from {repo_id!r}.")
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = hf_hub_download(repo_id, HUB_FILE, **options)
+        except EntryNotFoundError as error:
+            raise SourceUnavailableError(
+                f"{repo_id!r} holds no {HUB_FILE}: calibrate and push one."
+            ) from error
+        return cls.load(path)
+
+
+def compute_shape_key(model: Mapping[str, Any]) -> str:
+    """Compute the digest of a model's shape, 16 hexadecimal digits.
+
+    Examples
+    --------
+    >>> len(compute_shape_key({"num_hidden_layers": 2}))
+    16
+    """
+    return hashlib.sha256(json.dumps(dict(model), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def check_profile(value: Any) -> Any:
+    """Return the option ``profile`` as "auto", None or a `RankProfile`; paths and records are loaded.
+
+    Raises
+    ------
+    ProfileError, SourceUnavailableError
+        As `RankProfile.load` and `RankProfile.from_dict`.
+    InputError
+        If it is none of these.
+    """
+    if value is None or isinstance(value, RankProfile) or value == "auto":
+        return value
+    if isinstance(value, str | Path):
+        return RankProfile.load(value)
+    if isinstance(value, Mapping):
+        return RankProfile.from_dict(value)
+    raise InputError(
+        f"profile={value!r} is none of 'auto', None, a RankProfile or the path of one; give one of these."
+    )
