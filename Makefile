@@ -68,9 +68,8 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy rankkv
 
-bench: $(STAMP) ## latency and memory of prefill and decode
-	$(BIN)/python -m benchmarks.latency --tokens 2048 --repeats 5
-	$(BIN)/python -m benchmarks.analysis --tokens 2048
+bench: $(STAMP) ## time and memory against plain generate(), and the table of targets (under ten minutes on two quiet cores)
+	$(BIN)/python -m benchmarks
 
 bench-peers: .venv-parity/.installed ## time to first token beside kvpress, in turn in one process
 	.venv-parity/bin/python -m benchmarks.peers.ttft --tokens 2048 --repeats 7

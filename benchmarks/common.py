@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from rich.console import Console
+from rich.table import Table
 
 import rankkv
 from rankkv.files import write_text_atomically
@@ -36,11 +38,10 @@ def time_interleaved(
     for turn in range(-warm_ups, repeats):
         names = list(runs) if turn % 2 == 0 else list(runs)[::-1]
         for name in names:
-            start = time.perf_counter()
-            runs[name]()
+            taken = time_once(runs[name])
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-            print(f"  {name}: {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
+                seconds[name].append(taken)
+            print(f"  {name}: {taken:.3f} s", file=sys.stderr, flush=True)
     return seconds
 
 
@@ -58,14 +59,52 @@ def summarize_seconds(seconds: list[float]) -> dict[str, float]:
     return {"median_seconds": statistics.median(seconds), "min_seconds": min(seconds), "runs": len(seconds)}
 
 
+def synchronize() -> None:
+    """Wait for the GPU, if there is one, so that a clock read next counts its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_once(run: Callable[[], Any]) -> float:
+    """Seconds of one run, the GPU's work included."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def measure_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
+    """Bytes a second that a matrix-vector product reads here, with this process' threads: the best of a few."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.ones(megabytes * 256, 1024, device=device)
+    vector = torch.ones(1024, device=device)
+    total = matrix.nbytes
+    fastest = min(time_once(lambda: torch.mv(matrix, vector)) for _ in range(repeats))
+    return total / min(fastest, *(time_once(matrix.sum) for _ in range(repeats)))
+
+
+def count_weight_bytes(model: Any) -> int:
+    """Bytes of weights that one decode step reads: all, but of an input embedding that is not the output's one row."""
+    embedding = model.get_input_embeddings().weight
+    tied = embedding.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    return total if tied else total - embedding.nbytes
+
+
 def reset_peak_memory() -> int:
-    """Start measuring the peak of this process' memory (Linux), and return what it holds now, in bytes."""
+    """Start measuring peak memory, of the GPU or else of this process (Linux); return what is held now, in bytes."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
     return _read_status("VmRSS")
 
 
 def read_peak_memory() -> int:
     """The peak since :func:`reset_peak_memory`, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return _read_status("VmHWM")
 
 
@@ -89,10 +128,26 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def print_rows(title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    """Print rows as a table on stderr; ``columns`` maps a key to a format such as ``"{:.2f}"``."""
+    table = Table(title=title)
+    for key in columns:
+        table.add_column(key.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(form.format(row[key]) for key, form in columns.items()))
+    # Wide where nobody looks on, so that a log has whole numbers.
+    Console(stderr=True, width=None if sys.stderr.isatty() else 150).print(table)
+
+
 def publish(name: str, rows: list[dict[str, Any]], output: str) -> None:
     """Add the rows to ``output`` under ``name`` and print them as one JSON line."""
+    publish_all({name: rows}, output)
+
+
+def publish_all(found: dict[str, list[dict[str, Any]]], output: str) -> None:
+    """Add all rows to ``output`` at once, each list under its name, and print them as one JSON line."""
     path = Path(output)
     record = json.loads(path.read_text()) if path.is_file() else {}
-    record[name] = {"machine": describe_machine(), "rows": rows}
+    record |= {name: {"machine": describe_machine(), "rows": rows} for name, rows in found.items()}
     write_text_atomically(path, json.dumps(record, indent=2) + "\n")
-    print(json.dumps({name: rows}))
+    print(json.dumps(found))
