@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rankkv.generation import compress
     from rankkv.models import load_model
     from rankkv.pipeline import RankKVAnalyzer, RankKVResult, quick_analyze
+    from rankkv.query_filters import compute_query_filters, save_query_filters
     from rankkv.rank_analysis import RankAnalysis, analyze_attention_ranks, compute_effective_rank
     from rankkv.rank_profile import RankProfile
     from rankkv.texts import load_texts
@@ -40,9 +41,11 @@ __all__ = [
     "analyze_attention_ranks",
     "compress",
     "compute_effective_rank",
+    "compute_query_filters",
     "load_model",
     "load_texts",
     "quick_analyze",
+    "save_query_filters",
 ]
 
 _HOME_OF = {
@@ -57,9 +60,11 @@ _HOME_OF = {
     "analyze_attention_ranks": "rankkv.rank_analysis",
     "compress": "rankkv.generation",
     "compute_effective_rank": "rankkv.rank_analysis",
+    "compute_query_filters": "rankkv.query_filters",
     "load_model": "rankkv.models",
     "load_texts": "rankkv.texts",
     "quick_analyze": "rankkv.pipeline",
+    "save_query_filters": "rankkv.query_filters",
 }
 
 

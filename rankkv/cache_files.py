@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -194,7 +194,9 @@ def restore_state(
 def _describe(selector: Selector) -> dict[str, Any]:
     # A method that wraps another one has that as an option.
     options = {
-        name: _describe(value) if isinstance(value, Selector) else value
+        name: _describe(value)
+        if isinstance(value, Selector)
+        else (str(value) if isinstance(value, PurePath) else value)
         for name, value in selector.options.items()
     }
     if selector.recent_fraction is not None:

@@ -68,6 +68,8 @@ def summarize(cache: Any) -> str:
         f"selector {cache.selector}, strategy {cache.config.resolve_strategy()[0]}, scope {cache.config.scope}, "
         f"decode {cache.config.decode}, positions {cache.config.positions}, prefill {cache.config.prefill}",
     ]
+    if cache.selector.remark:
+        lines.append(cache.selector.remark)
     others = len(cache.layers) - len(cache.layer_indices)
     if others:
         lines.append(

@@ -16,6 +16,7 @@ from .keydiff import score_keydiff
 from .knorm import score_knorm
 from .lagkv import score_lagkv
 from .lava import score_lava
+from .qfilter import score_qfilter
 from .random import score_random
 from .snapkv import score_snapkv
 from .streaming_llm import score_streaming_llm
@@ -44,6 +45,16 @@ SELECTORS: dict[str, Selector] = {
             "O(queries x head_dim + keys x head_dim)",
             step="rescore",
             past_queries="unturned",
+        ),
+        Selector(
+            "qfilter",
+            score_qfilter,
+            "keys only",
+            "arXiv:2503.02812",
+            "O(keys)",
+            step="rescore",
+            past_queries="turned",
+            fallback=("filters", "no filters given: the prompt's own queries stand in for calibration"),
         ),
         Selector("cur", score_cur, "keys and values", "arXiv:2509.15038", "O(keys)", step="rescore"),
         Selector("lava", score_lava, "window attention", "arXiv:2509.09754", "O(window x keys)"),

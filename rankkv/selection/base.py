@@ -43,6 +43,8 @@ class Selector:
         Fraction of a layer's budget protected as its newest tokens; None protects ``min(window_size, budget // 2)``.
     past_queries : {"", "turned", "unturned"}
         What it needs of queries that are gone, of :data:`rankkv.query_moments.PAST_QUERIES`; empty for nothing.
+    fallback : (str, str), optional
+        An option the method is meant to have, and what is done where it is not given.
     step : {"decay", "sum", "rescore"}
         How scores go on from query to query: ``"sum"`` adds the attention each new query pays, ``"decay"`` does so over
         an exponential window as long as the observation window, ``"rescore"`` computes them anew from the keys.
@@ -63,6 +65,7 @@ class Selector:
     recent_fraction: float | None = None
     step: str = "decay"
     past_queries: str = ""
+    fallback: tuple[str, str] | None = None
 
     def with_options(self, **options: Any) -> Selector:
         """Return this selector with ``options`` bound.
@@ -97,6 +100,13 @@ class Selector:
     def description(self) -> str:
         """One sentence: the first line of the docstring of ``score``."""
         return (inspect.getdoc(self.score) or "").partition("\n")[0]
+
+    @property
+    def remark(self) -> str:
+        """What is done in place of an option that is not given; empty where there is nothing to say."""
+        if self.fallback is None or self.options.get(self.fallback[0]) is not None:
+            return ""
+        return f"selector {self.name}: {self.fallback[1]}"
 
     def compute_scores(self, observation: Observation) -> Tensor:
         """Compute the scores by which tokens are selected, ``[batch, kv_head or 1, key]``."""

@@ -48,7 +48,8 @@ def score_cur(observation: Observation, leverage: str = "kv_product", local_wind
     by its sum over the row first.
 
     As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
-    other); kvpress protects none.
+    other); kvpress protects none.  Scores that are equal but for rounding tie, and the earlier token is
+    kept.
 
     References
     ----------

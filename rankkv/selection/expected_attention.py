@@ -58,9 +58,9 @@ def score_expected_attention(
     Notes
     -----
     Unlike kvpress' form, ``s`` is the scaling the model uses, which is not ``head_dim ** -0.5`` in all; a learned
-    attention sink takes its part of the softmax; only the rotated part of a head is turned.  Left out are a tanh cap on
-    the logits and position biases.  A model whose layers turn keys in no known way is scored with ``R = 1`` from its
-    queries as they are, and a warning says so.
+    attention sink takes its part of the softmax; and only the rotated part of a head is turned.  Left out are a tanh
+    cap on the logits and position biases.  A model whose layers turn keys in no known way is scored with ``R = 1`` from
+    its queries as they are, and a warning says so.
 
     As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
     other); kvpress protects none.

@@ -30,7 +30,8 @@ def score_knorm(observation: Observation) -> Tensor:
     Notes
     -----
     As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
-    other); kvpress protects none.
+    other); kvpress protects none.  Norms that are equal but for rounding, as those of a token that
+    comes again are in the first layer, tie, and the earlier one is kept.
 
     References
     ----------

@@ -66,6 +66,7 @@ RANKS = {
     "rankkv.generation": 60,
     "rankkv.methods": 60,
     "rankkv.probe": 60,
+    "rankkv.query_filters": 61,
     "rankkv.pipeline": 61,
     "rankkv.selfcheck": 61,
     "rankkv.calibration": 71,

@@ -5,6 +5,7 @@ Every row is scored here from its own tokens alone, so that a padded row has to 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -13,9 +14,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rankkv import RankKVCache
+from rankkv import RankKVCache, compute_query_filters, save_query_filters
 from rankkv.compat import cache_argument
-from rankkv.errors import ConfigError, UnknownNameError
+from rankkv.errors import ConfigError, InputError, UnknownNameError
 from rankkv.query_moments import compute_query_moments
 from rankkv.rotary import find_rotations
 from rankkv.selection import SELECTORS, get_selector
@@ -307,6 +308,88 @@ def test_expected_attention_gives_a_learned_sink_its_part():
     selector = get_selector("expected_attention", value_norms=False)
     assert float(selector.compute_scores(plain)[..., SINKS:].sum()) == pytest.approx(2.0)
     assert float(selector.compute_scores(sunk)[..., SINKS:].sum()) < 1e-6
+
+
+def plain_filters(queries, key_heads):
+    """Return ``[key_head][channel]``: the first right singular vector of each head's queries, averaged over a group."""
+    directions = []
+    for head in queries:
+        left, _, right = torch.linalg.svd(head.double(), full_matrices=False)
+        directions.append(right[0] * (1 if float(left[:, 0].sum()) > 0 else -1))
+    groups = len(directions) // key_heads
+    return [sum(directions[i : i + groups]) / groups for i in range(0, len(directions), groups)]
+
+
+def test_qfilter_without_filters_projects_on_the_prompt_s_own_queries(layer):
+    def formula(keys, values, queries):
+        filters = plain_filters(queries, len(keys))
+        return [[dot(key, own) for key in head] for head, own in zip(keys, filters, strict=True)]
+
+    assert_scores(layer, "qfilter", formula)
+
+
+def test_qfilter_projects_on_the_filters_of_a_file(model, layer, tmp_path):
+    texts = [oracles.random_prompt(n, seed=n) for n in (50, 70)]
+    filters = compute_query_filters(model, [texts[0], texts[1][0]])
+    assert sorted(filters) == [0, 1, 2]
+    path = save_query_filters(filters, tmp_path / "filters.json")
+    queries = torch.cat([oracles.observe_layers(model, text)[1].query[0] for text in texts], dim=-2)
+    own = plain_filters(queries, layer.keys.shape[1])
+    torch.testing.assert_close(filters[1].double(), torch.stack(own), atol=1e-4, rtol=1e-3)
+
+    def formula(keys, values, queries):
+        return [
+            [dot(key, direction) for key in head] for head, direction in zip(keys, filters[1], strict=True)
+        ]
+
+    assert_scores(layer, "qfilter", formula, filters=str(path))
+
+
+def test_filters_may_stand_inside_another_record_and_follow_a_cache_to_its_file(model, tmp_path):
+    filters = compute_query_filters(model, PROMPTS)
+    plain = save_query_filters(filters, tmp_path / "filters.json")
+    inside = tmp_path / "profile.json"
+    inside.write_text(json.dumps({"other": 1, "query_filters": json.loads(plain.read_text())}))
+    caches = []
+    for path in (plain, inside):
+        selector = get_selector("qfilter", filters=path)
+        cache = oracles.prefill(model, PROMPTS[0], selector=selector, budget=20)
+        assert "stand in for calibration" not in cache.summary()
+        caches.append(RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), model))
+        assert caches[-1].selector.options["filters"] == str(path)
+    assert oracles.kept_tokens(caches[0]) == oracles.kept_tokens(caches[1])
+    bare = oracles.prefill(model, PROMPTS[0], selector="qfilter", budget=20)
+    assert "no filters given: the prompt's own queries stand in for calibration" in bare.summary()
+
+
+def test_filters_that_do_not_fit_are_named(tiny_llama, tmp_path):
+    filters = compute_query_filters(tiny_llama(2), PROMPTS[:1])
+    fits = save_query_filters(filters, tmp_path / "two layers.json")
+    wide = save_query_filters({0: torch.zeros(4, 16)}, tmp_path / "wide.json")
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    for path, message in (
+        (fits, "no filter for layer 2: it was computed for another model"),
+        (wide, r"layer 0 .* is \(4, 16\), but the layer's keys are \(2, 16\)"),
+        (empty, "holds no query filters of format"),
+        (tmp_path / "none.json", r"no query filters at .*none.json.*compute_query_filters\(\)"),
+        (3, "filters=3 .* must be the path"),
+    ):
+        selector = get_selector("qfilter", filters=path)
+        with pytest.raises(InputError, match=message):
+            oracles.prefill(tiny_llama(), PROMPTS[0], selector=selector)
+
+
+def test_calibration_names_what_it_lacks(tiny_llama):
+    model = tiny_llama()
+    with pytest.raises(ConfigError, match="need tokenizer="):
+        compute_query_filters(model, ["a text"])
+    with pytest.raises(ConfigError, match="max_tokens=0 "):
+        compute_query_filters(model, PROMPTS, max_tokens=0)
+    with pytest.raises(InputError, match="no text"):
+        compute_query_filters(model, [])
+    with pytest.raises(InputError, match=r"of one text .* \(2, 5\)"):
+        compute_query_filters(model, [torch.ones(2, 5, dtype=torch.long)])
 
 
 def test_moments_of_parts_join_to_those_of_the_whole():

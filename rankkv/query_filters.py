@@ -1,0 +1,114 @@
+"""Calibration of Q-Filters: the principal direction of each head's queries over some texts, in one JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .cache import RankKVCache
+from .errors import ConfigError, InputError
+from .files import dump_json, write_text_atomically
+from .generation import check_input_ids, run_prefill
+from .observation import Observation
+from .query_moments import compute_query_moments, merge_moments
+from .selection import Selector
+from .selection.qfilter import FORMAT, compute_filter, load_query_filters
+
+
+def compute_query_filters(
+    model: Any, texts: Iterable[str | Tensor], tokenizer: Any = None, *, max_tokens: int = 2048
+) -> dict[int, Tensor]:
+    """Compute the filters of selector ``"qfilter"``: the principal direction of each head's queries.
+
+    Runs one forward a text and keeps the mean and covariance of the queries alone, so that memory does not grow with
+    the number of texts.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model the filters are for.
+    texts : iterable of str or Tensor
+        Texts, or their token ids ``[token]`` or ``[1, token]``; some twenty of 2,048 tokens are the paper's choice.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Needed for texts that are strings.
+    max_tokens : int, default 2048
+        Longer texts are cut to this.
+
+    Returns
+    -------
+    dict of int to Tensor
+        Filters ``[key_head, key_dim]`` float32 by layer; write them with :func:`save_query_filters`.
+
+    Raises
+    ------
+    ConfigError
+        If a text is a string and no tokenizer is given, or ``max_tokens`` is no integer of at least 1.
+    InputError
+        If there is no text, or a text is empty.
+
+    References
+    ----------
+    Godey et al., "Q-Filters: Leveraging Query-Key Geometry for Efficient Key-Value Cache Compression", 2025,
+    arXiv:2503.02812.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)).eval()
+    >>> filters = compute_query_filters(model, [torch.arange(60)])
+    >>> sorted(filters), tuple(filters[0].shape)
+    ([0, 1], (2, 8))
+    """
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens!r} must be an integer of at least 1.")
+    moments: dict[int, Tensor] = {}
+    key_heads: dict[int, int] = {}
+
+    def score(observation: Observation) -> Tensor:
+        new = compute_query_moments(observation, "turned")
+        past = moments.get(observation.layer_idx)
+        moments[observation.layer_idx] = new if past is None else merge_moments(past, new)
+        key_heads[observation.layer_idx] = observation.keys.shape[1]
+        return observation.real_index.float()
+
+    watch = Selector("query moments", score, "queries", "control")
+    for text in texts:
+        ids = _read_ids(text, tokenizer)[:, :max_tokens].to(model.get_input_embeddings().weight.device)
+        run_prefill(model, RankKVCache(model, 1.0, selector=watch, strategy="uniform"), ids)
+    if not moments:
+        raise InputError("there is no text to compute query filters from: give at least one.")
+    return {
+        layer: compute_filter(found, key_heads[layer])[0].cpu() for layer, found in sorted(moments.items())
+    }
+
+
+def save_query_filters(filters: Mapping[int, Tensor], path: str | Path) -> Path:
+    """Write filters to one JSON file, which ``get_selector("qfilter", filters=path)`` reads, and return its path.
+
+    Parameters
+    ----------
+    filters : mapping of int to Tensor
+        What :func:`compute_query_filters` returns.
+    path : str or Path
+        Where the file goes; an existing one is replaced in one step.
+    """
+    layers = {str(layer): found.tolist() for layer, found in filters.items()}
+    path = write_text_atomically(path, dump_json({"format": FORMAT, "layers": layers}))
+    load_query_filters(path)
+    return path
+
+
+def _read_ids(text: str | Tensor, tokenizer: Any) -> Tensor:
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ConfigError("texts that are strings need tokenizer=; without one, give token ids.")
+        text = tokenizer(text, return_tensors="pt").input_ids
+    ids = check_input_ids(text)
+    if ids.shape[0] != 1:
+        raise InputError(f"token ids of one text are [token] or [1, token], got {tuple(ids.shape)}.")
+    return ids
