@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,8 @@ class Observation:
     rotation: LayerRotation | None = None
     packed: bool = False
     past_moments: Tensor | None = None
+    # What was measured of this layer before, where one observation is measured more than once.
+    memory: dict[Any, Tensor] | None = None
 
     @property
     def module(self) -> nn.Module | None:

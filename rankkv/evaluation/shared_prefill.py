@@ -138,7 +138,7 @@ class PrefillRecord:
         size = (window_size, sink_size)
         if size not in self._windows:
             self._windows[size] = {
-                index: replace(observation, window_size=window_size, sink_size=sink_size)
+                index: replace(observation, window_size=window_size, sink_size=sink_size, memory={})
                 for index, observation in self._observations.items()
             }
         return self._windows[size]

@@ -108,9 +108,16 @@ def compute_measures(observation: Observation, measure: str, **options: Any) -> 
     """
     function = get_measure(measure)
     known = inspect.signature(function).parameters
-    measured = function(observation, **{name: value for name, value in options.items() if name in known})
-    measured = measured.to("cpu", torch.float64)
-    return round_ranks(measured) if measured.dim() == 1 else measured
+    taken = {name: value for name, value in options.items() if name in known}
+    key = (measure, repr(sorted(taken.items())))
+    memory = observation.memory if "limits" not in taken else None
+    if memory is not None and key in memory:
+        return memory[key]
+    measured = function(observation, **taken).to("cpu", torch.float64)
+    measured = round_ranks(measured) if measured.dim() == 1 else measured
+    if memory is not None:
+        memory[key] = measured
+    return measured
 
 
 __all__ = ["MEASURES", "compute_measures", "get_measure", "register_measure", "unregister_measure"]
