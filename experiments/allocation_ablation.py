@@ -196,9 +196,8 @@ def summarize(rows: Sequence[dict[str, Any]], seed: int) -> str:
                         continue
                     uniform = pick(selector, UNIFORM, ratio, names)
                     paired = compute_mean([a - b for a, b in zip(own, uniform, strict=True)], seed=seed)
-                    line.append(
-                        f"{compute_mean(own, seed=seed).mean:.3f} ({paired.mean:+.3f} [{paired.low:+.3f}, {paired.high:+.3f}])"
-                    )
+                    mean = compute_mean(own, seed=seed).mean
+                    line.append(f"{mean:.3f} ({paired.mean:+.3f} [{paired.low:+.3f}, {paired.high:+.3f}])")
                 lines.append(f"| {strategy} | " + " | ".join(line) + " |")
             lines.append("")
         if 0.2 in ratios and len(ratios) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -79,7 +80,7 @@ def compute_hull(budgets: ArrayLike, values: ArrayLike) -> IntArray:
 
 
 def allocate_by_distortion(
-    curves: list[tuple[ArrayLike, ArrayLike]], total: int, lower: ArrayLike, upper: ArrayLike
+    curves: Sequence[tuple[ArrayLike, ArrayLike]], total: int, lower: ArrayLike, upper: ArrayLike
 ) -> IntArray:
     """Allocate whole tokens so that the sum of the layers' distortions is least.
 
@@ -89,7 +90,7 @@ def allocate_by_distortion(
 
     Parameters
     ----------
-    curves : list of (array_like, array_like)
+    curves : sequence of (array_like, array_like)
         For each layer whole budgets, ascending, from its lower to its upper bound, and the distortion at each.
     total : int
         Tokens over all layers; where it exceeds the upper bounds, these are returned.
