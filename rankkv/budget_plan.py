@@ -104,7 +104,7 @@ class BudgetPlan:
             )
             total = least
         self.total_budget = total
-        self.limits = Limits(total, length, config.window_size)
+        self.limits = Limits(total, length, config.window_size, self.floor)
         self._bounded = bounded
         self._lower = np.full(count, self.floor, dtype=np.int64)
         self._upper = np.full(count, total if bounded else length, dtype=np.int64)

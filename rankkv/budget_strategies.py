@@ -12,6 +12,7 @@ import numpy as np
 
 from rankkv import budget_weights as weights
 from rankkv.budget_checks import check_measures
+from rankkv.budget_distortion import weigh_distortion
 from rankkv.budget_profile import weigh_blend, weigh_profile
 from rankkv.budget_shares import FloatArray
 from rankkv.budget_weights import Limits
@@ -173,6 +174,16 @@ STRATEGIES: dict[str, Strategy] = {
         "squeezeattention",
         "hidden states",
         "O(hidden x keys) a layer",
+    ),
+    "distortion": Strategy(
+        weigh_distortion,
+        True,
+        "least sum of rank ** rank_exponent x error of the layer's output, tried on half of the window's queries",
+        "this project; Y. Shoham, A. Gersho, IEEE TASSP 36 (9), 1988",
+        "distortion",
+        "window attention",
+        "O(window x keys x log keys)",
+        scalar=False,
     ),
 }
 

@@ -25,11 +25,14 @@ class Limits:
         Tokens of the prompt, where known.
     window_size : int, default 32
         The newest tokens, which the papers keep in every layer on top of what they share out.
+    floor : int, default 1
+        Fewest tokens a layer keeps.
     """
 
     total_budget: int
     length: int | None = None
     window_size: int = 32
+    floor: int = 1
 
 
 def check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:

@@ -14,6 +14,7 @@ from ..layer_rank import compute_layer_ranks
 from ..observation import Observation
 from ..rank_kernels import round_ranks
 from .cake import compute_layer_preference
+from .distortion import compute_eviction_errors
 from .dynamickv import compute_best_scores
 from .lava import compute_layer_entropy
 from .squeezeattention import compute_layer_change
@@ -28,6 +29,7 @@ MEASURES: dict[str, Callable[..., Tensor]] = {
     "zigzagkv": compute_layer_uncertainty,
     "dynamickv": compute_best_scores,
     "squeezeattention": compute_layer_change,
+    "distortion": compute_eviction_errors,
 }
 
 _BUILT_IN = frozenset(MEASURES)

@@ -23,6 +23,7 @@ OPTIONS = {
     "zigzagkv": ({}, {"mass": 0.5}),
     "dynamickv": ({}, {"r_max": 2.0, "kernel_size": 3}),
     "squeezeattention": ({},),
+    "distortion": ({}, {"rank_exponent": 0.0}),
 }
 
 
@@ -114,12 +115,55 @@ def squeezeattention(layer, attention):
     return sum(layer.changes[0].tolist()) / 64
 
 
+def distortion(layer, attention, rank_exponent=2.0):
+    """The first 8 of the 16 newest queries choose, the last 8 find out what is missing."""
+    heads, kv_heads, cut = len(attention), layer.keys.shape[1], 56
+    groups = heads // kv_heads
+    module = layer.module
+    joined = (module.o_proj if hasattr(module, "o_proj") else module.dense).weight.detach()
+
+    def output(row, keep):
+        parts = []
+        for head in range(heads):
+            weights = [
+                a if j >= cut or j in keep[head // groups] else 0.0
+                for j, a in enumerate(attention[head][row])
+            ]
+            total = sum(weights)
+            mixed = sum(
+                w / total * layer.values[0, head // groups, j].double() for j, w in enumerate(weights)
+            )
+            parts.append(mixed)
+        return joined.double() @ torch.cat(parts)
+
+    votes = []
+    for kv_head in range(kv_heads):
+        pooled = []
+        for head in range(kv_head * groups, (kv_head + 1) * groups):
+            mean = [sum(attention[head][i][j] for i in range(48, 56)) / 8 for j in range(cut)]
+            pooled.append(pool(mean[:48], 5, max) + mean[48:])
+        votes.append([sum(column) / groups for column in zip(*pooled, strict=True)])
+    everything = [set(range(64))] * kv_heads
+    curve = []
+    for budget in (8, 11, 16, 23, 32, 45):
+        keep = []
+        for scores in votes:
+            sure = {*range(cut - min(8, budget // 2), cut), *range(min(layer.sink_size, budget // 4))}
+            rest = sorted(set(range(cut)) - sure, key=lambda j: -scores[j])
+            keep.append(sure | set(rest[: budget - len(sure)]))
+        wrong = sum(float((output(i, keep) - output(i, everything)).pow(2).sum()) for i in range(56, 64))
+        curve.append(math.sqrt(wrong / sum(float(output(i, everything).pow(2).sum()) for i in range(56, 64))))
+    rank = float(compute_measures(layer, "rank")[0])
+    return [error * rank**rank_exponent for error in curve]
+
+
 SLOW = {
     "cake": cake,
     "lava": lava,
     "zigzagkv": zigzagkv,
     "dynamickv": dynamickv,
     "squeezeattention": squeezeattention,
+    "distortion": distortion,
 }
 
 

@@ -42,6 +42,7 @@ EXPECTED = {
         "zigzagkv",
         "squeezeattention",
         "dynamickv",
+        "distortion",
         "proportional",
         "softmax",
         "adaptive",
