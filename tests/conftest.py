@@ -27,6 +27,22 @@ pytest.register_assert_rewrite("oracles", "peers")
 
 TINY_VOCAB_SIZE = 128
 
+#: One selector for each way scores go on, are shared by heads, ask for past queries, or wrap another's.
+CORE_SELECTORS = {"snapkv", "h2o", "streaming_llm", "expected_attention", "criticalkv"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the other selectors' integration tests to `make test-all`; their own laws and formulas always run."""
+    for item in items:
+        selector = getattr(item, "callspec", None) and item.callspec.params.get("selector")
+        if (
+            isinstance(selector, str)
+            and selector not in CORE_SELECTORS
+            and item.path.parent.name == "integration"
+        ):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def embedded() -> tuple[Any, Any]:
