@@ -58,6 +58,14 @@ def takes_dynamic_cache(model: Any) -> bool:
     return True if ask is None else bool(ask())
 
 
+def read_config(config: Any, name: str) -> Any:
+    """Return a value of a config; None where it has none, or one for each layer, which transformers refuses to read."""
+    spec = vars(config).get("_heterogeneity_spec")
+    if spec is not None and name in spec.per_layer_attributes:
+        return None
+    return getattr(config, name, None)
+
+
 def find_eager_homes(model: Any) -> list[ModuleType]:
     """Find the Python modules whose eager attention function is called without asking the attention interface.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .compat import read_config
 from .config import PROFILE_USERS, RankKVConfig
 from .errors import ProfileError, RankKVError
 from .files import find_cache_folder
@@ -40,7 +41,7 @@ def describe_shape(model: Any) -> dict[str, Any]:
         A causal language model.
     """
     config = model.config.get_text_config(decoder=True)
-    found = {name: getattr(config, name, None) for name in _SHAPE}
+    found = {name: read_config(config, name) for name in _SHAPE}
     return {name: value for name, value in found.items() if isinstance(value, int | str)}
 
 

@@ -159,7 +159,8 @@ class Observation:
     @cached_property
     def is_plainly_causal(self) -> bool:
         """Whether query ``i`` sees exactly the first ``query_start + i + 1`` keys: no padding, eviction or mask."""
-        held = {*self.lengths, *self.available}
+        # A row taken out of a padded batch keeps its logical positions, which start after the padding.
+        held = {*self.lengths, *self.available, self.query_start + self.query_length}
         return self.attention_mask is None and held == {self.key_length}
 
     def compute_attention(self, rows: slice, key_stop: int | None = None) -> Tensor:

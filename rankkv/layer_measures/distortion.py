@@ -63,8 +63,8 @@ def _compute_row(observation: Observation) -> Tensor:
     grid = make_budget_grid(length)
     heads, rows = window.shape[:2]
     held_out = rows // 2
-    if held_out == 0:
-        return torch.zeros(len(grid), dtype=torch.float64)
+    if held_out == 0 or not grid:
+        return torch.zeros(max(1, len(grid)), dtype=torch.float64)
     chosen = rows - held_out
     cut = length - held_out
     scores = _pool(window[:, :chosen, :cut].mean(dim=1), cut - chosen)

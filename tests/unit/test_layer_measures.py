@@ -227,3 +227,10 @@ def test_uncertainty_of_known_attention(model):
     # Row i sees i + 1 tokens alike, so that the older of the 64 tokens hold more; all of them hold everything.
     assert measure(even, "zigzagkv", mass=1.0)[0] == 1.0
     assert 0.7 < float(measure(even, "zigzagkv")[0]) < 0.9
+
+
+def test_a_prompt_below_the_smallest_budget_is_measured_too(model):
+    """Nothing can be tried on a few tokens: every layer counts the same."""
+    for length in (1, 2, 8):
+        layers = observe(model, PROMPT[:, :length])
+        assert not any(measure(layer, "distortion").any() for layer in layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracles
 import pytest
 import torch
@@ -171,3 +173,24 @@ def test_single_precision_gives_way_to_double_where_its_noise_is_the_rank(monkey
     close(compute_layer_ranks(first, "full"), [1.0])
     noise = torch.full((40, 40), 4.0) + 1e-5 * torch.eye(40)
     assert full_rank._compute_rank_in_single(noise) is None
+
+
+@pytest.mark.parametrize("scope", ["full", "window", "evictable"])
+def test_a_short_row_whose_queries_waited_ranks_as_alone(scope):
+    """Observed without a mask, as after a deferred prefill, the row keeps positions that start after its padding."""
+    alone = oracles.observe_random(20)
+    padded = replace(
+        alone,
+        query=torch.nn.functional.pad(alone.query, (0, 0, 13, 0)),
+        keys=torch.nn.functional.pad(alone.keys, (0, 0, 13, 0)),
+        values=torch.nn.functional.pad(alone.values, (0, 0, 13, 0)),
+        positions=torch.arange(33).view(1, 1, -1),
+        valid=torch.arange(33)[None] >= 13,
+        query_valid=torch.arange(33)[None] >= 13,
+        row_start=[13],
+    )
+    taken = padded.take_row(0)
+    torch.testing.assert_close(taken.compute_attention(slice(0, 20)), alone.compute_attention(slice(0, 20)))
+    ranks = [compute_layer_ranks(observed, scope) for observed in (alone, padded, taken)]
+    torch.testing.assert_close(ranks[1], ranks[0])
+    torch.testing.assert_close(ranks[2], ranks[0])
