@@ -278,3 +278,14 @@ def test_parity_table_is_the_committed_record(name):
     assert record["total"] == {
         key: sum(method[key] for method in record["methods"].values()) for key in record["total"]
     }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ablation_tables_are_the_committed_summary(name):
+    summary = (ROOT / "results" / "ablation" / "summary.md").read_text(encoding="utf-8")
+    for selector in ("snapkv", "h2o"):
+        table = re.search(rf"^### {selector}, all texts .*?\n\n(.*?)\n\n", summary, re.MULTILINE | re.DOTALL)[
+            1
+        ]
+        for line in table.splitlines()[2:]:
+            assert line in read(name)
