@@ -188,7 +188,9 @@ class Observation:
         # The queries of one group side by side, so that no key is repeated, and each step after this in place.
         grouped = query.reshape(batch * kv_heads, heads // kv_heads * count, dim)
         logits = grouped.new_empty(*grouped.shape[:2], key_stop)
-        logits.baddbmm_(grouped, keys.reshape(-1, key_stop, dim).mT, beta=0, alpha=float(self.scaling))
+        logits.baddbmm_(
+            grouped, keys.reshape(len(grouped), key_stop, dim).mT, beta=0, alpha=float(self.scaling)
+        )
         logits = logits.view(batch, heads, count, key_stop).float()
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -234,3 +234,16 @@ def test_a_prompt_below_the_smallest_budget_is_measured_too(model):
     for length in (1, 2, 8):
         layers = observe(model, PROMPT[:, :length])
         assert not any(measure(layer, "distortion").any() for layer in layers)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_row_of_nothing_but_padding_does_not_stop_the_others(model, name):
+    """A chunk of a prompt may hold no real token of a short row yet."""
+    layer = observe(model, PROMPT[:, :20].repeat(2, 1))[0]
+    valid = torch.stack([torch.ones(20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)])
+    empty = replace(
+        layer, valid=valid, query_valid=valid, row_start=[0, 20], lengths=[20, 0], available=[20, 0]
+    )
+    alone = measure(observe(model, PROMPT[:, :20])[0], name)[0]
+    measured = measure(empty, name)
+    torch.testing.assert_close(measured[0], alone, rtol=1e-5, atol=1e-7)
