@@ -18,6 +18,7 @@ from rankkv.budget_shares import FloatArray
 from rankkv.budget_weights import Limits
 from rankkv.errors import ConfigError, ProfileError, UnknownNameError
 from rankkv.rank_profile import RankProfile
+from rankkv.registry import add_entry, remove_entry
 
 #: What a strategy may read of each layer, as :attr:`Strategy.needs` says it.
 NEEDS = ("ranks", "window attention", "whole attention", "hidden states", "nothing")
@@ -241,11 +242,7 @@ def register_strategy(name: str, strategy: Strategy) -> Strategy:
     """
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"{strategy!r} is no Strategy: build one around your function of the ranks.")
-    if name in STRATEGIES:
-        raise ConfigError(f"a strategy named {name!r} is registered already: choose another name.")
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ConfigError(f"the strategy's name {name!r} must be a Python name, such as 'my_strategy'.")
-    STRATEGIES[name] = strategy
+    add_entry(STRATEGIES, "strategy", name, strategy)
     return strategy
 
 
@@ -257,11 +254,7 @@ def unregister_strategy(name: str) -> None:
     UnknownNameError
         No strategy of that name was registered.
     """
-    if name in _BUILT_IN or name not in STRATEGIES:
-        raise UnknownNameError.of(
-            "registered strategy", name, [key for key in STRATEGIES if key not in _BUILT_IN]
-        )
-    del STRATEGIES[name]
+    remove_entry(STRATEGIES, "strategy", name, _BUILT_IN)
 
 
 def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:

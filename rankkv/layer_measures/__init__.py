@@ -13,6 +13,7 @@ from ..errors import ConfigError, UnknownNameError
 from ..layer_rank import compute_layer_ranks
 from ..observation import Observation
 from ..rank_kernels import round_ranks
+from ..registry import add_entry, remove_entry
 from .cake import compute_layer_preference
 from .distortion import compute_eviction_errors
 from .dynamickv import compute_best_scores
@@ -70,9 +71,7 @@ def register_measure(name: str, function: Callable[..., Tensor]) -> None:
     """
     if not callable(function):
         raise ConfigError(f"{function!r} is no function of an observation.")
-    if name in MEASURES:
-        raise ConfigError(f"a measure named {name!r} is registered already: choose another name.")
-    MEASURES[name] = function
+    add_entry(MEASURES, "measure", name, function)
 
 
 def unregister_measure(name: str) -> None:
@@ -83,11 +82,7 @@ def unregister_measure(name: str) -> None:
     UnknownNameError
         No measure of that name was registered.
     """
-    if name in _BUILT_IN or name not in MEASURES:
-        raise UnknownNameError.of(
-            "registered measure", name, [key for key in MEASURES if key not in _BUILT_IN]
-        )
-    del MEASURES[name]
+    remove_entry(MEASURES, "measure", name, _BUILT_IN)
 
 
 def compute_measures(observation: Observation, measure: str, **options: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError, UnknownNameError
+from ..registry import add_entry, remove_entry
 from .across_heads import CASCADE_SLACK, select_tokens_across_heads
 from .base import NEEDS, Selector, select_tokens
 from .chunkkv import refine_chunkkv
@@ -131,17 +132,11 @@ def register_selector(selector: Selector) -> Selector:
     """
     if not isinstance(selector, Selector):
         raise ConfigError(f"{selector!r} is no Selector: build one around your scoring function.")
-    if selector.name in SELECTORS:
-        raise ConfigError(f"a selector named {selector.name!r} is registered already: choose another name.")
-    if not selector.name.isidentifier():
-        raise ConfigError(
-            f"the selector's name {selector.name!r} must be a Python name, such as 'my_method'."
-        )
     if selector.needs not in NEEDS:
         raise ConfigError(
             f"needs={selector.needs!r} of selector {selector.name!r} must be one of: {', '.join(NEEDS)}."
         )
-    SELECTORS[selector.name] = selector
+    add_entry(SELECTORS, "selector", selector.name, selector)
     return selector
 
 
@@ -153,11 +148,7 @@ def unregister_selector(name: str) -> None:
     UnknownNameError
         If no method of that name was registered.
     """
-    if name in _BUILT_IN or name not in SELECTORS:
-        raise UnknownNameError.of(
-            "registered selector", name, [key for key in SELECTORS if key not in _BUILT_IN]
-        )
-    del SELECTORS[name]
+    remove_entry(SELECTORS, "selector", name, _BUILT_IN)
 
 
 __all__ = [

@@ -17,6 +17,7 @@ RANKS = {
     "rankkv._version": 0,
     "rankkv.errors": 0,
     "rankkv.files": 1,
+    "rankkv.registry": 1,
     "rankkv.spans": 1,
     "rankkv.rank_profile": 2,
     "rankkv.config": 3,
