@@ -65,6 +65,10 @@ class ProfileError(RankKVError, ValueError):
     """A profile is damaged, belongs to another model, or is wanted where none is known."""
 
 
+class ProcessGroupError(RankKVError, RuntimeError):
+    """Processes that work together do not fit: their number, their devices, or what each was given."""
+
+
 class MissingDependencyError(RankKVError, ImportError):
     """A package behind an extra is not installed; the message gives the one command that installs it."""
 

@@ -22,6 +22,7 @@ RANKS = {
     "rankkv.rank_profile": 2,
     "rankkv.config": 3,
     "rankkv.compat": 1,
+    "rankkv.processes": 1,
     # rank and budget: two pure lines that know nothing of each other
     "rankkv.rank_kernels": 10,
     "rankkv.rank_aggregation": 11,

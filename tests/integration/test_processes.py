@@ -1,0 +1,84 @@
+"""Work over several processes, as accelerate and torchrun start them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import launch, read_results
+
+from rankkv.errors import ProcessGroupError
+from rankkv.processes import Place, find_place, gather, split_samples
+
+SPLIT_AND_GATHER = """
+import json
+from rankkv.processes import find_place, gather, split_samples
+
+samples = [1, 2, 3, 5, 7]
+own = split_samples(samples)
+found = [gather([{"third": sample / 3} for sample in own]), gather([]), gather(split_samples(["only"]))]
+print("result: " + json.dumps([find_place().rank, [own, *found]]) + chr(10), end="", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("launcher", "processes"), [("accelerate", 2), ("torchrun", 3)])
+def test_samples_are_split_and_results_gathered(tmp_path: Path, launcher: str, processes: int) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(SPLIT_AND_GATHER)
+    results = read_results(launch([str(program)], processes, launcher))
+    samples = [1, 2, 3, 5, 7]
+    assert [shares[0] for shares in results] == [samples[rank::processes] for rank in range(processes)]
+    for _, gathered, nothing, one in results:
+        # Every float comes back bit by bit.
+        assert gathered == [{"third": sample / 3} for sample in samples]
+        assert (nothing, one) == ([], ["only"])
+
+
+def test_without_a_launcher_there_is_one_process() -> None:
+    assert find_place() == Place(0, 1)
+    assert split_samples(range(4)) == gather(range(4)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}, Place(1, 4)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "3", "MASTER_ADDR": "localhost"}, Place(2, 3)),
+        # A cluster manager's names without a place to meet: this process is on its own.
+        ({"PMI_RANK": "2", "PMI_SIZE": "3"}, Place(0, 1)),
+    ],
+)
+def test_the_environment_says_which_process_this_is(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: Place
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert find_place() == place
+    assert split_samples(range(7)) == list(range(7))[place.rank :: place.size]
+
+
+def test_an_impossible_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ProcessGroupError, match="RANK=4 is outside 0 to"):
+        find_place()
+
+
+WRONG_NUMBER = """
+import json
+from rankkv.errors import ProcessGroupError
+from rankkv.processes import find_place, gather
+
+try:
+    gather(["a"] * find_place().rank)
+except ProcessGroupError as error:
+    print("result: " + json.dumps([find_place().rank, str(error)]) + chr(10), end="", flush=True)
+"""
+
+
+def test_results_that_fit_no_split_are_refused_everywhere(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(WRONG_NUMBER)
+    messages = read_results(launch([str(program)], 2))
+    assert len(messages) == 2
+    assert all("gathered [0, 1] results, which is no split of 1 samples" in message for message in messages)
