@@ -157,6 +157,11 @@ class RankKVCache(ObservedCache):
         return self._flow.compressor.plans
 
     @property
+    def row_start(self) -> list[int]:
+        """Padding before the first real token of each row; empty before the prefill."""
+        return list(self._flow.row_start or [])
+
+    @property
     def budgets_per_row(self) -> list[list[int]]:
         """Tokens kept of the prompt, ``[row][compressible layer]``; empty before the prefill."""
         return [list(plan.budgets) for plan in self.plans]

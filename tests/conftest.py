@@ -120,3 +120,12 @@ def tiny_neox() -> Callable[..., Any]:
         return _build_tiny(GPTNeoXConfig(**(options | overrides)), seed, attn_implementation)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small(embedded: Any, tiny_llama: Callable[..., Any], tmp_path_factory: Any) -> Any:
+    """A folder with a random Llama of three layers that reads the embedded model's tokens."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    tiny_llama(vocab_size=len(embedded[1])).save_pretrained(folder)
+    embedded[1].save_pretrained(folder)
+    return folder

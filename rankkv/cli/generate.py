@@ -19,6 +19,7 @@ from .common import (
     reports_errors,
 )
 from .display import AnswerStream, make_console, show_step, watch_layers
+from .explain import print_kept_tokens
 
 
 @reports_errors
@@ -54,6 +55,9 @@ def generate(
     device_map: Annotated[
         str | None, typer.Option(help="Where the model goes, such as auto or cuda; needs accelerate.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show which parts of the prompt were kept for this answer.")
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print answer and measurements as JSON to stdout.")
     ] = False,
@@ -112,7 +116,14 @@ def generate(
 
         record = analyze_generation(language_model, input_ids, cache, max_new_tokens, on_token=on_token)
         answer = stream.end()
+    kept, pieces = None, []
+    if explain:
+        from ..kept_tokens import analyze_kept_tokens
+        from ..token_pieces import split_pieces
+
+        kept, pieces = analyze_kept_tokens(cache), split_pieces(tokenizer, input_ids[0].tolist())
     if json:
+        explained = {} if kept is None else {"kept_tokens": {"pieces": pieces, **kept.to_dict()}}
         print_json(
             {
                 "answer": answer,
@@ -121,6 +132,7 @@ def generate(
                 "config": config.to_dict(),
                 "layer_indices": cache.layer_indices,
                 **record.to_dict(),
+                **explained,
                 "versions": collect_versions(),
             }
         )
@@ -136,3 +148,5 @@ def generate(
         markup=False,
         soft_wrap=True,
     )
+    if kept is not None:
+        print_kept_tokens(console, pieces, kept)

@@ -29,15 +29,6 @@ def invoke(*arguments):
 
 
 @pytest.fixture(scope="session")
-def small(embedded, tiny_llama, tmp_path_factory):
-    """A folder with a random Llama of three layers that reads the embedded model's tokens."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    tiny_llama(vocab_size=len(embedded[1])).save_pretrained(folder)
-    embedded[1].save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def small_model(small):
     from rankkv import load_model
 

@@ -67,6 +67,7 @@ RANKS = {
     "rankkv.cache": 54,
     # the users of the line
     "rankkv.generation": 60,
+    "rankkv.kept_tokens": 60,
     "rankkv.methods": 60,
     "rankkv.probe": 60,
     "rankkv.query_filters": 61,
@@ -79,6 +80,7 @@ RANKS = {
     "rankkv._embedded": 2,
     "rankkv.models": 3,
     "rankkv.texts": 3,
+    "rankkv.token_pieces": 3,
     # on top
     "rankkv.evaluation": 70,
     "rankkv.plots": 70,
