@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -100,7 +101,7 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
     header = {
         "format": _FORMAT,
         "fingerprint": fingerprint,
-        "options": {**cache.config.to_dict(), "selector": _describe(cache.selector)},
+        "options": {**cache.config.to_dict(), "selector": describe_selector(cache.selector)},
         "layers": layers,
         "flow": {name: getattr(flow, name) for name in ("row_start", "compressed_at", "streaming")},
         "plans": [_plan_record(plan) for plan in flow.compressor.plans],
@@ -148,7 +149,7 @@ def restore_config(header: dict[str, Any]) -> RankKVConfig:
         If the description is not one that this version writes.
     """
     options = dict(header["options"])
-    options["selector"] = _restore_selector(options["selector"])
+    options["selector"] = restore_selector(options["selector"])
     options["protect"] = [tuple(span) for span in options["protect"]]
     return RankKVConfig(**options)
 
@@ -191,10 +192,11 @@ def restore_state(
     flow.compressor.plans = [_restore_plan(cache, record) for record in header["plans"]]
 
 
-def _describe(selector: Selector) -> dict[str, Any]:
+def describe_selector(selector: Selector) -> dict[str, Any]:
+    """Return a selector's name and options as JSON-ready values."""
     # A method that wraps another one has that as an option.
     options = {
-        name: _describe(value)
+        name: describe_selector(value)
         if isinstance(value, Selector)
         else (str(value) if isinstance(value, PurePath) else value)
         for name, value in selector.options.items()
@@ -204,9 +206,10 @@ def _describe(selector: Selector) -> dict[str, Any]:
     return {"name": selector.name, "options": options}
 
 
-def _restore_selector(record: dict[str, Any]) -> Selector:
+def restore_selector(record: Mapping[str, Any]) -> Selector:
+    """Build the selector that :func:`describe_selector` described."""
     options = {
-        name: _restore_selector(value) if isinstance(value, dict) else value
+        name: restore_selector(value) if isinstance(value, dict) else value
         for name, value in record["options"].items()
     }
     return get_selector(record["name"], **options)

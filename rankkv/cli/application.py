@@ -11,6 +11,7 @@ from .analyze import analyze
 from .calibrate import calibrate
 from .check import check
 from .demo import demo
+from .export_generate import export_generate
 from .generate import generate
 from .methods import methods
 
@@ -26,6 +27,7 @@ app.command()(demo)
 app.command()(analyze)
 app.command()(generate)
 app.command()(calibrate)
+app.command()(export_generate)
 app.command()(methods)
 app.command()(check)
 

@@ -68,6 +68,7 @@ RANKS = {
     # the users of the line
     "rankkv.generation": 60,
     "rankkv.kept_tokens": 60,
+    "rankkv.prompts": 61,
     "rankkv.methods": 60,
     "rankkv.probe": 60,
     "rankkv.query_filters": 61,
