@@ -5,13 +5,28 @@ from __future__ import annotations
 from .needle import NeedleScore, evaluate_needle
 from .perplexity import ContinuationScore, compute_continuation_loss, evaluate_continuation
 from .shared_prefill import PrefillRecord, record_prefill
+from .task_runner import BLANK, FULL, evaluate_blank, evaluate_sample, evaluate_task
+from .tasks import TASKS, Haystack, Sample, Task, get_task, make_samples, register_task, unregister_task
 
 __all__ = [
+    "BLANK",
+    "FULL",
+    "TASKS",
     "ContinuationScore",
+    "Haystack",
     "NeedleScore",
     "PrefillRecord",
+    "Sample",
+    "Task",
     "compute_continuation_loss",
+    "evaluate_blank",
     "evaluate_continuation",
     "evaluate_needle",
+    "evaluate_sample",
+    "evaluate_task",
+    "get_task",
+    "make_samples",
     "record_prefill",
+    "register_task",
+    "unregister_task",
 ]

@@ -1,0 +1,253 @@
+"""Running a task's samples: one prefill for all settings, one row for each sample and setting."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache_report import count_slots
+from ..compat import cache_argument
+from ..errors import ConfigError
+from .shared_prefill import PrefillRecord, record_prefill
+from .tasks import Prompt, Sample
+
+#: Names of the two settings that every task runs: the whole cache, and the whole cache of a context without the answer.
+FULL, BLANK = "full", "blank"
+
+#: Tokens a greedy output may have beyond the right answer.
+EXTRA_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    score: float
+    loss: float
+    output: str
+    predicted: Tensor
+
+
+def evaluate_task(
+    model: Any,
+    tokenizer: Any,
+    samples: Iterable[Sample],
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    blank: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """Score samples with the full cache and every setting; one prefill a sample, one more for its blank context.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model and its tokenizer.
+    samples : iterable of Sample
+        From :func:`~rankkv.evaluation.tasks.make_samples`.
+    settings : mapping
+        Name of each setting, and its options of :class:`~rankkv.RankKVCache`.
+    blank : bool, default True
+        Whether to measure the guess rate.
+
+    Yields
+    ------
+    dict
+        As :func:`evaluate_sample`, and the blank context's row after each sample's.
+
+    Raises
+    ------
+    ConfigError
+        If a setting's name is "full" or "blank".
+    RankKVError
+        As :class:`~rankkv.RankKVCache`.
+    """
+    for sample in samples:
+        record = record_prefill(model, torch.tensor(sample.context_ids)[None])
+        yield from evaluate_sample(record, tokenizer, sample, settings)
+        del record
+        if blank and sample.blank_ids is not None:
+            yield evaluate_blank(model, tokenizer, sample)
+
+
+def evaluate_sample(
+    record: PrefillRecord, tokenizer: Any, sample: Sample, settings: Mapping[str, Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Score one sample with the full cache, then with each setting, from one recorded prefill.
+
+    Parameters
+    ----------
+    record : PrefillRecord
+        Of ``sample.context_ids``.
+    tokenizer
+        Of the model.
+    sample : Sample
+        Its questions are asked of a copy of each cache.
+    settings : mapping
+        Name of each setting, and its options of :class:`~rankkv.RankKVCache`.
+
+    Yields
+    ------
+    dict
+        The same columns for every task, ``"full"`` first: ``task``, ``sample``, ``index``, ``seed``, ``length``
+        (tokens), ``depth``, ``question_aware``, ``questions``, ``setting``, ``metric``, ``higher_is_better``,
+        ``score`` (of the task's metric, mean over questions), ``answer_loss`` (mean negative log-likelihood of the
+        right answer, nats a token), ``divergence`` (mean Kullback-Leibler divergence from the full cache's
+        predictions over the right answer, nats a token; null of a blank context), ``kept_tokens`` and
+        ``full_tokens`` (over all layers), ``cache_bytes`` and ``full_cache_bytes`` (of the context), ``output`` and
+        ``expected`` (text).
+
+    Raises
+    ------
+    ConfigError
+        If a setting's name is "full" or "blank".
+    """
+    taken = {FULL, BLANK} & set(settings)
+    if taken:
+        raise ConfigError(
+            f"a setting is named {sorted(taken)[0]!r}, which every task runs by itself: rename it."
+        )
+    whole = _measure(record.build_full_cache())
+    full = [_ask(record, tokenizer, prompt, record.build_full_cache()) for prompt in sample.prompts]
+    yield _make_row(sample, FULL, full, full, whole, whole)
+    for name, options in settings.items():
+        cache = record.build_cache(**options)
+        size = _measure(cache)
+        outcomes = [
+            _ask(record, tokenizer, prompt, cache.copy() if number + 1 < len(sample.prompts) else cache)
+            for number, prompt in enumerate(sample.prompts)
+        ]
+        yield _make_row(sample, name, outcomes, full, size, whole)
+
+
+def evaluate_blank(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]:
+    """Score a sample's questions after a context without the answers, whole: what is right of that is guessed.
+
+    Raises
+    ------
+    ConfigError
+        If the sample has no blank context.
+    """
+    if sample.blank_ids is None:
+        raise ConfigError(f"sample {sample.name} of {sample.task.name!r} has no blank context to guess from.")
+    record = record_prefill(model, torch.tensor(sample.blank_ids)[None])
+    outcomes = [_ask(record, tokenizer, prompt, record.build_full_cache()) for prompt in sample.prompts]
+    whole = _measure(record.build_full_cache())
+    return _make_row(sample, BLANK, outcomes, None, whole, whole)
+
+
+def _measure(cache: Any) -> tuple[int, int]:
+    """Return slots over all layers, and bytes."""
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    if hasattr(cache, "kept_lengths"):
+        return sum(cache.kept_lengths), cache.cache_bytes()
+    return (
+        sum(count_slots(layer) for layer in layers),
+        sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+    )
+
+
+def _make_row(
+    sample: Sample,
+    setting: str,
+    outcomes: Sequence[_Outcome],
+    full: Sequence[_Outcome] | None,
+    size: tuple[int, int],
+    whole: tuple[int, int],
+) -> dict[str, Any]:
+    task, many = sample.task, len(outcomes)
+    divergence = None
+    if full is not None:
+        divergence = sum(_compute_divergence(a, b) for a, b in zip(full, outcomes, strict=True)) / many
+    return {
+        "task": task.name,
+        "sample": sample.name,
+        "index": sample.index,
+        "seed": sample.seed,
+        "length": sample.length,
+        "depth": sample.depth,
+        "question_aware": sample.question_aware,
+        "questions": many,
+        "setting": setting,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "score": sum(one.loss if task.metric == "loss" else one.score for one in outcomes) / many,
+        "answer_loss": sum(one.loss for one in outcomes) / many,
+        "divergence": divergence,
+        "kept_tokens": size[0],
+        "full_tokens": whole[0],
+        "cache_bytes": size[1],
+        "full_cache_bytes": whole[1],
+        "output": "\n".join(one.output for one in outcomes),
+        "expected": "\n".join(", ".join(prompt.answers) for prompt in sample.prompts),
+    }
+
+
+def _compute_divergence(full: _Outcome, other: _Outcome) -> float:
+    if full is other:
+        return 0.0
+    return float((full.predicted.exp() * (full.predicted - other.predicted)).sum(-1).mean())
+
+
+def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _Outcome:
+    """Feed question and right answer for the likelihood; where that is not what greedy decoding says, decode."""
+    model = record.model
+    follow = torch.tensor(prompt.question_ids + prompt.answer_ids, device=model.device)[None]
+    # With neither question nor continuation before it, the first token is predicted before any cache is read.
+    first = max(len(prompt.question_ids), 1)
+    spare = copy.deepcopy(cache) if prompt.answers else None
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=follow, use_cache=True, **cache_argument(cache)).logits[0].float()
+    predicted, wanted = logits[first - 1 : -1].log_softmax(dim=-1), follow[0, first:]
+    loss = float(-predicted.gather(-1, wanted[:, None]).mean())
+    if spare is None:
+        return _Outcome(0.0, loss, "", predicted)
+    said_right = bool((predicted.argmax(dim=-1) == wanted).all())
+    if said_right and first == 1 and not prompt.question_ids:
+        said_right = int(record.last_logits[0].argmax()) == prompt.answer_ids[0]
+    ids = list(prompt.answer_ids) if said_right else _decode(record, tokenizer, prompt, spare)
+    output = tokenizer.decode(ids, skip_special_tokens=True)
+    return _Outcome(compute_recall(output, prompt.answers), loss, output, predicted)
+
+
+def _decode(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> list[int]:
+    """Return the greedy output of the ordinary ``generate()`` after context and question."""
+    model, budget = record.model, len(prompt.answer_ids) + EXTRA_TOKENS
+    asked = torch.tensor(prompt.question_ids, dtype=torch.long, device=model.device)[None]
+    given = torch.cat([record.input_ids, asked], dim=1)
+    said: list[int] = []
+    if asked.shape[1] == 0:
+        # The prefill has predicted this one; generate() needs a token that the cache has not seen.
+        first = record.last_logits.argmax(dim=-1)
+        said = [int(first)]
+        given = torch.cat([given, first[None].to(given.device)], dim=1)
+        budget -= 1
+    end = model.generation_config.eos_token_id
+    if said and said[0] in (end if isinstance(end, list) else [end]):
+        return said
+    output = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        do_sample=False,
+        max_new_tokens=budget,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **cache_argument(cache),
+    )
+    return said + output[0, given.shape[1] :].tolist()
+
+
+def compute_recall(output: str, answers: Sequence[str]) -> float:
+    """Compute the share of the answers that stand in an output as whole words, whatever their case.
+
+    RULER's ``string_match_all``, but a number inside a longer number does not count.
+
+    Examples
+    --------
+    >>> compute_recall("The codes are 123 and 4567.", ["123", "456"])
+    0.5
+    """
+    found = [re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", output, re.IGNORECASE) for answer in answers]
+    return sum(match is not None for match in found) / len(answers)

@@ -1,0 +1,112 @@
+"""Tasks that need no download: one function makes a task's samples, one registry line names it."""
+
+from __future__ import annotations
+
+from ...errors import ConfigError, UnknownNameError
+from ...registry import add_entry, remove_entry
+from .base import Draft, Haystack, Place, Question, Task
+from .continuation import make_continuation
+from .needles import make_needles
+from .samples import Prompt, Sample, make_samples
+from .tracking import make_tracking
+from .words import make_common_words, make_frequent_words
+
+_RULER = "arXiv:2404.06654"
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("perplexity", make_continuation, "loss", "loss of the text that follows"),
+        Task(
+            "needle",
+            make_needles,
+            "recall",
+            "Kamradt 2023, a grid of depths",
+            {"depths": (0.0, 0.25, 0.5, 0.75, 1.0)},
+        ),
+        Task("niah_single", make_needles, "recall", _RULER),
+        Task("niah_multikey", make_needles, "recall", _RULER, {"keys": 4}),
+        Task("niah_multivalue", make_needles, "recall", _RULER, {"values": 4}),
+        Task("niah_multiquery", make_needles, "recall", _RULER, {"keys": 4, "queries": 4}),
+        Task("variable_tracking", make_tracking, "recall", _RULER),
+        Task("common_words", make_common_words, "recall", _RULER),
+        Task("frequent_words", make_frequent_words, "recall", _RULER),
+        Task(
+            "multi_question",
+            make_needles,
+            "recall",
+            "several questions to one compressed context",
+            {"keys": 4, "queries": 4, "together": False},
+        ),
+    )
+}
+_BUILT_IN = frozenset(TASKS)
+
+
+def get_task(name: str | Task) -> Task:
+    """Return a task by name, or the task given.
+
+    Raises
+    ------
+    UnknownNameError
+        If no task of that name is registered.
+
+    Examples
+    --------
+    >>> get_task("needle").metric
+    'recall'
+    """
+    if isinstance(name, Task):
+        return name
+    if name not in TASKS:
+        raise UnknownNameError.of("task", name, TASKS)
+    return TASKS[name]
+
+
+def register_task(task: Task) -> Task:
+    """Add a task to the registry, so that its name works wherever a task is named.
+
+    Raises
+    ------
+    ConfigError
+        If it is no task, or its name is taken or no Python name.
+
+    Examples
+    --------
+    >>> def make_nothing(haystack, place):
+    ...     return Draft(haystack.cut(place.length, place), [Question(" Which?", " It is", ("x",), " x")])
+    >>> register_task(Task("nothing", make_nothing, "recall", "this example")).name
+    'nothing'
+    >>> unregister_task("nothing")
+    """
+    if not isinstance(task, Task):
+        raise ConfigError(f"{task!r} is no Task: build one around your function.")
+    add_entry(TASKS, "task", task.name, task)
+    return task
+
+
+def unregister_task(name: str) -> None:
+    """Take a task out of the registry that :func:`register_task` put there.
+
+    Raises
+    ------
+    UnknownNameError
+        If no task of that name was registered.
+    """
+    remove_entry(TASKS, "task", name, _BUILT_IN)
+
+
+__all__ = [
+    "TASKS",
+    "Draft",
+    "Haystack",
+    "Place",
+    "Prompt",
+    "Question",
+    "Sample",
+    "Task",
+    "get_task",
+    "make_samples",
+    "register_task",
+    "unregister_task",
+]

@@ -1,0 +1,141 @@
+"""Needles in a haystack: one fact or several, with facts of other names around them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from ...errors import ConfigError
+from .base import Draft, Haystack, Place, Question
+
+NEEDLE = " The access code for {place} is {code}."
+_COLOURS = (
+    "amber", "black", "bronze", "copper", "crimson", "golden", "green", "grey", "indigo", "ivory", "orange", "purple",
+    "scarlet", "silver", "turquoise", "violet", "white", "yellow",
+)  # fmt: skip
+_ROOMS = (
+    "archive", "attic", "bridge", "cellar", "chapel", "corridor", "gallery", "garden", "gate", "harbour", "kitchen",
+    "laboratory", "library", "office", "stable", "studio", "theatre", "tower", "tunnel", "workshop",
+)  # fmt: skip
+
+
+def make_needles(
+    haystack: Haystack,
+    place: Place,
+    *,
+    keys: int = 1,
+    values: int = 1,
+    queries: int = 1,
+    together: bool = True,
+    digits: int = 5,
+    depths: Sequence[float] | None = None,
+) -> Draft:
+    """Hide access codes in a text and ask for some of them.
+
+    ``keys`` places have ``values`` codes each; ``queries`` of the places are asked for.  Single needle: 1, 1, 1;
+    multi-key: many keys, one asked; multi-value: one key with many values; multi-query: all of many keys in one
+    question.  The blank context keeps the codes of the places that are not asked for.
+
+    Parameters
+    ----------
+    haystack : Haystack
+        Any text without access codes.
+    place : Place
+        Which sample.
+    keys : int, default 1
+        Places with codes.
+    values : int, default 1
+        Codes of each place.
+    queries : int, default 1
+        Places asked for, at most ``keys``.
+    together : bool, default True
+        Whether one question asks for all; otherwise each has its own, over the one compressed context.
+    digits : int, default 5
+        Of a code.
+    depths : sequence of float, optional
+        Where a single needle stands, taken in turn from sample to sample; without it all needles stand at depths
+        drawn by chance.
+
+    Raises
+    ------
+    ConfigError
+        If a number is below 1, ``queries`` above ``keys``, ``digits`` below 2, a depth outside [0, 1], or depths are
+        given for several needles.
+    InputError
+        If the context is too short for the needles, or the text for the context.
+
+    References
+    ----------
+    C.-P. Hsieh et al., *RULER: What's the Real Context Size of Your Long-Context Language Models?*,
+    arXiv:2404.06654, section 3 (NIAH); G. Kamradt, *Needle In A Haystack*, 2023, for the grid of depths.
+    """
+    _check(keys, values, queries, digits, depths)
+    draw = place.draw
+    names = _draw_places(keys, draw)
+    codes = _draw_codes(keys * values, digits, draw)
+    held = {name: codes[number * values : (number + 1) * values] for number, name in enumerate(names)}
+    if depths is not None:
+        at = [depths[place.index % len(depths)]]
+    else:
+        at = [draw.random() for _ in codes]
+    # Asked in the order in which the codes stand, so that the likeliest order of several is one that the text shows.
+    order = sorted(range(len(codes)), key=at.__getitem__)
+    owners = [name for name in names for _ in range(values)]
+    facts = [(NEEDLE.format(place=owners[number], code=codes[number]), at[number]) for number in order]
+    asked = names[:queries]
+    state = draw.getstate()
+    context = haystack.hide(facts, place)
+    draw.setstate(state)
+    others = [fact for fact, number in zip(facts, order, strict=True) if owners[number] not in asked]
+    blank = haystack.hide(others, place)
+    standing = {name: [codes[number] for number in order if owners[number] == name] for name in held}
+    questions = [_ask(asked, standing)] if together else [_ask([name], standing) for name in asked]
+    return Draft(context, questions, blank, depth=at[0] if len(codes) == 1 else None)
+
+
+def _ask(asked: Sequence[str], standing: dict[str, list[str]]) -> Question:
+    codes = [code for name in asked for code in standing[name]]
+    names = _join(asked)
+    verb, noun = ("is", "code") if len(codes) == 1 else ("are", "codes")
+    order = ", in this order," if len(asked) > 1 else ""
+    return Question(
+        f"\n\nWhat {verb} the access {noun} for {names}{order} in the text above?",
+        f" The access {noun} for {names} {verb}",
+        tuple(codes),
+        f" {_join(codes)}",
+    )
+
+
+def _join(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _draw_places(count: int, draw: random.Random) -> list[str]:
+    known = [f"the {colour} {room}" for colour in _COLOURS for room in _ROOMS]
+    if count > len(known):
+        raise ConfigError(f"keys={count} must be at most {len(known)}, the names there are.")
+    return draw.sample(known, count)
+
+
+def _draw_codes(count: int, digits: int, draw: random.Random) -> list[str]:
+    codes: dict[str, None] = {}
+    while len(codes) < count:
+        codes["".join(draw.choices("123456789", k=digits))] = None
+    return list(codes)
+
+
+def _check(keys: int, values: int, queries: int, digits: int, depths: Sequence[float] | None) -> None:
+    for name, value in (("keys", keys), ("values", values), ("queries", queries)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1.")
+    if queries > keys:
+        raise ConfigError(f"queries={queries} must be at most keys={keys}: nothing else has a code.")
+    if digits < 2 or 9**digits < 2 * keys * values:
+        raise ConfigError(
+            f"digits={digits} must be at least 2 and leave more codes than the {keys * values} that are drawn: a short "
+            "one is guessed too often."
+        )
+    if depths is not None and (keys > 1 or values > 1):
+        raise ConfigError(f"depths are for one needle, but there are keys={keys} and values={values}.")
+    if depths is not None and not (depths and all(0.0 <= depth <= 1.0 for depth in depths)):
+        raise ConfigError(f"depths {list(depths)} must lie in [0, 1], from the beginning to the end.")
