@@ -59,8 +59,8 @@ def make_tracking(
         depths = sorted(draw.random() for _ in range(hops + 1))
         for hop, depth in enumerate(depths):
             own = chain * (hops + 1) + hop
-            value = variables[own - 1] if hop else numbers[own]
-            facts.append((f" VAR {variables[own]} = {value}.", depth))
+            held = variables[own - 1] if hop else numbers[own]
+            facts.append((f" VAR {variables[own]} = {held}.", depth))
             unlinked.append((f" VAR {variables[own]} = {numbers[own]}.", depth))
     state = draw.getstate()
     context = haystack.hide(facts, place)
