@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 from rankkv.errors import InputError, MissingDependencyError, SourceUnavailableError
 
@@ -35,7 +35,7 @@ def require(package: str, command: str, purpose: str) -> None:
         raise MissingDependencyError(f"{purpose} needs the package {package!r}; install it with: {command}")
 
 
-def is_hub_reachable(name: str, kind: Literal["model", "dataset"]) -> bool:
+def is_hub_reachable(name: str, kind: Literal["model", "dataset"], token: str | bool | None = None) -> bool:
     """Say whether the hub answers for ``name``; one request, no retry, at most ten seconds.
 
     Parameters
@@ -44,6 +44,8 @@ def is_hub_reachable(name: str, kind: Literal["model", "dataset"]) -> bool:
         Hub id, "organisation/name".
     kind : {"model", "dataset"}
         What the id names.
+    token : str or bool, optional
+        The user's, where it is not the one that is logged in.
 
     Returns
     -------
@@ -60,7 +62,7 @@ def is_hub_reachable(name: str, kind: Literal["model", "dataset"]) -> bool:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+    ask = HfApi(token=token).model_info if kind == "model" else HfApi(token=token).dataset_info
     try:
         ask(name, timeout=PROBE_TIMEOUT_SECONDS)
     except HFValidationError as error:
@@ -76,3 +78,94 @@ def is_hub_reachable(name: str, kind: Literal["model", "dataset"]) -> bool:
         # What a failed connection raises depends on the client's HTTP library, which has changed before.
         return False
     return True
+
+
+def push_file(repo_id: str, name: str, content: bytes, private: bool | None = None, **options: Any) -> str:
+    """Upload one file to a model repository, which is made if there is none, and return the commit's address.
+
+    Parameters
+    ----------
+    repo_id : str
+        "organisation/name".
+    name : str
+        Path in the repository.
+    content : bytes
+        What stands in the file.
+    private : bool, optional
+        For a repository that is made.
+    **options
+        Of ``huggingface_hub.HfApi.upload_file``, such as ``token``, ``revision`` or ``create_pr``.
+
+    Raises
+    ------
+    InputError
+        If ``repo_id`` cannot be a hub id.
+    SourceUnavailableError
+        If the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    token = options.pop("token", None)
+    try:
+        is_there = is_hub_reachable(repo_id, "model", token)
+    except SourceUnavailableError:
+        is_there = None
+    if is_there is False:
+        raise SourceUnavailableError(
+            f"the hub cannot be reached to push {name} to {repo_id!r}: save() keeps it in a file."
+        )
+    api = HfApi(token=token)
+    try:
+        if is_there is None:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id, **options)
+    except HfHubHTTPError as error:
+        raise SourceUnavailableError(_explain(error, f"push {name} to {repo_id!r}")) from error
+    return str(done.commit_url)
+
+
+def pull_file(repo_id: str, name: str, **options: Any) -> str:
+    """Download one file of a model repository, or find it in the local cache, and return its path.
+
+    Parameters
+    ----------
+    repo_id : str
+        "organisation/name".
+    name : str
+        Path in the repository.
+    **options
+        Of ``huggingface_hub.hf_hub_download``, such as ``token`` or ``revision``.
+
+    Raises
+    ------
+    InputError
+        If ``repo_id`` cannot be a hub id.
+    SourceUnavailableError
+        If the hub cannot be reached and the file was not downloaded before, or there is no such file or repository.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    reachable = is_hub_reachable(repo_id, "model", options.get("token"))
+    try:
+        return str(
+            hf_hub_download(repo_id, name, **options, **({} if reachable else {"local_files_only": True}))
+        )
+    except EntryNotFoundError as error:
+        if not reachable:
+            raise SourceUnavailableError(
+                f"the hub cannot be reached to pull {name} from {repo_id!r}, and it was not downloaded before."
+            ) from error
+        raise SourceUnavailableError(
+            f"{repo_id!r} holds no {name}: push one, or check the revision."
+        ) from error
+    except HfHubHTTPError as error:
+        raise SourceUnavailableError(_explain(error, f"pull {name} from {repo_id!r}")) from error
+
+
+def _explain(error: Any, purpose: str) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = getattr(error, "server_message", None) or str(error).splitlines()[0]
+    remedy = " Log in with `hf auth login`, or give a token that may do it." if status in (401, 403) else ""
+    return f"the hub refused to {purpose} (status {status}: {reason.rstrip('.')}).{remedy}"

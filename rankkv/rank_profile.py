@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._hub import is_hub_reachable, require
+from ._hub import pull_file, push_file, require
 from .errors import InputError, ProfileError, SourceUnavailableError
 from .files import dump_json, write_text_atomically
 
@@ -248,54 +248,46 @@ class RankProfile:
         return profile
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the profile to a model repository of the hub, and return its address.
+        """Upload the profile, as JSON, to a model repository of the hub, and return the commit's address.
+
+        Parameters
+        ----------
+        repo_id : str
+            "organisation/name"; the repository is made if there is none.
+        **options
+            ``private`` for a new repository, and those of ``huggingface_hub.HfApi.upload_file``, such as ``token``,
+            ``revision`` or ``create_pr``.
+
+        Raises
+        ------
+        InputError
+            If ``repo_id`` cannot be a hub id.
+        SourceUnavailableError
+            If the hub cannot be reached, or refuses.
+        """
+        require("huggingface_hub", "pip install huggingface_hub", "pushing a profile")
+        return push_file(repo_id, HUB_FILE, dump_json(self.to_dict()).encode(), **options)
+
+    @classmethod
+    def pull_from_hub(cls, repo_id: str, **options: Any) -> RankProfile:
+        """Download a profile that `push_to_hub` uploaded; without the hub, the one that was downloaded before.
 
         Parameters
         ----------
         repo_id : str
             "organisation/name".
         **options
-            Of ``huggingface_hub.HfApi.upload_file``, such as ``token`` or ``revision``.
+            Of ``huggingface_hub.hf_hub_download``, such as ``token`` or ``revision``.
 
         Raises
         ------
         SourceUnavailableError
-            If the hub cannot be reached.
-        """
-        require("huggingface_hub", "pip install huggingface_hub", "pushing a profile")
-        if not is_hub_reachable(repo_id, "model"):
-            raise SourceUnavailableError(
-                f"the hub cannot be reached to push a profile to {repo_id!r}: save() keeps it in a file."
-            )
-        from huggingface_hub import HfApi
-
-        content = dump_json(self.to_dict()).encode()
-        return str(
-            HfApi().upload_file(path_or_fileobj=content, path_in_repo=HUB_FILE, repo_id=repo_id, **options)
-        )
-
-    @classmethod
-    def pull_from_hub(cls, repo_id: str, **options: Any) -> RankProfile:
-        """Download a profile that `push_to_hub` uploaded.
-
-        Raises
-        ------
-        SourceUnavailableError
-            If the hub cannot be reached, or the repository holds no profile.
+            If the hub cannot be reached and nothing was downloaded before, or the repository holds no profile.
+        ProfileError
+            If what it holds is none.
         """
         require("huggingface_hub", "pip install huggingface_hub", "pulling a profile")
-        if not is_hub_reachable(repo_id, "model"):
-            raise SourceUnavailableError(f"the hub cannot be reached to pull a profile from {repo_id!r}.")
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            path = hf_hub_download(repo_id, HUB_FILE, **options)
-        except EntryNotFoundError as error:
-            raise SourceUnavailableError(
-                f"{repo_id!r} holds no {HUB_FILE}: calibrate and push one."
-            ) from error
-        return cls.load(path)
+        return cls.load(pull_file(repo_id, HUB_FILE, **options))
 
 
 def compute_shape_key(model: Mapping[str, Any]) -> str:
