@@ -20,6 +20,7 @@ from .budget_plan import BudgetPlan
 from .cache_layer import ROW_TENSORS, RankKVLayer
 from .config import RankKVConfig
 from .errors import CacheStateError, InputError
+from .parallel import take_local
 from .query_buffer import QueryBuffer
 from .selection import Selector, get_selector
 
@@ -47,7 +48,7 @@ def compute_model_fingerprint(model: Any) -> str:
     digest = hashlib.sha256(json.dumps([type(model).__name__, dtype, shape], default=str).encode())
     # Every weight: an adapter or a fine-tune changes those in the middle.
     for parameter in model.parameters():
-        flat = parameter.detach().reshape(-1)
+        flat = take_local(parameter.detach()).reshape(-1)
         if not flat.is_meta and flat.numel():
             sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
             digest.update(sample.view(torch.int16).numpy().tobytes())

@@ -18,6 +18,7 @@ from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, UnsupportedModelError
 from .observation import Observation
 from .observing import check_rows, observe
+from .parallel import HeadShards
 from .query_buffer import QueryBuffer
 from .rotary import LayerRotation
 from .selection import Selector
@@ -39,6 +40,8 @@ class Flow:
         Model indices of the compressible layers.
     rotations : mapping
         How layers turn keys with position, where the selector or packed positions ask for it.
+    shards : HeadShards, optional
+        The tensor-parallel processes of the model, where there are several.
     """
 
     def __init__(
@@ -47,9 +50,11 @@ class Flow:
         selector: Selector,
         layer_indices: list[int],
         rotations: Mapping[int, LayerRotation | None] = MappingProxyType({}),
+        shards: HeadShards | None = None,
     ) -> None:
         self.config = config
         self.rotations = rotations
+        self.shards = shards
         self.selector = selector
         self.layer_indices = layer_indices
         self.compressor = Compressor(config, selector, layer_indices)
@@ -149,6 +154,7 @@ class Flow:
             seen=layer.seen,
             row_start=self.row_start,
             more_to_come=self.deferred or self.streaming,
+            shards=self.shards,
         )
         observation = self.add_past(layer, observation)
         last = layer_idx == self.layer_indices[-1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .observation import Observation
+from .parallel import HeadShards
 from .rank_aggregation import get_aggregation
 from .rank_kernels import LinAlgError, compute_gram, compute_rank_from_gram, rank_from_singular_values
 
@@ -95,15 +96,16 @@ def _rank_rows(observation: Observation, rows: range, aggregation: str) -> Tenso
     heads = _HeadMatrices(observation, rows)
     known = get_aggregation(aggregation)
     if aggregation == "concat":
-        return _compute_rank(heads.build_all, heads.stops)
+        return _compute_rank(heads.build_all, heads.stops, observation.shards)
     if known.reduce is None:
         # Every row of a whole attention matrix sums to 1, so all heads have the same mass already.
         total = torch.zeros_like(heads.matrix)
         for matrix in heads.build_all():
             total += matrix
+        total = observation.sum_over_shards(total)
         return _compute_rank(lambda: [total], heads.stops)
     per_head = [_compute_rank(partial(list, (matrix,)), heads.stops) for matrix in heads.build_all()]
-    return known.reduce(torch.stack(per_head)[None])[0]
+    return known.reduce(observation.gather_over_shards(torch.stack(per_head)[None]))[0]
 
 
 class _HeadMatrices:
@@ -132,21 +134,26 @@ class _HeadMatrices:
             yield self.matrix
 
 
-def _compute_rank(matrices: Callable[[], Iterable[Tensor]], stops: list[tuple[int, int, int]]) -> Tensor:
-    """Rank matrices side by side, in float32 where that is enough."""
+def _compute_rank(
+    matrices: Callable[[], Iterable[Tensor]],
+    stops: list[tuple[int, int, int]],
+    shards: HeadShards | None = None,
+) -> Tensor:
+    """Rank matrices side by side, those of other processes too, in float32 where that is enough."""
     rows = stops[-1][1]
     if rows > DOUBLE_ROWS and torch.get_float32_matmul_precision() == "highest":
         single = torch.zeros(())
         for place, matrix in enumerate(matrices()):
             single = single if place else matrix.new_zeros(rows, rows)
             _add_gram(single, matrix, stops)
+        single = single if shards is None else shards.sum(single)
         rank = _compute_rank_in_single(single)
         if rank is not None:
             return rank
     double = torch.zeros(())
     for place, matrix in enumerate(matrices()):
         double = double.add_(compute_gram(matrix)) if place else compute_gram(matrix)
-    return compute_rank_from_gram(double)
+    return compute_rank_from_gram(double if shards is None else shards.sum(double))
 
 
 def _add_gram(gram: Tensor, matrix: Tensor, stops: list[tuple[int, int, int]]) -> None:

@@ -15,6 +15,7 @@ from .compat import read_config
 from .config import PROFILE_USERS, RankKVConfig
 from .errors import ProfileError, RankKVError
 from .files import find_cache_folder
+from .parallel import sample_parameter
 from .rank_profile import RankProfile, compute_shape_key
 
 #: Entries of a model's configuration that say which profile can belong to it.
@@ -63,10 +64,9 @@ def sample_weights(model: Any) -> list[float]:
     places = [round(i * (len(parameters) - 1) / max(1, count - 1)) for i in range(count)]
     sample: list[float] = []
     for place in places:
-        flat = parameters[place].detach().reshape(-1)
-        if not flat.is_meta and flat.is_floating_point() and flat.numel():
-            step = max(1, flat.numel() // _SAMPLED_VALUES)
-            sample += flat[::step][:_SAMPLED_VALUES].to("cpu", torch.float32).tolist()
+        parameter = parameters[place]
+        if not parameter.is_meta and parameter.is_floating_point() and parameter.numel():
+            sample += sample_parameter(parameter, _SAMPLED_VALUES).to("cpu", torch.float32).tolist()
     return sample
 
 

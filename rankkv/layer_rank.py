@@ -54,7 +54,7 @@ def compute_layer_ranks(
             window = _cut_evictable(window, observation)
         if window.shape[-1] == 0:
             return torch.zeros(window.shape[0], dtype=torch.float64)
-        ranks, _ = compute_aggregated_rank(window, aggregation, normalize)
+        ranks, _ = compute_aggregated_rank(window, aggregation, normalize, shards=observation.shards)
     return round_ranks(ranks.cpu())
 
 

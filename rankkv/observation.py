@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from .parallel import HeadShards
     from .rotary import LayerRotation
 
 #: Elements of one block of attention weights (float32): 32 Mi elements are 128 MiB.
@@ -70,6 +71,8 @@ class Observation:
         Whether they stand at the consecutive positions of the keys that are left, and not at their own.
     past_moments : Tensor, optional
         Moments of the queries before these, ``[batch, head, key_dim + 1, key_dim + 1]``, where they are asked for.
+    shards : HeadShards, optional
+        The tensor-parallel processes that hold the layer's other heads: what joins heads is joined over them.
     """
 
     layer_idx: int
@@ -97,6 +100,7 @@ class Observation:
     rotation: LayerRotation | None = None
     packed: bool = False
     past_moments: Tensor | None = None
+    shards: HeadShards | None = None
     # What was measured of this layer before, where one observation is measured more than once.
     memory: dict[Any, Tensor] | None = None
 
@@ -104,6 +108,14 @@ class Observation:
     def module(self) -> nn.Module | None:
         """The attention module; None where it is not known."""
         return None if self.module_ref is None else self.module_ref()
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the processes that hold the layer's heads; where this one holds all, return it."""
+        return tensor if self.shards is None else self.shards.sum(tensor)
+
+    def gather_over_shards(self, per_head: Tensor) -> Tensor:
+        """Return ``[batch, all heads, ...]`` of ``[batch, head, ...]``, from all processes that hold heads."""
+        return per_head if self.shards is None else self.shards.gather_heads(per_head)
 
     @property
     def query_length(self) -> int:
@@ -302,6 +314,7 @@ class Observation:
             valid=valid,
             available=count_real(valid),
             kv_heads=1,
+            shards=None,
             attention_mask=pick(self.attention_mask, heads),
             position_bias=pick(self.position_bias, heads),
             sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[heads],
@@ -324,6 +337,7 @@ class Observation:
             positions=self.positions if positions is None else positions,
             valid=self.valid if self.valid.dim() == 2 else self.valid[:, key_head],
             kv_heads=1,
+            shards=None,
             attention_mask=pick(self.attention_mask, head),
             position_bias=pick(self.position_bias, head),
             sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[head : head + 1],

@@ -18,12 +18,13 @@ from .budget_strategies import get_strategy
 from .cache_layer import RankKVLayer, SlotMap, release_hidden
 from .compat import check_transformers
 from .config import RankKVConfig
-from .errors import CacheStateError, UnsupportedModelError
+from .errors import CacheStateError, ConfigError, UnsupportedModelError
 from .flow import Flow
 from .hidden_states import watch_hidden_states
 from .known_profiles import resolve_profile
 from .layer_measures import get_measure
 from .masks import check_head_budgets, project_mask
+from .parallel import find_head_shards
 from .ragged_layer import RaggedLayer
 from .resting_layer import RestingLayer
 from .rotary import LayerRotation, build_packers, find_rotations
@@ -74,7 +75,13 @@ class ObservedCache(DynamicCache):
         self._packers = build_packers(rotations) if self.config.positions == "packed" else {}
         # Weak: a cache must not keep a model alive, and copies of it must not copy the model.
         self._model = weakref.ref(model)
-        self._flow = Flow(self.config, self.selector, self.layer_indices, rotations)
+        shards = find_head_shards(model)
+        if shards is not None and config.head_budgets is not None:
+            raise ConfigError(
+                f"head_budgets={config.head_budgets!r} lets all heads of a layer compete, and tensor parallelism keeps "
+                f"them in {shards.size} processes: use head_budgets=None with this model."
+            )
+        self._flow = Flow(self.config, self.selector, self.layer_indices, rotations, shards)
         # The keys each layer's attention was last given, for layers that attend to those of another.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
         self._watch(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .block_masks import reduce_block_mask
 from .errors import InputError
 from .observation import Observation, count_real, is_visible
+from .parallel import HeadShards
 
 
 def observe(
@@ -31,6 +32,7 @@ def observe(
     seen: int | None = None,
     row_start: list[int] | None = None,
     more_to_come: bool = False,
+    shards: HeadShards | None = None,
 ) -> Observation:
     """Gather an :class:`Observation` from the arguments of one call of a layer's attention function.
 
@@ -59,11 +61,15 @@ def observe(
         Padding before each row's first real token, where an earlier call established it.
     more_to_come : bool, default False
         Whether this may be a chunk of the prompt, so that a row may hold nothing but padding yet.
+    shards : HeadShards, optional
+        The tensor-parallel processes of the model, where there are several.
 
     Raises
     ------
     InputError
         If a row of the batch holds no real token, or ends in padding.
+    UnsupportedModelError
+        If this process holds no equal part of the layer's heads.
     """
     batch, key_length, query_length = key.shape[0], key.shape[-2], query.shape[-2]
     seen = key_length if seen is None else seen
@@ -139,6 +145,7 @@ def observe(
         window_size=window_size,
         sink_size=sink_size,
         module_ref=weakref.ref(module),
+        shards=None if shards is None else shards.of_layer(layer_idx, module, query.shape[1], kv_heads),
     )
 
 

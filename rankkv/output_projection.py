@@ -7,11 +7,14 @@ import re
 import torch
 from torch import Tensor, nn
 
+from .errors import UnsupportedModelError
+from .parallel import take_local
+
 # What makes queries, keys, values or a gate, alone or fused, as models name it.
 _INPUT = re.compile(r"^(w?(q|k|v|kv|qk|qkv)|query|key|value|gate|g|c_attn|q_attn)(_|$)", re.IGNORECASE)
 
 
-def find_output_projection(module: nn.Module | None, width: int) -> nn.Module | None:
+def find_output_projection(module: nn.Module | None, width: int, parts: int = 1) -> nn.Module | None:
     """Find the projection that an attention module applies to its heads' joined outputs.
 
     Of the module's children it is the one matrix with ``width`` inputs whose name does not say that it makes queries,
@@ -23,6 +26,8 @@ def find_output_projection(module: nn.Module | None, width: int) -> nn.Module | 
         The attention module.
     width : int
         Query heads times the values' head_dim.
+    parts : int, default 1
+        Processes over which the heads, and so its inputs, are split (tensor parallelism).
 
     Returns
     -------
@@ -41,12 +46,12 @@ def find_output_projection(module: nn.Module | None, width: int) -> nn.Module | 
     found = [
         child
         for name, child in module.named_children()
-        if not _INPUT.match(name) and _count_inputs(child) == width
+        if not _INPUT.match(name) and _count_inputs(child) == width * parts
     ]
     return found[0] if len(found) == 1 else None
 
 
-def compute_projection_matrix(projection: nn.Module, width: int, like: Tensor) -> Tensor:
+def compute_projection_matrix(projection: nn.Module, width: int, like: Tensor, parts: int = 1) -> Tensor:
     """Compute the matrix ``W [width, hidden]`` with ``projection(x) = x W + b``.
 
     Parameters
@@ -55,18 +60,32 @@ def compute_projection_matrix(projection: nn.Module, width: int, like: Tensor) -
         Any module that is linear but for a bias: a plain matrix is read; what stores it in another way (transposed,
         quantized, with an adapter, elsewhere) is applied to the identity.
     width : int
-        Number of inputs.
+        Number of inputs; of one split over processes, those of this process' heads.
     like : Tensor
         Says device and dtype.
+    parts : int, default 1
+        Processes over which its inputs are split.
 
     Returns
     -------
     Tensor
         ``[width, hidden]``, on the device and in the dtype of ``like``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is split over processes and no plain matrix, so that this process' part of it cannot be read.
     """
     weight = getattr(projection, "weight", None)
     if type(projection) is nn.Linear and isinstance(weight, Tensor) and not weight.is_meta:
-        return weight.detach().T.to(device=like.device, dtype=like.dtype)
+        weight = take_local(weight.detach())
+        if parts == 1 or weight.shape[1] == width:
+            return weight.T.to(device=like.device, dtype=like.dtype)
+    if parts > 1:
+        raise UnsupportedModelError(
+            f"the output projection, a {type(projection).__name__}, is split over {parts} tensor-parallel processes "
+            "and its weights are no plain matrix: use a selector or strategy that does not read it."
+        )
     with torch.no_grad():
         identity = torch.eye(width, device=like.device, dtype=like.dtype)
         outputs = projection(torch.cat([identity, torch.zeros_like(identity[:1])])[None])[0]

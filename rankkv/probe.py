@@ -22,6 +22,7 @@ from .known_profiles import resolve_profile
 from .layer_rank import compute_layer_ranks
 from .observation import Observation
 from .observing import observe
+from .parallel import find_head_shards
 
 
 class _PassingLayer(DynamicLayer):
@@ -71,6 +72,7 @@ class ProbeCache(DynamicCache):
             watch_hidden_states(self, model, self.layer_indices)
         self._config = resolve_profile(config, model, self.layer_indices)
         self._on_layer = on_layer
+        self._shards = find_head_shards(model)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -90,6 +92,7 @@ class ProbeCache(DynamicCache):
                 kv_heads=call.key.shape[1],
                 window_size=self._config.window_size,
                 sink_size=self._config.sink_size,
+                shards=self._shards,
             )
             self._measure(layer_idx, observation)
         if self._on_layer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,30 +12,35 @@ from torch import Tensor
 from rankkv.errors import ConfigError, InputError, UnknownNameError
 from rankkv.rank_kernels import as_real_tensor, compute_gram, compute_rank_from_gram
 
+if TYPE_CHECKING:
+    from rankkv.parallel import HeadShards
+
 # Gram matrices up to this side are solved in one batch; larger ones head by head, to bound memory.
 _BATCHED_SIDE = 256
 
 
-def _joint_concat(attention: Tensor) -> Tensor:
+def _joint_concat(attention: Tensor, shards: HeadShards | None = None) -> Tensor:
     if attention.shape[-2] <= _BATCHED_SIDE:
-        return compute_gram(attention).sum(1)
-    gram = compute_gram(attention[:, 0])
-    for head in range(1, attention.shape[1]):
-        gram += compute_gram(attention[:, head])
-    return gram
+        gram = compute_gram(attention).sum(1)
+    else:
+        gram = compute_gram(attention[:, 0])
+        for head in range(1, attention.shape[1]):
+            gram += compute_gram(attention[:, head])
+    return gram if shards is None else shards.sum(gram)
 
 
-def _joint_mean(attention: Tensor) -> Tensor:
-    return compute_gram(attention.mean(1, dtype=torch.float64))
+def _joint_mean(attention: Tensor, shards: HeadShards | None = None) -> Tensor:
+    mean = attention.mean(1, dtype=torch.float64)
+    return compute_gram(mean if shards is None else shards.mean(mean))
 
 
-def _joint_mass_normalized(attention: Tensor) -> Tensor:
+def _joint_mass_normalized(attention: Tensor, shards: HeadShards | None = None) -> Tensor:
     mass = attention.sum((-2, -1), dtype=torch.float64)
     factors = torch.where(mass > 0, 1.0 / torch.where(mass > 0, mass, 1.0), torch.where(mass == 0, 0.0, mass))
     total = attention[:, 0].to(torch.float64) * factors[:, 0, None, None]
     for head in range(1, attention.shape[1]):
         total.add_(attention[:, head].to(torch.float64) * factors[:, head, None, None])
-    return compute_gram(total)
+    return compute_gram(total if shards is None else shards.sum(total))
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,13 @@ class Aggregation:
     description : str
         One line.
     join : callable, optional
-        ``attention [batch, head, query, key] -> Gram [batch, query, query]`` float64.
+        ``attention [batch, head, query, key], shards -> Gram [batch, query, query]`` float64.
     reduce : callable, optional
         ``per_head ranks [batch, head] -> ranks [batch]``.
     """
 
     description: str
-    join: Callable[[Tensor], Tensor] | None = None
+    join: Callable[[Tensor, HeadShards | None], Tensor] | None = None
     reduce: Callable[[Tensor], Tensor] | None = None
 
 
@@ -142,7 +148,7 @@ def compute_joint_gram(attention: Tensor, aggregation: str = "concat") -> Tensor
     if join is None:
         joining = [name for name, known in AGGREGATIONS.items() if known.join is not None]
         raise UnknownNameError.of("joining aggregation", aggregation, joining)
-    return join(as_real_tensor(attention))
+    return join(as_real_tensor(attention), None)
 
 
 @torch.no_grad()
@@ -153,6 +159,7 @@ def compute_aggregated_rank(
     *,
     rows: int | Tensor | None = None,
     columns: int | Tensor | None = None,
+    shards: HeadShards | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute one effective rank per batch row from the attention of all heads of a layer.
 
@@ -171,6 +178,8 @@ def compute_aggregated_rank(
         Divide by ``min(rows, columns)`` of the matrix ranked; for "concat" the columns of all heads count.
     rows, columns : int or Tensor ``[batch]``, optional
         How many queries and keys really count, where zeroed ones were left in; used by ``normalize`` alone.
+    shards : HeadShards, optional
+        The tensor-parallel processes that hold the other heads of the layer.
 
     Returns
     -------
@@ -197,14 +206,16 @@ def compute_aggregated_rank(
     tensor = check_attention(attention)
     per_head = None
     if known.join is not None:
-        ranks = compute_rank_from_gram(known.join(tensor))
+        ranks = compute_rank_from_gram(known.join(tensor, shards))
     else:
         per_head = _head_ranks(tensor)
+        per_head = per_head if shards is None else shards.gather_heads(per_head)
         ranks = known.reduce(per_head)  # type: ignore[misc]
     if normalize:
         height = torch.as_tensor(tensor.shape[2] if rows is None else rows, device=ranks.device)
         width = torch.as_tensor(tensor.shape[3] if columns is None else columns, device=ranks.device)
-        joint_width = width * tensor.shape[1] if aggregation == "concat" else width
+        heads = tensor.shape[1] * (1 if shards is None else shards.size)
+        joint_width = width * heads if aggregation == "concat" else width
         ranks = ranks / torch.minimum(height, joint_width).clamp_min(1)
         if per_head is not None:
             per_head = per_head / torch.minimum(height, width).clamp_min(1).reshape(-1, 1)

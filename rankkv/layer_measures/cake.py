@@ -40,6 +40,7 @@ def compute_layer_preference(observation: Observation, tau1: float = 1.0, tau2: 
     attention, _ = compute_past_attention(observation)
     rows = attention.shape[-2]
     entropy = torch.special.entr(attention).sum(dim=(1, 2, 3), dtype=torch.float64)
+    entropy = observation.sum_over_shards(entropy)
     # Rows of padding are zero and no queries.
     count = count_window_rows(observation, rows).to(torch.float64)
     mean = attention.sum(dim=-2, dtype=torch.float64) / count[:, None, None]
@@ -48,5 +49,6 @@ def compute_layer_preference(observation: Observation, tau1: float = 1.0, tau2: 
     for head in range(attention.shape[1]):
         deviation = (attention[:, head].to(torch.float64) - mean[:, head, None]) * real
         variance += deviation.square().sum(dim=(1, 2))
+    variance = observation.sum_over_shards(variance)
     variance /= (count - 1).clamp(min=1)
     return entropy ** (1 / tau1) * variance ** (1 / tau2)

@@ -73,14 +73,18 @@ def _compute_row(observation: Observation) -> Tensor:
     values = observation.values[0].float()
     values = values.repeat_interleave(heads // values.shape[0], dim=0)
     width = heads * values.shape[-1]
-    projection = find_output_projection(observation.module, width)
-    matrix = None if projection is None else compute_projection_matrix(projection, width, values)
+    parts = 1 if observation.shards is None else observation.shards.size
+    projection = find_output_projection(observation.module, width, parts)
+    matrix = None if projection is None else compute_projection_matrix(projection, width, values, parts)
 
-    def project(outputs: Tensor) -> Tensor:
+    def measure(outputs: Tensor) -> Tensor:
         joined = outputs.transpose(0, 1).reshape(held_out, width)
-        return joined if matrix is None else joined @ matrix
+        if matrix is None:
+            # Heads side by side: their squares add up.
+            return observation.sum_over_shards(joined.pow(2).sum())
+        return observation.sum_over_shards(joined @ matrix).pow(2).sum()
 
-    size = project(seen @ values).pow(2).sum()
+    size = measure(seen @ values)
     errors = []
     for budget in grid:
         kept = _keep(scores, min(budget, cut), chosen, observation.sink_size)
@@ -89,7 +93,7 @@ def _compute_row(observation: Observation) -> Tensor:
         )
         left = seen * kept[:, None]
         left = left / left.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
-        errors.append(project((left - seen) @ values).pow(2).sum())
+        errors.append(measure((left - seen) @ values))
     ratio = torch.stack(errors) / size.clamp(min=torch.finfo(size.dtype).tiny)
     return ratio.sqrt().to("cpu", torch.float64)
 

@@ -51,8 +51,9 @@ def compute_best_scores(
     scores = pool_scores(attention.sum(dim=-2), columns, kernel_size, average=True)
     best = scores.sort(dim=-1, descending=True).values.to(torch.float64)
     if limits is None:
-        return best
+        return observation.gather_over_shards(best)
     most = [int(r_max * max(0.0, row.total_budget / layers - row.window_size)) for row in limits]
     best = best[..., : max(1, *most)]
     place = torch.arange(best.shape[-1], device=best.device)
+    best = observation.gather_over_shards(best)
     return best * (place < torch.tensor(most, device=best.device)[:, None])[:, None]

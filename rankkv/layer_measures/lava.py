@@ -43,7 +43,9 @@ def compute_layer_entropy(observation: Observation, kernel_size: int = 7) -> Ten
     if norms.shape[1] != observation.kv_heads:
         norms = observation.compute_group_mean(norms)
     scores = (grouped * norms.masked_fill(~past, 0.0).amax(dim=-1, keepdim=True)).to(torch.float64)
+    scores = observation.gather_over_shards(scores)
     total = scores.sum(dim=(1, 2), keepdim=True)
     share = scores / torch.where(total > 0, total, 1.0)
     entropy = torch.special.entr(share).sum(dim=(1, 2))
-    return entropy / past.sum(dim=(1, 2)).clamp(min=2).log()
+    count = observation.sum_over_shards(past.sum(dim=(1, 2)))
+    return entropy / count.clamp(min=2).log()

@@ -45,5 +45,7 @@ def compute_layer_uncertainty(observation: Observation, mass: float = 0.9) -> Te
     wanted = mass * held[..., -1:] * (1 - 1e-12)
     needed = (held < wanted).sum(dim=-1) + 1
     tokens = torch.tensor(observation.available, device=held.device).clamp(min=1)
+    needed = observation.gather_over_shards(needed)
     share = needed.to(torch.float64).mean(dim=-1) / tokens
-    return torch.where(torch.isfinite(held[..., -1]).all(dim=-1), share, torch.nan)
+    whole = observation.gather_over_shards(held[..., -1])
+    return torch.where(torch.isfinite(whole).all(dim=-1), share, torch.nan)

@@ -61,5 +61,7 @@ def refine_chunkkv(scores: Tensor, observation: Observation, chunk_length: int =
     scores = scores.double().expand(-1, heads, -1).masked_fill(~is_real, 0.0).flatten(1)
     sums = scores.new_zeros(scores.shape[0], max(observation.lengths) // chunk_length + 1)
     counts = torch.zeros_like(sums).scatter_add_(-1, place, is_real.double().flatten(1))
-    means = sums.scatter_add_(-1, place, scores) / counts.clamp(min=1)
+    sums = observation.sum_over_shards(sums.scatter_add_(-1, place, scores))
+    counts = observation.sum_over_shards(counts)
+    means = sums / counts.clamp(min=1)
     return means.float()[:, None].expand(-1, chunk.shape[1], -1).gather(-1, chunk)

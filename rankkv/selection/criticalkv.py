@@ -95,11 +95,12 @@ def compute_value_norms(observation: Observation, projection: bool) -> Tensor:
     """
     values, heads = observation.values, observation.query.shape[1]
     width = heads * values.shape[-1]
-    found = find_output_projection(observation.module, width) if projection else None
+    parts = 1 if observation.shards is None else observation.shards.size
+    found = find_output_projection(observation.module, width, parts) if projection else None
     if found is None:
         norms = values.float().abs().sum(dim=-1)
         return observation.compute_group_mean(norms)
-    matrices = compute_projection_matrix(found, width, values).view(heads, values.shape[-1], -1)
+    matrices = compute_projection_matrix(found, width, values, parts).view(heads, values.shape[-1], -1)
     rows = max(1, BLOCK_ELEMENTS // (values.shape[0] * matrices.shape[-1]))
     norms = torch.empty(values.shape[0], heads, values.shape[-2], dtype=torch.float32, device=values.device)
     for head in range(heads):

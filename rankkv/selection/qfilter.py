@@ -128,10 +128,12 @@ def _find_filter(path: str | PathLike[str], observation: Observation) -> Tensor:
             f"{fspath(path)!r} has no filter for layer {layer_idx}: it was computed for another model."
         )
     found = tuple(filters[layer_idx].shape)
-    expected = (observation.keys.shape[1], observation.keys.shape[-1])
+    shards = observation.shards
+    heads = observation.keys.shape[1] * (1 if shards is None else shards.size)
+    expected = (heads, observation.keys.shape[-1])
     if found != expected:
         raise InputError(
             f"the filter for layer {layer_idx} in {fspath(path)!r} is {found}, but the layer's keys "
             f"are {expected} (heads, head_dim): it was computed for another model."
         )
-    return filters[layer_idx]
+    return filters[layer_idx] if shards is None else shards.take_own(filters[layer_idx], dim=0)

@@ -25,10 +25,13 @@ def score_random(observation: Observation, seed: int = 0) -> Tensor:
     """
     index = observation.real_index.expand(-1, observation.kv_heads, -1).cpu()
     draws: list[Tensor] = []
+    parts = 1 if observation.shards is None else observation.shards.size
     for length in observation.lengths:
         # One token after the other, so that neither padding nor later tokens change what a token draws.
         generator = torch.Generator().manual_seed(seed * 100_003 + observation.layer_idx)
         # A row of nothing but padding, as a chunk may be, still needs a number to point at.
-        drawn = torch.rand(max(1, length), observation.kv_heads, generator=generator).T
+        drawn = torch.rand(max(1, length), observation.kv_heads * parts, generator=generator).T
+        if observation.shards is not None:
+            drawn = observation.shards.take_own(drawn, dim=0)
         draws.append(drawn.gather(-1, index[len(draws)].clamp(0, max(0, length - 1))))
     return torch.stack(draws).to(observation.keys.device)

@@ -33,4 +33,5 @@ def score_tova(observation: Observation) -> Tensor:
     Oren et al., "Transformers are Multi-State RNNs", 2024, arXiv:2401.06104, section 3.2.
     """
     newest = observation.query_length - 1
-    return observation.compute_attention(slice(newest, newest + 1)).mean(dim=1)
+    shared = observation.compute_attention(slice(newest, newest + 1)).mean(dim=1)
+    return shared if observation.shards is None else observation.shards.mean(shared)

@@ -23,6 +23,7 @@ RANKS = {
     "rankkv.config": 3,
     "rankkv.compat": 1,
     "rankkv.processes": 1,
+    "rankkv.parallel": 2,
     # rank and budget: two pure lines that know nothing of each other
     "rankkv.rank_kernels": 10,
     "rankkv.rank_aggregation": 11,

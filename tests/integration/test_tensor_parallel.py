@@ -1,0 +1,149 @@
+"""Models split over processes by tp_plan="auto": what they keep and say is what one process keeps and says."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharded_program
+import torch
+from launching import launch
+
+from rankkv.budget_strategies import STRATEGIES
+from rankkv.rank_aggregation import AGGREGATIONS
+from rankkv.selection import SELECTORS
+
+PROMPT_TOKENS = 150
+PROGRAM = str(Path(sharded_program.__file__))
+EVERY_STRATEGY = sorted(set(STRATEGIES) - {"profile", "blend"})
+
+
+def make_cases() -> dict[str, dict[str, Any]]:
+    """Return options by name: every selector, strategy, scope, way to join heads, and way to generate."""
+    generator = torch.Generator().manual_seed(5)
+    prompt = torch.randint(3, 96, (2, PROMPT_TOKENS), generator=generator)
+    common: dict[str, Any] = {"compression_ratio": 0.3, "min_budget": 8, "window_size": 16, "profile": None}
+
+    def case(rows: int = 1, generate: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+        made = {"options": {**common, **options}, "input_ids": prompt[:rows].tolist()}
+        return made if generate is None else {**made, "generate": generate}
+
+    # Long enough for texts to part where caches do.
+    longer = {"max_new_tokens": 24}
+    padded = case(rows=2)
+    padded["attention_mask"] = [[1] * PROMPT_TOKENS, [0] * 40 + [1] * (PROMPT_TOKENS - 40)]
+    return {
+        **{f"selector {name}": case(selector=name) for name in SELECTORS},
+        **{f"strategy {name}": case(strategy=name) for name in EVERY_STRATEGY},
+        **{
+            f"{scope} {name}": case(strategy="power", scope=scope, aggregation=name)
+            for scope in ("evictable", "window", "full")
+            for name in AGGREGATIONS
+        },
+        "snapkv text": case(selector="snapkv", generate=longer),
+        "h2o text": case(selector="h2o", generate=longer),
+        "padded": padded,
+        "beams": case(rows=2, generate={"num_beams": 3}),
+        "bounded": case(decode="bounded", generate=longer),
+        "periodic": case(decode="periodic", decode_interval=4, generate=longer),
+        "packed": case(positions="packed"),
+        "int8": case(storage="int8"),
+        "merging": case(merging="values"),
+        "lookup": case(generate={"prompt_lookup_num_tokens": 3}),
+        "all kept": case(compression_ratio=1.0),
+        "head budgets": case(head_budgets="adaptive"),
+    }
+
+
+CASES = make_cases()
+#: One for each way in which heads are joined; the others run with the slow tests.
+QUICK = [
+    *(f"selector {name}" for name in ("snapkv", "h2o", "tova", "criticalkv", "chunkkv", "random")),
+    *(
+        f"strategy {name}"
+        for name in ("cake", "distortion", "dynamickv", "lava", "zigzagkv", "squeezeattention")
+    ),
+    *(f"{scope} concat" for scope in ("evictable", "window", "full")),
+    *(f"evictable {name}" for name in ("mean", "median", "mass_normalized")),
+    *("snapkv text", "h2o text", "padded", "beams", "head budgets"),
+]
+#: Refused with a reason where heads are split.
+REFUSED = {"head budgets": "tensor parallelism keeps them in"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
+    """A model of 6 kv heads, which 2 and 3 processes divide, and the cases beside it."""
+    path = tmp_path_factory.mktemp("model")
+    model = tiny_llama(
+        3, vocab_size=96, hidden_size=96, num_attention_heads=12, num_key_value_heads=6, eos_token_id=None
+    )
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Any:
+    """What one process keeps and says, by case."""
+    model = sharded_program.load(str(folder))
+    return functools.cache(lambda name: sharded_program.run(model, CASES[name]))
+
+
+def start(folder: Path, cases: list[dict[str, Any]], processes: int, out: Path) -> list[list[dict[str, Any]]]:
+    """Run cases in so many processes, and return what each of them keeps and says."""
+    out.mkdir()
+    (out / "cases.json").write_text(json.dumps(cases))
+    launch([PROGRAM, str(folder), str(out / "cases.json"), str(out)], processes, timeout=600)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def shared_out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each of several processes keeps and says, by case; started once for all of a number of processes."""
+
+    @functools.cache
+    def run(processes: int, quick: bool) -> list[dict[str, Any]]:
+        names = QUICK if quick else list(CASES)
+        out = tmp_path_factory.mktemp("out") / "records"
+        records = start(folder, [CASES[name] for name in names], processes, out)
+        return [dict(zip(names, record, strict=True)) for record in records]
+
+    return run
+
+
+def check(parts: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    """Check that what processes keep is together what one keeps, and that each says and decides the same."""
+    for part in parts:
+        assert part["text"] == one["text"]
+        assert part["budgets"] == one["budgets"]
+        for row, expected in zip(part["measures"], one["measures"], strict=True):
+            assert row == pytest.approx(expected, rel=2e-5)
+    # Heads of consecutive processes follow each other.
+    for layer, expected in enumerate(one["kept"]):
+        assert [head for part in parts for head in part["kept"][layer]] == expected
+    assert sum(part["bytes"] for part in parts) == one["bytes"]
+
+
+def check_case(alone: Any, shared_out: Any, name: str, processes: int, quick: bool) -> None:
+    parts = [records[name] for records in shared_out(processes, quick)]
+    assert len(parts) == processes
+    one = alone(name)
+    if name in REFUSED:
+        assert "error" not in one
+        assert all(REFUSED[name] in part["error"] for part in parts)
+    else:
+        check(parts, one)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_processes_decide_as_one(alone: Any, shared_out: Any, name: str) -> None:
+    check_case(alone, shared_out, name, processes=2, quick=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_three_processes_decide_as_one(alone: Any, shared_out: Any, name: str) -> None:
+    check_case(alone, shared_out, name, processes=3, quick=False)
