@@ -69,6 +69,10 @@ class ProcessGroupError(RankKVError, RuntimeError):
     """Processes that work together do not fit: their number, their devices, or what each was given."""
 
 
+class FloorError(RankKVError, ValueError):
+    """A task measures nothing: the uncompressed model is at guess level."""
+
+
 class MissingDependencyError(RankKVError, ImportError):
     """A package behind an extra is not installed; the message gives the one command that installs it."""
 

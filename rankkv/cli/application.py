@@ -13,6 +13,7 @@ from .check import check
 from .demo import demo
 from .export_generate import export_generate
 from .generate import generate
+from .lm_eval import PASS_ON, lm_eval
 from .methods import methods
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(analyze)
 app.command()(generate)
 app.command()(calibrate)
 app.command()(export_generate)
+app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 app.command()(methods)
 app.command()(check)
 

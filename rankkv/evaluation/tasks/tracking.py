@@ -70,7 +70,7 @@ def make_tracking(
     blank = haystack.hide(unlinked, place)
     linked = tuple(variables[: hops + 1])
     question = Question(
-        f"\n\nWhich {len(linked)} variables of the text above hold the value {numbers[0]}, assigned directly or through "
+        f"\n\nWhich {len(linked)} variables of the text above hold the value {numbers[0]}, directly or through "
         "other variables?",
         f" The variables that hold {numbers[0]} are VAR",
         linked,

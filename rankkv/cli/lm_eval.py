@@ -1,0 +1,29 @@
+"""`rankkv lm-eval`: lm-evaluation-harness' own command line, with the model `rankkv` registered."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from .._hub import require
+from .common import reports_errors
+
+#: All arguments go to the harness, --help included.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@reports_errors
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with the model `rankkv`; all arguments are the harness' own."""
+    require("lm_eval", 'pip install "rankkv[lm-eval]"', "lm-evaluation-harness")
+    from lm_eval.__main__ import cli_evaluate
+
+    from ..evaluation import lm_eval_model  # noqa: F401  registers the model
+
+    given = sys.argv
+    try:
+        sys.argv = ["rankkv lm-eval", *context.args]
+        cli_evaluate()
+    finally:
+        sys.argv = given
