@@ -74,8 +74,8 @@ class ResultStore:
 
     def write(self, unit: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows of one unit of work, all at once."""
-        pyarrow, parquet = _import_pyarrow()
-        table = pyarrow.Table.from_pylist([dict(row) for row in rows])
+        _, parquet = _import_pyarrow()
+        table = _make_table(rows)
         handle, temporary = tempfile.mkstemp(dir=self.parts, suffix=".tmp")
         os.close(handle)
         try:
@@ -91,10 +91,10 @@ class ResultStore:
 
     def join(self, path: str | Path) -> Path:
         """Write all rows to one Parquet file and return its path."""
-        pyarrow, parquet = _import_pyarrow()
+        _, parquet = _import_pyarrow()
         path = Path(path)
         temporary = path.with_name(path.name + ".tmp")
-        parquet.write_table(pyarrow.Table.from_pylist(self.read()), temporary)
+        parquet.write_table(_make_table(self.read()), temporary)
         os.replace(temporary, path)
         return path
 
@@ -145,6 +145,15 @@ def _find_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
+
+
+def _make_table(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """Make a table of rows that need not have the same columns: what a row has not is null."""
+    pyarrow, _ = _import_pyarrow()
+    rows = list(rows)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    # Left to itself, pyarrow takes the columns of the first row and drops what other rows have besides.
+    return pyarrow.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows])
 
 
 def _import_pyarrow() -> tuple[Any, Any]:

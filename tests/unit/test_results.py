@@ -57,3 +57,12 @@ def test_manifest_names_what_a_reader_needs(tmp_path):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.parquet does not exist"):
         read_rows([tmp_path / "none.parquet"])
+
+
+def test_rows_of_different_columns_lose_nothing(tmp_path):
+    store = ResultStore(tmp_path, {"seed": 0})
+    store.write("text-0", [{"loss": 1.5}, {"found": True}, {"loss": 2.5, "depth": 0.5}])
+    store.write("text-1", [{"note": "alone"}])
+    rows = read_rows([store.join(tmp_path / "rows.parquet")])
+    kept = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    assert kept == [{"loss": 1.5}, {"found": True}, {"loss": 2.5, "depth": 0.5}, {"note": "alone"}]
