@@ -1,0 +1,255 @@
+"""Every selector with every way to spread the budget: loss of a continuation, and needles found.
+
+    python experiments/method_quality.py --texts encyclopaedia=wiki.txt --texts code=code.txt --samples 4
+
+For each context: how much worse its continuation is predicted from a compressed cache (nats a token), and whether a
+code hidden in it can still be told, the question being the end of what is compressed. One prefill serves all methods.
+Writes Parquet parts (a run that was killed goes on), `rows.parquet`, `summary.md` with 95 % intervals over contexts,
+and a figure under `figures/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from allocation_ablation import cut_contexts, describe, read_texts
+from tqdm import tqdm
+
+from rankkv.cli.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, format_error
+from rankkv.errors import ConfigError, RankKVError
+from rankkv.files import write_text_atomically
+
+#: Ways to spread the budget over layers; what is left out takes its default.
+BUDGETS: dict[str, dict[str, Any]] = {
+    "uniform": {"strategy": "uniform"},
+    "pyramid": {"strategy": "pyramid"},
+    "cake": {"strategy": "cake"},
+    "lava": {"strategy": "lava"},
+    "RankKV": {"profile": None},
+    "RankKV, profile": {},
+}
+SELECTORS = (
+    "snapkv", "h2o", "streaming_llm", "tova", "knorm", "keydiff", "expected_attention", "lagkv", "qfilter", "cur",
+    "lava", "criticalkv", "chunkkv", "random",
+)  # fmt: skip
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Every selector with every way to spread the budget: loss of a continuation, and needles found.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="embedded", help="hub id, local folder, GGUF file, or embedded")
+    add("--texts", action="append", metavar="NAME=PATH", help="a kind of text; default: python-docs")
+    add(
+        "--part", type=float, nargs=2, default=(0.0, 1.0), help="part of each file that contexts are cut from"
+    )
+    add("--samples", type=int, default=4, help="contexts of each kind")
+    add("--context", type=int, default=1024, help="tokens of a context")
+    add("--continuation", type=int, default=128, help="tokens that follow it and are scored")
+    add("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="fractions of the cache kept")
+    add("--selectors", nargs="+", default=list(SELECTORS), help="token selection methods")
+    add("--strategies", nargs="+", default=list(BUDGETS), choices=list(BUDGETS), help="budgets from")
+    add("--seed", type=int, default=0, help="where the contexts start, of the codes, and of the bootstrap")
+    add("--output_dir", type=Path, default=Path("results/method_quality"), help="where everything goes")
+    return parser.parse_args(arguments)
+
+
+def build_cells(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return every combination as `selector|strategy|ratio` and its options of RankKVCache."""
+    return {
+        f"{selector}|{name}|{ratio:g}": {**BUDGETS[name], "selector": selector, "compression_ratio": ratio}
+        for selector, name, ratio in itertools.product(
+            arguments.selectors, arguments.strategies, arguments.ratios
+        )
+    }
+
+
+def score_context(
+    model: Any, tokenizer: Any, ids: Any, number: int, arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Yield one row a cell and task, `full` and `blank` among them."""
+    from rankkv.evaluation import evaluate_continuation, evaluate_needle, record_prefill
+
+    cells = build_cells(arguments)
+
+    def name_cell(cell: str) -> dict[str, Any]:
+        selector, strategy, ratio = cell.split("|") if "|" in cell else (cell, "", 1.0)
+        return {"selector": selector, "strategy": strategy, "ratio": float(ratio)}
+
+    context = ids[:, : arguments.context]
+    scores = evaluate_continuation(record_prefill(model, context), ids[:, arguments.context :], cells)
+    _, full = next(scores)
+    for cell, score in scores:
+        yield {
+            **name_cell(cell),
+            "task": "continuation",
+            "excess": score.loss - full.loss,
+            "divergence": score.divergence,
+            "kept_tokens": score.kept_tokens,
+        }
+    # Depths spread over the contexts, so that every tenth of the context is asked for.
+    depth = (0.5 + number * 7 % 10) / 10
+    needles = evaluate_needle(
+        model,
+        tokenizer,
+        tokenizer.decode(context[0]),
+        cells,
+        lengths=[arguments.context * 15 // 16],
+        depths=[depth],
+        seeds=[arguments.seed + number],
+        question_aware=True,
+    )
+    for needle in needles:
+        yield {
+            **name_cell(needle.cell),
+            "task": "needle",
+            "found": needle.exact,
+            "answer_loss": needle.answer_loss,
+            "depth": depth,
+        }
+
+
+def gather(
+    rows: Sequence[dict[str, Any]], task: str, field: str
+) -> dict[tuple[str, str, float], list[float]]:
+    """Return a cell's numbers over the contexts, in one order for all cells."""
+    table: dict[tuple[str, str, float], list[float]] = {}
+    for row in sorted(rows, key=lambda row: row["text"]):
+        if row["task"] == task:
+            table.setdefault((row["selector"], row["strategy"], row["ratio"]), []).append(float(row[field]))
+    return table
+
+
+def summarize(rows: Sequence[dict[str, Any]], seed: int) -> str:
+    """Return Markdown tables: a row a selector, a column a way to spread the budget, a table a ratio and task."""
+    from rankkv.evaluation.statistics import compute_mean
+
+    lines = []
+    for task, field, title in (
+        ("continuation", "excess", "Excess loss, nats a token"),
+        ("needle", "found", "Needles found"),
+    ):
+        table = gather(rows, task, field)
+        kept = sorted({ratio for _, strategy, ratio in table if strategy})
+        selectors = list(dict.fromkeys(selector for selector, strategy, _ in table if strategy))
+        strategies = [name for name in BUDGETS if any(name == strategy for _, strategy, _ in table)]
+        samples = len(next(iter(table.values())))
+        if task == "needle":
+            full, blank = (compute_mean(table[name, "", 1.0], seed=seed) for name in ("full", "blank"))
+            lines += [f"Needles: the full cache finds {full}; without the needle {blank} are guessed.", ""]
+        for ratio in kept:
+            lines += [f"### {title}, {ratio:.0%} kept ({samples} contexts)", ""]
+            lines += ["| selector | " + " | ".join(strategies) + " |", "|---|" + "---|" * len(strategies)]
+            for selector in selectors:
+                line = []
+                for strategy in strategies:
+                    own = table[selector, strategy, ratio]
+                    estimate = compute_mean(own, seed=seed)
+                    if strategy == "uniform" or "uniform" not in strategies:
+                        line.append(f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
+                        continue
+                    uniform = table[selector, "uniform", ratio]
+                    paired = compute_mean([a - b for a, b in zip(own, uniform, strict=True)], seed=seed)
+                    line.append(
+                        f"{estimate.mean:.3f} ({paired.mean:+.3f} [{paired.low:+.3f}, {paired.high:+.3f}])"
+                    )
+                lines.append(f"| {selector} | " + " | ".join(line) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw both tasks as maps, selectors down and budgets across, a column of panels a ratio."""
+    from rankkv.plots import save_figure
+    from rankkv.plots.style import INK, new_figure
+
+    tasks = [("continuation", "excess", "excess loss, nats a token"), ("needle", "found", "needles found")]
+    tables = {task: gather(rows, task, field) for task, field, _ in tasks}
+    some = tables["continuation"]
+    selectors = list(dict.fromkeys(selector for selector, _, _ in some))
+    strategies = [name for name in BUDGETS if any(name == strategy for _, strategy, _ in some)]
+    ratios = sorted({ratio for _, _, ratio in some})
+    figure = new_figure(1.6 + 0.72 * len(strategies) * len(ratios), 1.8 + 0.56 * len(selectors))
+    panels = figure.subplots(2, len(ratios), squeeze=False)
+    for across, (task, _, title) in enumerate(tasks):
+        means = {
+            ratio: [[fmean(tables[task][s, b, ratio]) for b in strategies] for s in selectors]
+            for ratio in ratios
+        }
+        everything = [value for rows_ in means.values() for row in rows_ for value in row]
+        # Light is good in both: little loss, many needles.
+        colours, limits = (
+            ("Blues", (min(everything), max(everything))) if task == "continuation" else ("Oranges_r", (0, 1))
+        )
+        middle = sum(limits) / 2
+        for ratio, axes in zip(ratios, panels[across], strict=True):
+            axes.imshow(means[ratio], cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+            for y, row in enumerate(means[ratio]):
+                for x, value in enumerate(row):
+                    dark = value > middle if task == "continuation" else value < middle
+                    axes.text(
+                        x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else INK
+                    )
+            axes.set_title(f"{title}, {ratio:.0%} kept", loc="left", fontsize=9)
+            first = axes is panels[across][0]
+            axes.set_yticks(range(len(selectors)), selectors if first else [""] * len(selectors), fontsize=8)
+            names = [name.replace(", ", "\n") for name in strategies]
+            axes.set_xticks(range(len(strategies)), names if across else [""] * len(names), fontsize=7)
+            axes.tick_params(length=0)
+            for side in axes.spines.values():
+                side.set_visible(False)
+    return save_figure(figure, folder / "figures" / "method_quality")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Score what is not scored yet, then write rows, summary and figure; return the summary."""
+    from rankkv import load_model
+    from rankkv.evaluation.results import ResultStore
+
+    if arguments.samples < 1 or arguments.continuation < 2:
+        raise ConfigError(
+            f"--samples {arguments.samples} must be at least 1 and --continuation {arguments.continuation} at least 2."
+        )
+    texts = read_texts(arguments)
+    arguments.processes = 1
+    store = ResultStore(arguments.output_dir, describe(arguments))
+    model, tokenizer = load_model(arguments.model)
+    contexts = {kind: cut_contexts(tokenizer, text, arguments) for kind, text in texts.items()}
+    units = [(kind, index) for index in range(arguments.samples) for kind in contexts]
+    for number, (kind, index) in enumerate(tqdm(units, unit="context", disable=None)):
+        unit = f"{kind}-{index:03d}"
+        if store.is_done(unit):
+            continue
+        start, ids = contexts[kind][index]
+        rows = score_context(model, tokenizer, ids, number, arguments)
+        store.write(unit, [{"kind": kind, "text": unit, "first_token": start, **row} for row in rows])
+    store.join(arguments.output_dir / "rows.parquet")
+    rows = store.read()
+    summary = summarize(rows, arguments.seed)
+    write_text_atomically(arguments.output_dir / "summary.md", summary)
+    draw(rows, arguments.output_dir)
+    return summary
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        print(run(parse_arguments(arguments)))
+    except RankKVError as error:
+        print(format_error(error), file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
