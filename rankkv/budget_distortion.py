@@ -28,9 +28,15 @@ def make_budget_grid(length: int) -> list[int]:
 
 
 def weigh_distortion(
-    errors: FloatArray, rank_exponent: float = 2.0, limits: Limits | None = None
+    errors: FloatArray,
+    rank_exponent: float = 2.0,
+    limits: Limits | None = None,
+    ranks: FloatArray | None = None,
 ) -> FloatArray:
-    """Weigh each layer by the budget it has where the sum of all layers' errors is least.
+    """Weigh each layer by the budget it has where the layers' errors, weighted by their ranks, sum to least.
+
+    ``min sum_i rank_i ** rank_exponent * e_i(b_i)  subject to  sum_i b_i = total``, each curve replaced by its lower
+    convex hull and never below the floor.
 
     Parameters
     ----------
@@ -38,9 +44,11 @@ def weigh_distortion(
         ``[layer, budget]`` at the budgets of :func:`make_budget_grid`, 0 from the prompt's length on; ``[layer]``
         numbers are taken as weights.
     rank_exponent : float, default 2
-        Of the layer's rank, by which the errors were multiplied when they were measured.
+        Of the layer's effective rank; 0 leaves the rank out.
     limits : Limits, optional
         Total, length and floor.
+    ranks : ndarray, optional
+        ``[layer]`` effective ranks; None counts every layer the same.
 
     Returns
     -------
@@ -55,17 +63,22 @@ def weigh_distortion(
     check_number("rank_exponent", rank_exponent, 0.0, 8.0)
     if errors.ndim == 1 or limits is None:
         return errors.reshape(len(errors), -1).sum(axis=1)
-    layers, count = errors.shape
-    length = limits.length or round(_FIRST * _STEP**count)
+    if ranks is not None:
+        errors = errors * (ranks**rank_exponent)[:, None]
+    if not errors.any():
+        # Nothing can be evicted.
+        return np.ones(len(errors))
+    layers = len(errors)
+    length = limits.length or round(_FIRST * _STEP ** errors.shape[1])
     floor = min(limits.floor, length)
-    grid = [budget for budget in make_budget_grid(length)[:count] if budget > floor]
+    tried = make_budget_grid(length)
+    # Where a layer holds fewer tokens than the row has seen, a budget beyond them costs nothing.
+    errors = np.pad(errors[:, : len(tried)], [(0, 0), (0, max(0, len(tried) - errors.shape[1]) + 1)])
+    grid = [budget for budget in tried if budget > floor]
     budgets = np.array([floor, *grid, length] if floor < length else [length])
     # Linear in the logarithm between the measured budgets, as damage is.
-    measured = np.log([*make_budget_grid(length)[:count], length])
-    curves = []
-    for row in errors:
-        values = fit_decreasing([*row[: len(measured) - 1], 0.0])
-        curves.append((budgets, np.interp(np.log(budgets), measured, values)))
+    measured = np.log([*tried, length])
+    curves = [(budgets, np.interp(np.log(budgets), measured, fit_decreasing(row))) for row in errors]
     total = max(limits.total_budget, floor * layers)
     low, high = np.full(layers, floor), np.full(layers, length)
     return allocate_by_distortion(curves, min(total, length * layers), low, high).astype(np.float64)

@@ -76,6 +76,8 @@ class BudgetPlan:
         self.notes: list[str] = []
         #: What was measured of each layer; after `finish`, of several numbers a layer, the weight they gave it.
         self.layer_measures: list[Any] = []
+        #: Effective ranks of the layers, where the strategy reads them beside another measure.
+        self.ranks: list[float] = []
         self.budgets: list[int] = []
         bounded = config.decode == "bounded"
         if total_budget is not None:
@@ -121,7 +123,12 @@ class BudgetPlan:
     @property
     def layer_ranks(self) -> list[float]:
         """Effective ranks of the layers so far; empty where the strategy measures something else, or nothing."""
-        return list(self.layer_measures) if self.measure == "rank" else []
+        return list(self.layer_measures if self.measure == "rank" else self.ranks)
+
+    @property
+    def needs_ranks(self) -> bool:
+        """Whether the strategy reads the layers' effective ranks beside another measure."""
+        return self._strategy.ranked
 
     @property
     def needs_all_layers(self) -> bool:
@@ -133,7 +140,7 @@ class BudgetPlan:
         """Whether a layer's measure arrives only after its attention."""
         return self._strategy.needs == "hidden states"
 
-    def add_layer(self, measured: Any, available: int | None = None) -> None:
+    def add_layer(self, measured: Any, available: int | None = None, rank: float | None = None) -> None:
         """Take what was measured of the next layer (None where the strategy measures nothing).
 
         A measure that is not finite gives the layer its uniform share, with a warning that names it.
@@ -144,13 +151,15 @@ class BudgetPlan:
             The layer's effective rank, or what else the strategy measures.
         available : int, optional
             Tokens the layer still holds, where earlier ones were evicted.
+        rank : float, optional
+            The layer's effective rank, where the strategy reads it beside another measure.
         """
         if available is not None and available < self.length and not self._bounded:
             self._upper[self._added] = available
             self._lower[self._added] = min(self.floor, available)
             self._all_there = False
         if measured is not None:
-            if not np.isfinite(measured).all():
+            if not (np.isfinite(measured).all() and np.isfinite(rank or 0.0)):
                 name = "effective rank" if self.measure == "rank" else f"{self.strategy} measure"
                 layer = self.layer_indices[self._added]
                 share = self.total_budget // len(self._lower)
@@ -165,7 +174,10 @@ class BudgetPlan:
                 share = min(share, int(self._upper[self._added]))
                 self._lower[self._added] = self._upper[self._added] = share
                 measured = 0.0 if np.ndim(measured) == 0 else np.zeros_like(measured)
+                rank = None if rank is None else 0.0
             self.layer_measures.append(measured)
+        if rank is not None:
+            self.ranks.append(rank)
         self._added += 1
 
     def compute_ceilings(self) -> list[int]:
@@ -195,6 +207,7 @@ class BudgetPlan:
         options: dict[str, Any] = {
             "limits": self.limits,
             "profile": self._profile,
+            "ranks": np.array(self.ranks[:count]) if self.ranks else None,
             **self.strategy_options,
         }
         if self.measure is not None:

@@ -54,6 +54,10 @@ class Strategy:
         Operations for each head of a layer, up to a factor of head_dim: ``"O(window x keys)"`` and the like.
     scalar : bool
         Whether the measure is one number a layer.
+    windows : int
+        How many times ``window_size`` queries the measure reads, the newest ones.
+    ranked : bool
+        Whether the weights follow from the layers' effective ranks besides.
     """
 
     function: Callable[..., FloatArray]
@@ -64,11 +68,13 @@ class Strategy:
     needs: str = "ranks"
     cost: str = _RANK_COST
     scalar: bool = True
+    windows: int = 1
+    ranked: bool = False
 
     @property
     def uses_ranks(self) -> bool:
-        """Whether the layers are weighed by their effective ranks."""
-        return self.measure == "rank"
+        """Whether the layers are weighed by their effective ranks, alone or among others."""
+        return self.measure == "rank" or self.ranked
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -77,7 +83,7 @@ class Strategy:
         return {
             parameter.name: parameter.default
             for parameter in parameters
-            if parameter.name not in ("limits", "profile")
+            if parameter.name not in ("limits", "profile", "ranks")
         }
 
     def weigh(
@@ -86,12 +92,12 @@ class Strategy:
         limits: Limits | None,
         options: dict[str, Any],
         profile: RankProfile | None = None,
+        ranks: FloatArray | None = None,
     ) -> FloatArray:
         """Return the weights of the layers, ``[layer]``."""
-        offered = {"limits": limits, "profile": profile}
-        known = {
-            name: offered[name] for name in inspect.signature(self.function).parameters if name in offered
-        }
+        offered = {"limits": limits, "profile": profile, "ranks": ranks}
+        parameters = list(inspect.signature(self.function).parameters)[1:]
+        known = {name: offered[name] for name in parameters if name in offered}
         return self.function(measures, **known, **options)
 
 
@@ -179,12 +185,14 @@ STRATEGIES: dict[str, Strategy] = {
     "distortion": Strategy(
         weigh_distortion,
         True,
-        "least sum of rank ** rank_exponent x error of the layer's output, tried on half of the window's queries",
+        "least sum of rank ** rank_exponent x error of the layer's output, tried on queries that had no say",
         "this project; Y. Shoham, A. Gersho, IEEE TASSP 36 (9), 1988",
         "distortion",
         "window attention",
-        "O(window x keys x log keys)",
+        "O(window x keys + keys log keys)",
         scalar=False,
+        windows=2,
+        ranked=True,
     ),
 }
 
@@ -292,6 +300,7 @@ def compute_weights(
     *,
     limits: Limits | None = None,
     profile: RankProfile | None = None,
+    ranks: FloatArray | None = None,
     **options: Any,
 ) -> FloatArray:
     """Compute the weight of each layer under a strategy; all-zero measures weigh every layer the same.
@@ -307,6 +316,9 @@ def compute_weights(
         Total, length and window, for the formulas that speak of tokens.
     profile : RankProfile, optional
         Of the model, for the strategies of `PROFILE_STRATEGIES`.
+    ranks : ndarray, optional
+        ``[layer]`` effective ranks, for a strategy that measures something else and reads them besides
+        (`Strategy.ranked`).
     **options
         The strategy's options.
 
@@ -339,4 +351,4 @@ def compute_weights(
     measures = check_measures(layer_ranks, strategy, known.scalar)
     if not measures.any():
         return np.ones(len(measures))
-    return known.weigh(measures, limits, merged, profile)
+    return known.weigh(measures, limits, merged, profile, ranks)

@@ -36,7 +36,7 @@ class RankKVCache(ObservedCache):
     selector : str or Selector, default "snapkv"
         Token selection method (:data:`rankkv.selection.SELECTORS`).
     strategy : str, optional
-        Budget strategy; None is the measured default (``"power"``, exponent 4).
+        Budget strategy; None is the measured default (``"distortion"``; with a known profile ``"blend"``).
     scope : {"evictable", "window", "full"}, default "evictable"
         Part of the attention whose effective rank is taken.
     aggregation : str, default "concat"

@@ -217,9 +217,8 @@ def restore_selector(record: Mapping[str, Any]) -> Selector:
 
 
 def _plan_record(plan: BudgetPlan) -> dict[str, Any]:
-    return {
-        name: getattr(plan, name) for name in ("length", "total_budget", "budgets", "layer_measures", "notes")
-    }
+    names = ("length", "total_budget", "budgets", "layer_measures", "ranks", "notes")
+    return {name: getattr(plan, name) for name in names}
 
 
 def _restore_plan(cache: Any, record: dict[str, Any]) -> BudgetPlan:

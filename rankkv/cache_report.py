@@ -86,8 +86,8 @@ def summarize(cache: Any) -> str:
             lines.append(
                 f"strategy {plan.strategy} weighs all layers together: nothing was released before the last one"
             )
-        measures = plan.layer_measures or [None] * len(plan.budgets)
-        name = plan.measure or "rank"
+        measures = plan.layer_ranks or plan.layer_measures or [None] * len(plan.budgets)
+        name = "rank" if plan.layer_ranks or plan.measure is None else plan.measure
         for layer_idx, measured, budget in zip(cache.layer_indices, measures, plan.budgets, strict=True):
             shown = (
                 "      -"

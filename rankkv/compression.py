@@ -39,6 +39,17 @@ def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation:
     return measured.tolist() if measured.dim() == 1 else list(measured.numpy())
 
 
+def measure_ranks(
+    plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation
+) -> list[float | None]:
+    """Measure a layer's effective rank, one a row, where the plans' strategy reads it beside another measure."""
+    if not plans[0].needs_ranks:
+        return [None] * len(plans)
+    return list(
+        compute_measures(observation, "rank", scope=config.scope, aggregation=config.aggregation).tolist()
+    )
+
+
 class Compressor:
     """Compresses the layers of one cache, in rounds: all compressible layers, in order, make a round.
 
@@ -120,8 +131,11 @@ class Compressor:
         if self._open[0].needs_hidden_states:
             observation = replace(observation, changes=layers[layer_idx].token_changes)
         rows = measure_rows(self._open, config, observation)
-        for plan, measured, available in zip(self._open, rows, observation.available, strict=True):
-            plan.add_layer(measured, available)
+        ranks = measure_ranks(self._open, config, observation)
+        for plan, measured, available, rank in zip(
+            self._open, rows, observation.available, ranks, strict=True
+        ):
+            plan.add_layer(measured, available, rank)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):
             if config.merging is not None:

@@ -18,9 +18,9 @@ STORAGE_MODES = ("full", "int8", "offload")
 MERGING_MODES = ("values", "keys_and_values")
 PREFILL_MODES = ("single", "chunked", "streaming")
 
-#: What `strategy=None` means without calibration: the exponent that measured best with concatenated heads.
-DEFAULT_STRATEGY = "power"
-DEFAULT_STRATEGY_OPTIONS: Mapping[str, Any] = MappingProxyType({"exponent": 4.0})
+#: What `strategy=None` means without calibration: of all strategies what measured best on several kinds of text.
+DEFAULT_STRATEGY = "distortion"
+DEFAULT_STRATEGY_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 #: What it means with a profile of the model.
 PROFILED_STRATEGY = "blend"
@@ -92,7 +92,7 @@ class RankKVConfig:
         Token selection method, a key of :data:`rankkv.selection.SELECTORS` or a selector with options.
     strategy : str, optional
         Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`; None takes the measured default
-        (``"power"`` with exponent 4; with a known profile of the model ``"blend"``).
+        (``"distortion"``; with a known profile of the model ``"blend"``).
     scope : {"evictable", "window", "full"}, default "evictable"
         Part of the attention whose effective rank is taken.
     aggregation : str, default "concat"

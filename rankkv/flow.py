@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention_call import AttentionCall
+from .budget_allocation import get_strategy
 from .cache_layer import RankKVLayer
 from .compression import Compressor
 from .config import RankKVConfig
@@ -58,6 +59,8 @@ class Flow:
         self.selector = selector
         self.layer_indices = layer_indices
         self.compressor = Compressor(config, selector, layer_indices)
+        #: Newest queries that ranks, other measures and scores are computed from.
+        self.window_queries = config.window_size * get_strategy(config.resolve_strategy()[0]).windows
         self.reset()
 
     def reset(self) -> None:
@@ -160,13 +163,13 @@ class Flow:
         last = layer_idx == self.layer_indices[-1]
         if self.deferred:
             spare = _DRAFT_QUERIES if self.recording else 0
-            self._buffer(layer, observation, config.window_size + spare, spare)
+            self._buffer(layer, observation, self.window_queries + spare, spare)
         elif not self.compressed or (steps > 1 and (config.recompress_turns or self.streaming)):
             self.end_round(layers, self.compressor.add_layer(layers, observation, in_attention=True))
         elif config.decode == "bounded":
             self.compressor.step(layer, observation)
         else:
-            self._buffer(layer, observation, config.window_size)
+            self._buffer(layer, observation, self.window_queries)
             if layer.seen - self.compressed_at >= config.decode_interval:
                 self.compressor.add_layer(layers, self._observe_buffer(layer, call.key, call.value))
                 self.end_round(layers, last)

@@ -133,7 +133,9 @@ class ProbeCache(DynamicCache):
                 "the forward did not reach the last layer: nothing can be said of the prompt."
             )
         for layer_idx in self.layer_indices:
-            self.plan.add_layer(None if self.plan.measure is None else self.measures[layer_idx])
+            measured = None if self.plan.measure is None else self.measures[layer_idx]
+            rank = self.ranks[layer_idx] if self.plan.needs_ranks else None
+            self.plan.add_layer(measured, rank=rank)
         self.plan.finish()
         return self.plan
 

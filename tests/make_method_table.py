@@ -55,7 +55,7 @@ CHINESE = {
         "zigzagkv": "ZigZagKV 的层不确定度：装下窗口注意力的 `mass` 所需的 token 占比",
         "squeezeattention": "注意力改变隐藏状态最少的一组层只得平均的 `squeeze` 倍，其余各层均分剩下的",
         "dynamickv": "窗口，加上所有层的最高分里属于本层的个数",
-        "distortion": "使 rank ** rank_exponent x 输出误差之和最小；误差在窗口的一半 query 上试得",
+        "distortion": "使 rank ** rank_exponent x 输出误差之和最小；误差在未参与选择的 query 上试得",
         "profile": "使实测失真之和最小；有 `exponent` 时为实测敏感度的 exponent 次幂",
         "blend": "实测敏感度的 profile_exponent 次幂，乘以秩的 rank_exponent 次幂",
         "inverse": "秩的倒数；秩为 0 时按最小的正秩计",

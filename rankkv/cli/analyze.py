@@ -36,9 +36,7 @@ def analyze(
     budget: Annotated[
         int | None, typer.Option(help="Average tokens a layer keeps; overrides --compression-ratio.")
     ] = None,
-    strategy: Annotated[
-        str | None, typer.Option(help="Budget strategy.", show_default="power, exponent 4")
-    ] = None,
+    strategy: Annotated[str | None, typer.Option(help="Budget strategy.", show_default="distortion")] = None,
     strategy_option: Annotated[
         list[str] | None, typer.Option(help="Option of the strategy, name=value; may be repeated.")
     ] = None,
@@ -70,6 +68,7 @@ def analyze(
     options = parse_options(strategy_option, "--strategy-option")
 
     with show_step(console, f"Loading {model}"):
+        from ..budget_allocation import get_strategy
         from ..budget_plan import BudgetPlan
         from ..cache import RankKVCache
         from ..config import RankKVConfig
@@ -113,9 +112,8 @@ def analyze(
         print_json(result.to_dict())
         return
     console.print()
-    shown = (
-        (result.layer_measures, result.strategy) if result.layer_measures else (result.layer_ranks, "rank")
-    )
+    ranked = get_strategy(result.strategy).uses_ranks or not result.layer_measures
+    shown = (result.layer_ranks, "rank") if ranked else (result.layer_measures, result.strategy)
     console.print(make_layer_table(result.layer_indices, shown[0], result.budgets, shown[1]))
     listed = ", ".join(f"{option} {value}" for option, value in result.strategy_options.items())
     console.print(

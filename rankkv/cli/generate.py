@@ -41,7 +41,8 @@ def generate(
         list[str] | None, typer.Option(help="Option of the selector, name=value; may be repeated.")
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="Budget strategy.", show_default="power, exponent 4")
+        str | None,
+        typer.Option(help="Budget strategy.", show_default="distortion, with a known profile blend"),
     ] = None,
     strategy_option: Annotated[
         list[str] | None, typer.Option(help="Option of the strategy, name=value; may be repeated.")

@@ -43,7 +43,7 @@ class _RankKVPress:
     selector : str or Selector, default "snapkv"
         Token selection method (:data:`rankkv.selection.SELECTORS`).
     strategy : str, optional
-        Budget strategy; None is the measured default (``"power"``, exponent 4).
+        Budget strategy; None is the measured default (``"distortion"``).
     strategy_options : mapping, optional
         Options of the strategy.
     scope, aggregation : str

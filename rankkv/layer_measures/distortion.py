@@ -1,4 +1,4 @@
-"""What evicting costs a layer, measured on queries that had no say in it, and weighted by the layer's rank."""
+"""What evicting costs a layer, measured on queries that had no say in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..budget_distortion import make_budget_grid
-from ..layer_rank import compute_layer_ranks
 from ..observation import Observation
 from ..output_projection import compute_projection_matrix, find_output_projection
 from ..rank_kernels import round_ranks
@@ -15,34 +14,25 @@ from ..rank_kernels import round_ranks
 _POOL = 5
 
 
-def compute_eviction_errors(
-    observation: Observation,
-    rank_exponent: float = 2.0,
-    scope: str = "evictable",
-    aggregation: str = "concat",
-) -> Tensor:
+def compute_eviction_errors(observation: Observation) -> Tensor:
     """Compute how wrong a layer's attention output gets when only so many tokens are kept.
 
-    The observation window is split.  Its first half selects: of the keys before the second half it keeps the b that it
-    attends to most, as SnapKV does.  Its second half, which had no say, is attended with these keys and with all:
-    ``e(b) = ||W_o o_kept - W_o o_all|| / ||W_o o_all||`` (root mean square over the rows), at each b of
-    :func:`rankkv.budget_distortion.make_budget_grid`, times the layer's effective rank to the power of
-    ``rank_exponent``.  Where the output projection W_o is not found, the heads' outputs are taken side by side.
+    The ``window_size`` queries before the observation window select: of the keys before the window they keep the b
+    that they attend to most, as SnapKV does.  The window itself, which had no say, is attended with these keys and with
+    all: ``e(b) = ||W_o o_kept - W_o o_all|| / ||W_o o_all||`` (root mean square over the rows), at each b of
+    :func:`rankkv.budget_distortion.make_budget_grid`.  Of fewer than ``2 * window_size`` queries the older half
+    selects.  Where the output projection W_o is not found, the heads' outputs are taken side by side.
 
     Parameters
     ----------
     observation : Observation
         The layer's queries, keys and values.
-    rank_exponent : float, default 2
-        0 leaves the rank out.
-    scope, aggregation : str
-        Of the rank; see :func:`rankkv.layer_rank.compute_layer_ranks`.
 
     Returns
     -------
     Tensor
-        ``[batch, budget]`` float64, rounded to 6 significant digits; zeros at the end of a shorter row, and for a
-        window of fewer than 2 queries.
+        ``[batch, budget]`` float64, rounded to 6 significant digits; zeros at the end of a shorter row, and for fewer
+        than 2 queries.
     """
     whole = {*observation.lengths, *observation.available} == {observation.key_length}
     count = len(observation.lengths)
@@ -50,52 +40,92 @@ def compute_eviction_errors(
     curves = [_compute_row(row) for row in rows]
     widest = max(len(curve) for curve in curves)
     table = torch.stack([functional.pad(curve, (0, widest - len(curve))) for curve in curves])
-    if rank_exponent:
-        ranks = compute_layer_ranks(observation, scope, aggregation)
-        table = table * (ranks**rank_exponent)[:, None]
     return round_ranks(table)
 
 
 def _compute_row(observation: Observation) -> Tensor:
     """Return the errors of one row without padding, ``[budget]`` float64 on the CPU."""
-    window = observation.window_attention[0]
-    length = observation.key_length
+    length, queries = observation.key_length, observation.query_length
     grid = make_budget_grid(length)
-    heads, rows = window.shape[:2]
-    held_out = rows // 2
+    held_out = min(observation.window_size, queries // 2)
     if held_out == 0 or not grid:
         return torch.zeros(max(1, len(grid)), dtype=torch.float64)
-    chosen = rows - held_out
+    chosen = min(observation.window_size, queries - held_out)
     cut = length - held_out
-    scores = _pool(window[:, :chosen, :cut].mean(dim=1), cut - chosen)
-    scores = observation.compute_group_mean(scores[None])[0]
-    seen = window[:, chosen:]
-    values = observation.values[0].float()
-    values = values.repeat_interleave(heads // values.shape[0], dim=0)
-    width = heads * values.shape[-1]
+    last = queries - held_out
+    votes = observation.compute_attention(slice(last - chosen, last))[0, :, :, :cut].mean(dim=1)
+    scores = observation.compute_group_mean(_pool(votes, cut - chosen)[None])[0]
+    outputs, full = _attend_with_fewer(observation, scores, grid, held_out, chosen)
+
+    width = outputs.shape[-1]
     parts = 1 if observation.shards is None else observation.shards.size
     projection = find_output_projection(observation.module, width, parts)
-    matrix = None if projection is None else compute_projection_matrix(projection, width, values, parts)
+    wrong = torch.cat([outputs - full, full[None]])
+    if projection is None:
+        # Heads side by side: their squares add up.
+        squares = observation.sum_over_shards(wrong.pow(2).sum(dim=(-2, -1)))
+    else:
+        # Read in the dtype the model computes in: some modules take no other.
+        matrix = compute_projection_matrix(projection, width, observation.values, parts)
+        projected = wrong @ matrix.float()
+        squares = observation.sum_over_shards(projected).pow(2).sum(dim=(-2, -1))
+    errors = squares[:-1] / squares[-1].clamp(min=torch.finfo(squares.dtype).tiny)
+    return errors.sqrt().to("cpu", torch.float64)
 
-    def measure(outputs: Tensor) -> Tensor:
-        joined = outputs.transpose(0, 1).reshape(held_out, width)
-        if matrix is None:
-            # Heads side by side: their squares add up.
-            return observation.sum_over_shards(joined.pow(2).sum())
-        return observation.sum_over_shards(joined @ matrix).pow(2).sum()
 
-    size = measure(seen @ values)
-    errors = []
-    for budget in grid:
-        kept = _keep(scores, min(budget, cut), chosen, observation.sink_size)
-        kept = functional.pad(kept, (0, held_out), value=True).repeat_interleave(
-            heads // scores.shape[0], dim=0
-        )
-        left = seen * kept[:, None]
-        left = left / left.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
-        errors.append(measure((left - seen) @ values))
-    ratio = torch.stack(errors) / size.clamp(min=torch.finfo(size.dtype).tiny)
-    return ratio.sqrt().to("cpu", torch.float64)
+def _attend_with_fewer(
+    observation: Observation, scores: Tensor, grid: list[int], held_out: int, chosen: int
+) -> tuple[Tensor, Tensor]:
+    """Attend from the held-out rows with each budget's keys, ``[budget, row, width]``, and with all, ``[row, width]``.
+
+    What a larger budget keeps holds what a smaller one keeps, so the keys are sorted by the first budget that keeps
+    them, and each key is multiplied once, whatever the number of budgets.
+    """
+    attention = observation.window_attention[0, :, -held_out:]
+    kv_heads, cut = scores.shape
+    heads = attention.shape[0]
+    entry = _find_first_budget(scores, grid, chosen, observation.sink_size)
+    order = entry.sort(dim=-1, stable=True).indices
+    values = observation.values[0].float()
+    if len(values) != kv_heads:
+        values = values.repeat_interleave(heads // len(values), dim=0)
+        order = order.repeat_interleave(heads // kv_heads, dim=0)
+    # The query heads of one key/value head as more rows of it.
+    weights = attention.reshape(len(values), -1, attention.shape[-1])
+    kept_weights = weights[..., :cut].gather(-1, order[:, None].expand(-1, weights.shape[1], -1))
+    kept_values = values[:, :cut].gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
+
+    mixed, mass = weights[..., cut:] @ values[:, cut:], weights[..., cut:].sum(dim=-1, keepdim=True)
+    if observation.sink_logits is not None:
+        # What sinks that the model learned take away is in no key, kept or not.
+        mass = mass + (1.0 - weights.sum(dim=-1, keepdim=True)).clamp(min=0.0)
+    outputs, start = [], 0
+    for stop in [*(min(budget, cut) for budget in grid), cut]:
+        part = kept_weights[..., start:stop]
+        mixed = mixed + part @ kept_values[:, start:stop]
+        mass = mass + part.sum(dim=-1, keepdim=True)
+        outputs.append(mixed / mass.clamp(min=torch.finfo(mass.dtype).tiny))
+        start = stop
+    joined = torch.stack(outputs).reshape(len(outputs), heads, held_out, -1).transpose(1, 2).flatten(2)
+    return joined[:-1], joined[-1]
+
+
+def _find_first_budget(scores: Tensor, grid: list[int], newest: int, sinks: int) -> Tensor:
+    """Find the first budget that keeps each key, ``[kv_head, key]`` indices into ``grid``; its length for none.
+
+    A budget keeps the newest half, its sinks, and the best scores.
+    """
+    cut = scores.shape[-1]
+    # Stable, so that of neighbours pooled to one score the earlier is kept, on any machine.
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    entry = torch.full_like(order, len(grid))
+    for number in reversed(range(len(grid))):
+        budget = min(grid[number], cut)
+        recent, first = min(newest, budget // 2), min(sinks, budget // 4)
+        sure = (order >= cut - recent) | (order < first)
+        others = (~sure).cumsum(dim=-1)
+        entry.masked_fill_(sure | (others <= budget - recent - first), number)
+    return torch.empty_like(entry).scatter_(-1, order, entry)
 
 
 def _pool(votes: Tensor, split: int) -> Tensor:
@@ -104,15 +134,3 @@ def _pool(votes: Tensor, split: int) -> Tensor:
         return votes
     pooled = functional.max_pool1d(votes[:, :split], _POOL, stride=1, padding=_POOL // 2)
     return torch.cat([pooled, votes[:, split:]], dim=-1)
-
-
-def _keep(scores: Tensor, budget: int, newest: int, sinks: int) -> Tensor:
-    """Return bool ``[kv_head, key]``: the newest half of a budget, its sinks, and the best scores."""
-    scores = scores.clone()
-    recent = min(newest, budget // 2)
-    if recent:
-        scores[:, -recent:] = float("inf")
-    scores[:, : min(sinks, budget // 4)] = float("inf")
-    # Stable, so that of neighbours pooled to one score the earlier is kept, on any machine.
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)

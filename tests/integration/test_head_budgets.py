@@ -237,7 +237,10 @@ def test_calls_are_independent(tiny_llama):
 @pytest.mark.parametrize("decode", ["grow", "bounded", "periodic"])
 def test_bytes_are_those_of_the_tokens_kept(tiny_llama, batch, storage, width, decode):
     model, (ids, mask) = tiny_llama(), batch
-    cache = oracles.prefill(model, ids, mask, storage=storage, decode=decode, decode_interval=3, **KEEP)
+    # By ranks alone every layer has something to evict.
+    by_rank = {"strategy": "power", "strategy_options": {"exponent": 4.0}}
+    options = {**KEEP, **by_rank, "storage": storage, "decode": decode}
+    cache = oracles.prefill(model, ids, mask, decode_interval=3, **options)
     for chunk in ((), (1,), (1, 1), (4, 1)):
         oracles.feed(model, cache, oracles.next_chunks(len(ids), chunk), mask)
         mask = torch.cat([mask, mask.new_ones(len(ids), sum(chunk))], dim=-1)

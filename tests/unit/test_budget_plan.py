@@ -6,6 +6,7 @@ import itertools
 import re
 import warnings
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,10 +84,22 @@ def test_the_last_ceilings_hardly_exceed_the_budgets():
     assert sum(ceilings[-1]) <= plan.total_budget + 3
 
 
-def test_default_strategy_is_power_four():
-    plan, _ = fill(RankKVConfig(0.5, min_budget=1), 1000, [1.0, 2.0])
-    assert (plan.strategy, plan.strategy_options) == ("power", {"exponent": 4.0})
-    assert plan.finish() == [59, 941]  # 1000 shared as 1 to 16
+def test_the_default_gives_tokens_where_the_errors_fall_most():
+    plan = BudgetPlan(RankKVConfig(0.5, min_budget=16, profile=None), 64, [0, 1])
+    assert plan.strategy == "distortion"
+    # Errors at 8, 11, 16, 23, 32 and 45 tokens: layer 1 gains nothing from 32 tokens on, layer 0 much.
+    plan.add_layer(np.array([9.0, 8.0, 7.0, 5.0, 3.0, 1.0]), rank=2.0)
+    plan.add_layer(np.array([9.0, 8.0, 0.1, 0.1, 0.0, 0.0]), rank=2.0)
+    assert plan.finish() == [48, 16]
+    assert plan.layer_ranks == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(("ranks", "budgets"), [([4.0, 1.0], [48, 16]), ([1.0, 4.0], [16, 48])])
+def test_the_default_weighs_the_same_errors_by_rank(ranks, budgets):
+    plan = BudgetPlan(RankKVConfig(0.5, min_budget=16, profile=None), 64, [0, 1])
+    for rank in ranks:
+        plan.add_layer(np.array([0.9, 0.8, 0.7, 0.5, 0.3, 0.1]), rank=rank)
+    assert plan.finish() == budgets
 
 
 def test_all_zero_ranks_are_uniform():

@@ -248,7 +248,10 @@ def test_stream_never_splits_a_character(embedded):
         (["generate", "--prompt", "a", "--selector-option", "pooling"], "not of the form name=value"),
         (["generate", "--prompt", "a", "--selector-option", "colour=red"], "has no option 'colour'"),
         (["generate", "--prompt", "a", "--strategy", "unifrom"], "did you mean 'uniform'?"),
-        (["generate", "--prompt", "a", "--strategy-option", "exponent=high"], "exponent must be a number"),
+        (
+            ["generate", "--prompt", "a", "--strategy", "power", "--strategy-option", "exponent=high"],
+            "exponent must be a number",
+        ),
         (["generate", "--prompt", "a", "--scope", "evictabel"], "did you mean 'evictable'?"),
         (["generate", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["generate", "--prompt", "a", "--budget", "0"], "--budget is 0"),

@@ -87,8 +87,9 @@ def test_config_is_frozen_and_takes_no_later_change():
 
 
 def test_default_strategy():
-    assert RankKVConfig().resolve_strategy() == ("power", {"exponent": 4.0})
-    assert RankKVConfig(strategy_options={"exponent": 2.0}).resolve_strategy() == ("power", {"exponent": 2.0})
+    assert RankKVConfig().resolve_strategy() == ("distortion", {})
+    options = {"rank_exponent": 1.0}
+    assert RankKVConfig(strategy_options=options).resolve_strategy() == ("distortion", options)
     assert RankKVConfig(strategy="power").resolve_strategy() == ("power", {})
     assert RankKVConfig(strategy="pyramid").resolve_strategy() == ("pyramid", {})
 

@@ -23,7 +23,7 @@ OPTIONS = {
     "zigzagkv": ({}, {"mass": 0.5}),
     "dynamickv": ({}, {"r_max": 2.0, "kernel_size": 3}),
     "squeezeattention": ({},),
-    "distortion": ({}, {"rank_exponent": 0.0}),
+    "distortion": ({},),
 }
 
 
@@ -115,9 +115,9 @@ def squeezeattention(layer, attention):
     return sum(layer.changes[0].tolist()) / 64
 
 
-def distortion(layer, attention, rank_exponent=2.0):
-    """The first 8 of the 16 newest queries choose, the last 8 find out what is missing."""
-    heads, kv_heads, cut = len(attention), layer.keys.shape[1], 56
+def distortion(layer, attention):
+    """The 16 queries before the window choose, the window's 16 find out what is missing."""
+    heads, kv_heads, cut = len(attention), layer.keys.shape[1], 48
     groups = heads // kv_heads
     module = layer.module
     joined = (module.o_proj if hasattr(module, "o_proj") else module.dense).weight.detach()
@@ -140,21 +140,20 @@ def distortion(layer, attention, rank_exponent=2.0):
     for kv_head in range(kv_heads):
         pooled = []
         for head in range(kv_head * groups, (kv_head + 1) * groups):
-            mean = [sum(attention[head][i][j] for i in range(48, 56)) / 8 for j in range(cut)]
-            pooled.append(pool(mean[:48], 5, max) + mean[48:])
+            mean = [sum(attention[head][i][j] for i in range(32, 48)) / 16 for j in range(cut)]
+            pooled.append(pool(mean[:32], 5, max) + mean[32:])
         votes.append([sum(column) / groups for column in zip(*pooled, strict=True)])
     everything = [set(range(64))] * kv_heads
     curve = []
     for budget in (8, 11, 16, 23, 32, 45):
         keep = []
         for scores in votes:
-            sure = {*range(cut - min(8, budget // 2), cut), *range(min(layer.sink_size, budget // 4))}
+            sure = {*range(cut - min(16, budget // 2), cut), *range(min(layer.sink_size, budget // 4))}
             rest = sorted(set(range(cut)) - sure, key=lambda j: -scores[j])
             keep.append(sure | set(rest[: budget - len(sure)]))
-        wrong = sum(float((output(i, keep) - output(i, everything)).pow(2).sum()) for i in range(56, 64))
-        curve.append(math.sqrt(wrong / sum(float(output(i, everything).pow(2).sum()) for i in range(56, 64))))
-    rank = float(compute_measures(layer, "rank")[0])
-    return [error * rank**rank_exponent for error in curve]
+        wrong = sum(float((output(i, keep) - output(i, everything)).pow(2).sum()) for i in range(48, 64))
+        curve.append(math.sqrt(wrong / sum(float(output(i, everything).pow(2).sum()) for i in range(48, 64))))
+    return curve
 
 
 SLOW = {
@@ -247,3 +246,23 @@ def test_a_row_of_nothing_but_padding_does_not_stop_the_others(model, name):
     alone = measure(observe(model, PROMPT[:, :20])[0], name)[0]
     measured = measure(empty, name)
     torch.testing.assert_close(measured[0], alone, rtol=1e-5, atol=1e-7)
+
+
+def test_errors_are_relative_to_attention_that_learned_sinks_take_from(model):
+    """Sinks that take nearly everything leave nearly nothing to lose; the few keys kept are not blown up to all."""
+    layer = observe(model, PROMPT)[0]
+    heads = layer.query.shape[1]
+    plain, sunk = (
+        measure(replace(layer, sink_logits=logits), "distortion")[0]
+        for logits in (torch.full((heads,), -1e4), torch.full((heads,), 8.0))
+    )
+    torch.testing.assert_close(plain, measure(layer, "distortion")[0], rtol=1e-5, atol=1e-7)
+    # Without the mass that went to the sinks, the error is that of the part that is missing, at most all of it.
+    assert (sunk <= 1.0).all()
+    assert not torch.allclose(sunk, plain, rtol=0.05)
+
+
+def test_a_row_that_attends_to_evicted_keys_alone_has_a_finite_error(model):
+    layer = observe(model, PROMPT)[0]
+    measured = measure(replace(layer, query=layer.query * 1e3), "distortion")[0]
+    assert torch.isfinite(measured).all()

@@ -255,7 +255,7 @@ def test_the_two_lists_of_strategies_agree():
 
 def test_the_known_profile_is_used_unless_told_otherwise(tiny_llama, own_folder):
     model = tiny_llama(3)
-    uncalibrated = ("power", {"exponent": 4.0})
+    uncalibrated = ("distortion", {})
     assert RankKVCache(model).config.resolve_strategy() == uncalibrated
     with pytest.raises(ProfileError, match="none is known"):
         RankKVCache(model, strategy="profile")
@@ -266,8 +266,7 @@ def test_the_known_profile_is_used_unless_told_otherwise(tiny_llama, own_folder)
     assert RankKVCache(model, strategy="profile").config.profile == profile
     assert RankKVCache(model, profile=None).config.resolve_strategy() == uncalibrated
     assert RankKVCache(model, strategy="uniform").config.resolve_strategy() == ("uniform", {})
-    options = {"exponent": 2.0}
-    assert RankKVCache(model, strategy_options=options).config.resolve_strategy() == ("power", options)
+    assert RankKVCache(model, strategy="power").config.resolve_strategy() == ("power", {})
     # A model of the same shape with other weights has another profile, or none.
     assert RankKVCache(tiny_llama(3, seed=1)).config.resolve_strategy() == uncalibrated
     result = RankKVAnalyzer(model, strategy="profile").analyze(torch.arange(90))
@@ -284,7 +283,7 @@ def test_the_shipped_profile_belongs_to_the_embedded_model_alone(embedded):
     with torch.random.fork_rng():
         stranger = type(model)._from_config(model.config, dtype=torch.bfloat16)
     assert describe_shape(stranger) == profile.model
-    assert RankKVCache(stranger).config.resolve_strategy() == ("power", {"exponent": 4.0})
+    assert RankKVCache(stranger).config.resolve_strategy() == ("distortion", {})
     with pytest.raises(ProfileError, match="weights are others"):
         RankKVCache(stranger, profile=profile)
 
