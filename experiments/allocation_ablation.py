@@ -21,15 +21,9 @@ from tqdm import tqdm
 
 from rankkv.cli.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, format_error
 from rankkv.errors import ConfigError, InputError, RankKVError
+from rankkv.evaluation.settings import UNIFORM
+from rankkv.evaluation.sweep_config import NAMED_ALLOCATIONS
 from rankkv.files import write_text_atomically
-
-UNIFORM = "uniform"
-#: Names that stand for a combination of options; any other name is a strategy with its own defaults.
-NAMED: dict[str, dict[str, Any]] = {
-    "default": {"profile": None},
-    "auto": {},
-    "whole": {"strategy": "proportional", "scope": "full", "aggregation": "mean"},
-}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +59,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def build_cells(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return every combination as `selector|strategy|ratio` and its options of RankKVCache."""
-    strategies = {name: NAMED.get(name, {"strategy": name}) for name in arguments.strategies}
+    strategies = {
+        name: dict(NAMED_ALLOCATIONS.get(name, {"strategy": name})) for name in arguments.strategies
+    }
     power = {"strategy": "power", "strategy_options": {"exponent": 4.0}}
     strategies |= {f"power 4, {scope}": {**power, "scope": scope} for scope in arguments.scopes}
     strategies |= {f"power 4, {name}": {**power, "aggregation": name} for name in arguments.aggregations}

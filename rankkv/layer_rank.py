@@ -58,6 +58,27 @@ def compute_layer_ranks(
     return round_ranks(ranks.cpu())
 
 
+def compute_head_ranks(observation: Observation) -> Tensor:
+    """Compute the effective rank of every query head's evictable attention.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries, keys and mask.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, head]`` float64 on the CPU, rounded as :func:`compute_layer_ranks` rounds; 0 where nothing can be
+        evicted.
+    """
+    window = _cut_evictable(observation.window_attention, observation)
+    if window.shape[-1] == 0:
+        return torch.zeros(window.shape[:2], dtype=torch.float64)
+    _, per_head = compute_aggregated_rank(window, "per_head")
+    return round_ranks(per_head.cpu())  # type: ignore[union-attr]
+
+
 def _cut_evictable(window: Tensor, observation: Observation) -> Tensor:
     sinks, recent = observation.sink_size, observation.window_size
     if {*observation.lengths, *observation.available} == {observation.key_length}:

@@ -15,6 +15,7 @@ from .export_generate import export_generate
 from .generate import generate
 from .lm_eval import PASS_ON, lm_eval
 from .methods import methods
+from .sweep import sweep
 
 app = typer.Typer(
     name="rankkv",
@@ -32,6 +33,7 @@ app.command()(export_generate)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 app.command()(methods)
 app.command()(check)
+app.command()(sweep)
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_SECONDS_BETWEEN_LINES = 20.0
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -34,7 +35,7 @@ class Step:
 
     def __init__(self, console: Console, description: str) -> None:
         self._console, self._description = console, description
-        self._start = time.perf_counter()
+        self._start = self._said = time.perf_counter()
         self._progress: Any = None
         if not console.is_terminal:
             console.print(f"{description} ...", markup=False, soft_wrap=True)
@@ -55,10 +56,14 @@ class Step:
         self._task = self._progress.add_task(description, total=None, count="")
         self._progress.start()
 
-    def advance(self, done: int, total: int) -> None:
-        """Show how many layers are done."""
+    def advance(self, done: int, total: int, count: str | None = None) -> None:
+        """Show how many layers are done; with ``count``, its text in their place, now and then on no terminal too."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, total=total, count=f"layer {done}/{total}")
+            count = count or f"layer {done}/{total}"
+            self._progress.update(self._task, completed=done, total=total, count=count)
+        elif count and time.perf_counter() - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = time.perf_counter()
+            self._console.print(f"  {count}", markup=False, soft_wrap=True)
 
     def finish(self, note: str = "") -> None:
         """Leave one line that says what ran and for how long; does nothing the second time."""
@@ -111,6 +116,19 @@ def watch_layers(model: Any, on_layer: Callable[[int, int], None]) -> Iterator[C
         yield stop
     finally:
         stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a length of time as one reads it.
+
+    Examples
+    --------
+    >>> [format_seconds(seconds) for seconds in (7.2, 200.0, 9000.0)]
+    ['7 s', '3.3 min', '2.5 h']
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def draw_bar(value: float, largest: float, width: int) -> str:

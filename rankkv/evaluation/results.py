@@ -74,16 +74,7 @@ class ResultStore:
 
     def write(self, unit: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows of one unit of work, all at once."""
-        _, parquet = _import_pyarrow()
-        table = _make_table(rows)
-        handle, temporary = tempfile.mkstemp(dir=self.parts, suffix=".tmp")
-        os.close(handle)
-        try:
-            parquet.write_table(table, temporary)
-            os.replace(temporary, self._path(unit))
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_rows(self._path(unit), rows)
 
     def read(self) -> list[dict[str, Any]]:
         """Read the rows of all finished units, in the order of their names."""
@@ -91,12 +82,30 @@ class ResultStore:
 
     def join(self, path: str | Path) -> Path:
         """Write all rows to one Parquet file and return its path."""
-        _, parquet = _import_pyarrow()
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        parquet.write_table(_make_table(self.read()), temporary)
+        return write_rows(path, self.read())
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write rows to one Parquet file, which appears whole or not at all, and return its path.
+
+    A column that some rows lack is null there.
+    """
+    pyarrow, parquet = _import_pyarrow()
+    path, listed = Path(path), [dict(row) for row in rows]
+    columns = dict.fromkeys(key for row in listed for key in row)
+    # Left to itself, pyarrow takes the columns of the first row and drops what other rows have besides.
+    table = pyarrow.table({key: [row.get(key) for row in listed] for key in columns})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        os.close(handle)
+        parquet.write_table(table, temporary)
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        return path
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
 
 
 def read_rows(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -135,25 +144,18 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _find_commit() -> str | None:
+    """Return the commit that this code is, with "-dirty" after it if files of it were changed since."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        # An installed package may lie inside a repository that is not its own.
+        ask("ls-files", "--error-unmatch", Path(__file__).name)
+        return ask("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
-
-
-def _make_table(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """Make a table of rows that need not have the same columns: what a row has not is null."""
-    pyarrow, _ = _import_pyarrow()
-    rows = list(rows)
-    columns = dict.fromkeys(column for row in rows for column in row)
-    # Left to itself, pyarrow takes the columns of the first row and drops what other rows have besides.
-    return pyarrow.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows])
 
 
 def _import_pyarrow() -> tuple[Any, Any]:

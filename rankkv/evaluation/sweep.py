@@ -1,0 +1,268 @@
+"""Running a sweep: one prefill a sample for all its cells, one file for each finished sample, resumed after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compat import cache_argument
+from ..errors import ConfigError, RankKVError
+from ..models import load_model
+from ..processes import Place, find_own_device, find_place
+from ..texts import load_texts
+from .portrait import describe_cells
+from .results import ResultStore, write_rows
+from .shared_prefill import PrefillRecord, record_prefill
+from .sweep_config import SweepConfig, SweepModel, SweepTask
+from .task_runner import EXTRA_TOKENS, evaluate_blank, evaluate_sample
+from .tasks import Haystack, Sample, get_task, make_samples
+
+ROWS, PORTRAITS = "rows.parquet", "portraits"
+# Long enough that the forward's fixed costs do not hide the costs of a token.
+_PROBE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One sample of one task for one model: what one prefill is shared by, and what is written at once.
+
+    Attributes
+    ----------
+    name : str
+        Of its file.
+    model, task, seed, sample
+        What is measured.
+    is_portrayed : bool
+        Whether it is also described what each cell keeps of this prompt.
+    """
+
+    name: str
+    model: SweepModel
+    task: SweepTask
+    seed: int
+    sample: Sample
+    is_portrayed: bool
+
+
+class Sweep:
+    """All cells of a sweep, in a folder that remembers which are done.
+
+    Parameters
+    ----------
+    config : SweepConfig
+        What is run.
+    folder : str or Path
+        Where results go: ``manifest.json``, ``parts/`` and ``portraits/`` while it runs, ``rows.parquet`` once all is
+        done.
+    share : Place, optional
+        Which part of the samples this process runs; by default what the launcher's environment says.
+
+    Raises
+    ------
+    InputError
+        If the folder holds another sweep, or a text cannot be used.
+    """
+
+    def __init__(self, config: SweepConfig, folder: str | Path, share: Place | None = None) -> None:
+        self.config = config
+        self.folder = Path(folder)
+        self.share = find_place() if share is None else share
+        self._texts = {
+            name: "\n\n".join(text.strip() for text in load_texts(name))
+            for name in dict.fromkeys(task.text for task in config.tasks)
+        }
+        digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in self._texts.items()}
+        self.store = ResultStore(self.folder, {**config.to_dict(), "text_digests": digests})
+        self._names: dict[str, list[str]] = {}
+
+    def load(self, model: SweepModel) -> ModelSweep:
+        """Load one of the models, make its samples, and find out which are not done.
+
+        Raises
+        ------
+        RankKVError
+            If the model cannot be loaded, or the samples cannot be made of the text.
+        """
+        device = find_own_device() or ("cuda" if torch.cuda.is_available() else None)
+        loaded, tokenizer = load_model(model.name, model.dtype, model.device_map)
+        if model.device_map is None and device is not None:
+            loaded = loaded.to(device)
+        units = self._list_units(model, tokenizer)
+        self._names[model.name] = [unit.name for unit in units]
+        own = units[self.share.rank :: self.share.size]
+        return ModelSweep(
+            self, loaded, tokenizer, units, [unit for unit in own if not self.store.is_done(unit.name)]
+        )
+
+    def _list_units(self, model: SweepModel, tokenizer: Any) -> list[Unit]:
+        units = []
+        haystacks = {name: Haystack(tokenizer, text) for name, text in self._texts.items()}
+        prefix = f"m{self.config.models.index(model)}-{_slug(model.name)}"
+        for place, task in enumerate(self.config.tasks):
+            for seed in self.config.seeds:
+                try:
+                    samples = make_samples(
+                        get_task(task.task),
+                        tokenizer,
+                        haystacks[task.text],
+                        lengths=task.lengths,
+                        count=task.count,
+                        seed=seed,
+                        question_aware=task.question_aware,
+                        chat=task.chat,
+                        **task.options,
+                    )
+                except (RankKVError, TypeError) as error:
+                    raise ConfigError(f"tasks[{place}] ({task.label}): {error}") from error
+                units += [
+                    Unit(
+                        name=f"{prefix}--t{place}-{_slug(task.label)}--s{seed}--{sample.name}",
+                        model=model,
+                        task=task,
+                        seed=seed,
+                        sample=sample,
+                        is_portrayed=seed == self.config.seeds[0] and number == len(samples) // 2,
+                    )
+                    for number, sample in enumerate(samples)
+                ]
+        return units
+
+    def finish(self) -> Path | None:
+        """Join all rows if every sample of every model is done, whichever process did it; None if some are not.
+
+        Raises
+        ------
+        ConfigError
+            If a model was not loaded, so that its samples are not known.
+        """
+        missing = [model.name for model in self.config.models if model.name not in self._names]
+        if missing:
+            raise ConfigError(f"load {missing[0]!r} before finish(): its samples are not known yet.")
+        if not all(self.store.is_done(name) for names in self._names.values() for name in names):
+            return None
+        return self.store.join(self.folder / ROWS)
+
+
+class ModelSweep:
+    """The samples of a sweep for one model that is loaded.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        On its device.
+    units : list of Unit
+        All of this model, of every process.
+    waiting : list of Unit
+        Those of this process that are not done.
+    """
+
+    def __init__(
+        self, sweep: Sweep, model: Any, tokenizer: Any, units: list[Unit], waiting: list[Unit]
+    ) -> None:
+        self.units, self.waiting = units, waiting
+        self.model, self._sweep, self._tokenizer = model, sweep, tokenizer
+        self._settings = sweep.config.list_settings()
+        self._options = {
+            name: method.build_options(ratio) for name, (method, ratio) in self._settings.items()
+        }
+
+    def estimate_seconds(self) -> list[float]:
+        """Estimate from a short probe how long each waiting unit takes, ``[unit]`` seconds."""
+        if not self.waiting:
+            return []
+        prefill, build, step = self._probe(self.waiting[0].sample.context_ids[:_PROBE_TOKENS])
+        return [self._estimate_unit(unit, prefill, build, step) for unit in self.waiting]
+
+    def _estimate_unit(self, unit: Unit, prefill: float, build: float, step: float) -> float:
+        sample = unit.sample
+        asked = 0.0
+        for prompt in sample.prompts:
+            follow = len(prompt.question_ids) + len(prompt.answer_ids)
+            asked += max(step, follow * prefill)
+            if prompt.answers:
+                # As if every answer were wrong, and so decoded.
+                asked += step * (len(prompt.answer_ids) + EXTRA_TOKENS)
+        length, caches = len(sample.context_ids), len(self._settings) + 1
+        blank = self._sweep.config.blank and sample.blank_ids is not None
+        portrait = build * length * len(self._settings) if unit.is_portrayed else 0.0
+        return (1 + blank) * length * prefill + caches * (build * length + asked) + blank * asked + portrait
+
+    def _probe(self, token_ids: Sequence[int]) -> tuple[float, float, float]:
+        """Return seconds a prefilled token, a token of a cache that is built, and a forward of one token."""
+        ids = torch.tensor(token_ids)[None]
+        record_prefill(self.model, ids)  # the first forward pays for what later ones find ready
+        seconds, record = _time(lambda: record_prefill(self.model, ids))
+        # The first few stand for all: with many methods a probe of each would take longer than it tells.
+        tried = list(self._options.values())[:: max(1, len(self._options) // 4)]
+        building = sum(_time(lambda options=options: record.build_cache(**options))[0] for options in tried)
+        stepping, _ = _time(lambda: _forward(record, ids[:, :1]))
+        return seconds / ids.shape[1], building / len(tried) / ids.shape[1], stepping
+
+    def run(self) -> Iterator[Unit]:
+        """Measure the waiting units one by one, each written before it is yielded."""
+        for unit in self.waiting:
+            started = time.perf_counter()
+            rows = self._measure(unit)
+            seconds = time.perf_counter() - started
+            self._sweep.store.write(unit.name, [{**row, "unit_seconds": seconds} for row in rows])
+            yield unit
+
+    def _measure(self, unit: Unit) -> list[dict[str, Any]]:
+        sample = unit.sample
+        record = record_prefill(self.model, torch.tensor(sample.context_ids)[None])
+        found = list(evaluate_sample(record, self._tokenizer, sample, self._options))
+        if unit.is_portrayed:
+            portraits = describe_cells(record, self._tokenizer, self._options)
+            # Before the unit counts as done, so that a kill in between loses nothing.
+            write_rows(
+                self._sweep.folder / PORTRAITS / f"{unit.name}.parquet",
+                [{**self._name(unit, row["setting"]), **row} for row in portraits],
+            )
+        del record
+        if self._sweep.config.blank and sample.blank_ids is not None:
+            found.append(evaluate_blank(self.model, self._tokenizer, sample))
+        return [{**self._name(unit, row["setting"]), **row} for row in found]
+
+    def _name(self, unit: Unit, setting: str) -> dict[str, Any]:
+        method, ratio = self._settings.get(setting, (None, 1.0))
+        return {
+            "model": unit.model.name,
+            "label": unit.task.label,
+            "method": setting if method is None else method.name,
+            "selector": None if method is None else method.selector,
+            "allocation": None if method is None else method.allocation,
+            "ratio": ratio,
+        }
+
+
+def _forward(record: PrefillRecord, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        record.model(
+            input_ids=ids.to(record.model.device), use_cache=True, **cache_argument(record.build_full_cache())
+        )
+
+
+def _time(call: Any) -> tuple[float, Any]:
+    """Return how long a call took, its kernels included, and what it returned."""
+    started = time.perf_counter()
+    value = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, value
+
+
+def _slug(name: str) -> str:
+    """Return a short form of a name that is safe in a file's name; what it loses, the number before it tells."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[-40:] or "unnamed"
+
+
+def count_samples(config: SweepConfig) -> Mapping[str, int]:
+    """Return the samples of each task for one model; more where several questions are compressed one by one."""
+    return {task.label: len(task.lengths) * task.count * len(config.seeds) for task in config.tasks}

@@ -1,0 +1,382 @@
+"""What a sweep runs, read from YAML and checked before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ..budget_plan import BudgetPlan
+from ..config import RankKVConfig
+from ..errors import ConfigError, InputError, MissingDependencyError, RankKVError
+from ..selection import get_selector
+from ..texts import PYTHON_DOCS
+from .settings import NAMED_STRATEGIES
+from .tasks import get_task
+
+#: Names that stand for options of the cache; any other name is a budget strategy with its own defaults.
+NAMED_ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
+    **NAMED_STRATEGIES,
+    "whole": {"strategy": "proportional", "scope": "full", "aggregation": "mean"},
+}
+_CACHE_OPTIONS = {item.name for item in fields(RankKVConfig)} - {"selector", "compression_ratio", "budget"}
+_TASK_KEYS = ("task", "label", "lengths", "count", "text", "question_aware", "chat")
+
+
+@dataclass(frozen=True)
+class SweepModel:
+    """A model: what :func:`rankkv.load_model` takes."""
+
+    name: str
+    dtype: str | None = None
+    device_map: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepTask:
+    """A task with its lengths, number of samples and options; ``text`` is what :func:`rankkv.load_texts` takes."""
+
+    label: str
+    task: str
+    lengths: tuple[int, ...] = (1024,)
+    count: int = 10
+    text: str = PYTHON_DOCS
+    question_aware: bool = False
+    chat: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepMethod:
+    """How a cache is compressed, but for the ratio: a selector, an allocation, and other options of the cache."""
+
+    name: str
+    selector: str
+    allocation: str
+    selector_options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build_options(self, ratio: float) -> dict[str, Any]:
+        """Return the options of :class:`~rankkv.RankKVCache` at one ratio."""
+        selector = get_selector(self.selector, **self.selector_options)
+        return {**self.options, "selector": selector, "compression_ratio": ratio}
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """All of a sweep: every model on every task with every method at every ratio, for every seed.
+
+    Attributes
+    ----------
+    models, tasks, methods
+        What is crossed.
+    ratios : tuple of float
+        Fractions of the KV cache kept, in (0, 1].
+    seeds : tuple of int
+        Each draws its own samples.
+    blank : bool
+        Whether the guess rate is measured, which takes one more prefill a sample.
+    """
+
+    models: tuple[SweepModel, ...]
+    tasks: tuple[SweepTask, ...]
+    methods: tuple[SweepMethod, ...]
+    ratios: tuple[float, ...]
+    seeds: tuple[int, ...] = (0,)
+    blank: bool = True
+
+    @property
+    def cells(self) -> int:
+        """Compressed caches that each sample is measured with."""
+        return len(self.methods) * len(self.ratios)
+
+    def list_settings(self) -> dict[str, tuple[SweepMethod, float]]:
+        """Return every method at every ratio by a name of its own."""
+        return {
+            f"{method.name} @ {ratio:g}": (method, ratio)
+            for method, ratio in product(self.methods, self.ratios)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        return asdict(self)
+
+
+def read_sweep_config(path: str | Path) -> SweepConfig:
+    """Read a sweep's YAML file.
+
+    Keys: ``models`` (names, or mappings of ``name``, ``dtype`` and ``device_map``), ``tasks`` (names, or mappings of
+    ``task``, and optionally ``label``, ``lengths``, ``count``, ``text``, ``question_aware``, ``chat`` and options of
+    the task), ``selectors`` and ``allocations``, which are crossed (names, or mappings of ``name`` and options),
+    ``methods`` (mappings of ``name``, ``selector``, ``allocation`` and options of the cache, for what is not crossed),
+    ``ratios``, ``seeds``, ``blank``.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    SweepConfig
+        Checked.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or is no YAML.
+    ConfigError
+        If a key is unknown, missing, doubled or has a value outside its range; the message names key and value.
+    MissingDependencyError
+        If PyYAML is not installed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the sweep {str(path)!r}: {error}.") from error
+    try:
+        return parse_sweep_config(_load_yaml(text, str(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_sweep_config(record: Any) -> SweepConfig:
+    """Check what a sweep's YAML file holds; see :func:`read_sweep_config`.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`read_sweep_config`.
+
+    Examples
+    --------
+    >>> config = parse_sweep_config({"tasks": [{"task": "needle"}], "selectors": ["snapkv"],
+    ...     "allocations": ["uniform", "default"], "ratios": [0.1, 0.3]})
+    >>> list(config.list_settings())[:2], config.cells
+    (['snapkv + uniform @ 0.1', 'snapkv + uniform @ 0.3'], 4)
+    """
+    known = [item.name for item in fields(SweepConfig)] + ["selectors", "allocations"]
+    given = _check_mapping(record, "the sweep", known)
+    ratios = tuple(_check_ratio(value, f"ratios[{i}]") for i, value in enumerate(_take_list(given, "ratios")))
+    methods = tuple(_parse_methods(given))
+    config = SweepConfig(
+        models=tuple(_parse_models(_take_list(given, "models", ["embedded"]))),
+        tasks=tuple(_parse_tasks(_take_list(given, "tasks"))),
+        methods=methods,
+        ratios=ratios,
+        seeds=tuple(
+            _check_integer(value, f"seeds[{i}]", 0) for i, value in enumerate(_take_list(given, "seeds", [0]))
+        ),
+        blank=_check_bool(given.get("blank", True), "blank"),
+    )
+    for key, names in (
+        ("models", [model.name for model in config.models]),
+        ("tasks", [task.label for task in config.tasks]),
+        ("methods", [method.name for method in methods]),
+        ("ratios", ratios),
+        ("seeds", config.seeds),
+    ):
+        doubled = next((name for name in names if list(names).count(name) > 1), None)
+        if doubled is not None:
+            remedy = {"tasks": ": give each a label of its own", "methods": ": give each a name of its own"}
+            raise ConfigError(f"{key} holds {doubled!r} twice{remedy.get(key, '')}.")
+    for method, ratio in product(methods, ratios):
+        _check_method(method, ratio)
+    return config
+
+
+# -- models, tasks and methods -----------------------------------------------------------------------
+
+
+def _parse_models(items: Sequence[Any]) -> list[SweepModel]:
+    models = []
+    for place, item in enumerate(items):
+        where = f"models[{place}]"
+        known = [entry.name for entry in fields(SweepModel)]
+        given = {"name": item} if isinstance(item, str) else _check_mapping(item, where, known)
+        values = {key: _check_string(value, f"{where}.{key}") for key, value in given.items()}
+        if "name" not in values:
+            raise ConfigError(
+                f"{where} is {item!r} but has no name: give a hub id, a folder, a GGUF file or embedded."
+            )
+        models.append(SweepModel(**values))
+    return models
+
+
+def _parse_tasks(items: Sequence[Any]) -> list[SweepTask]:
+    tasks = []
+    for place, item in enumerate(items):
+        where = f"tasks[{place}]"
+        given = {"task": item} if isinstance(item, str) else _check_mapping(item, where)
+        task = _explain(f"{where}.task", get_task, given.get("task"))
+        defaults = SweepTask(task.name, task.name)
+        lengths = _take_list(
+            {"lengths": given.get("lengths", list(defaults.lengths))}, "lengths", where=f"{where}."
+        )
+        tasks.append(
+            SweepTask(
+                label=_check_string(given.get("label", task.name), f"{where}.label"),
+                task=task.name,
+                lengths=tuple(
+                    _check_integer(value, f"{where}.lengths[{i}]", 1) for i, value in enumerate(lengths)
+                ),
+                count=_check_integer(given.get("count", defaults.count), f"{where}.count", 1),
+                text=_check_string(given.get("text", defaults.text), f"{where}.text"),
+                question_aware=_check_bool(given.get("question_aware", False), f"{where}.question_aware"),
+                chat=_check_bool(given.get("chat", False), f"{where}.chat"),
+                options={key: value for key, value in given.items() if key not in _TASK_KEYS},
+            )
+        )
+    return tasks
+
+
+def _parse_methods(given: Mapping[str, Any]) -> list[SweepMethod]:
+    crossed = "selectors" in given or "allocations" in given
+    if not crossed and "methods" not in given:
+        raise ConfigError(
+            "there is no method: give selectors and allocations, which are crossed, or methods."
+        )
+    methods = []
+    if crossed:
+        selectors = [
+            _parse_named(item, f"selectors[{i}]") for i, item in enumerate(_take_list(given, "selectors"))
+        ]
+        allocations = [
+            _parse_named(item, f"allocations[{i}]") for i, item in enumerate(_take_list(given, "allocations"))
+        ]
+        for (selector, selector_options), (allocation, options) in product(selectors, allocations):
+            name, chosen = (
+                _name(selector, selector_options, allocation),
+                _resolve_allocation(allocation, options),
+            )
+            methods.append(SweepMethod(name, selector, allocation, selector_options, chosen))
+    for place, item in enumerate(_take_list(given, "methods", [])):
+        where = f"methods[{place}]"
+        own = dict(_check_mapping(item, where))
+        selector, selector_options = _parse_named(own.pop("selector", "snapkv"), f"{where}.selector")
+        allocation, options = _parse_named(own.pop("allocation", "auto"), f"{where}.allocation")
+        name = own.pop("name", _name(selector, selector_options, allocation))
+        name = _check_string(name, f"{where}.name")
+        chosen = {**_resolve_allocation(allocation, options), **own}
+        methods.append(SweepMethod(name, selector, allocation, selector_options, chosen))
+    return methods
+
+
+def _parse_named(item: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of ``name`` or of ``{name: ..., option: ...}``."""
+    if isinstance(item, str):
+        return item, {}
+    given = dict(_check_mapping(item, where))
+    return _check_string(given.pop("name", None), f"{where}.name"), given
+
+
+def _resolve_allocation(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    # With options of its own a name is free: what it stands for is in the options.
+    if options and ("strategy" in options or name in NAMED_ALLOCATIONS):
+        return {**NAMED_ALLOCATIONS.get(name, {}), **options}
+    return {**NAMED_ALLOCATIONS.get(name, {"strategy": name}), **options}
+
+
+def _name(selector: str, options: Mapping[str, Any], allocation: str) -> str:
+    listed = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{selector}({listed}) + {allocation}" if listed else f"{selector} + {allocation}"
+
+
+def _check_method(method: SweepMethod, ratio: float) -> None:
+    unknown = sorted(set(method.options) - _CACHE_OPTIONS)
+    if unknown:
+        raise ConfigError(
+            f"the method {method.name!r} has {unknown[0]}={method.options[unknown[0]]!r}, which is no option of a "
+            f"cache in a sweep; those are: {', '.join(sorted(_CACHE_OPTIONS))}."
+        )
+    where = f"the method {method.name!r} at ratio {ratio:g}"
+    config = _explain(where, lambda: RankKVConfig(**method.build_options(ratio)))
+    _explain(where, BudgetPlan.check, config)
+    if config.prefill != "single":
+        raise ConfigError(
+            f"{where} has prefill={config.prefill!r}: the prefill is shared, so it must be 'single'."
+        )
+
+
+# -- values ------------------------------------------------------------------------------------------
+
+
+def _load_yaml(text: str, path: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError("a sweep is read with PyYAML: pip install 'rankkv[eval]'.") from error
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that comes twice, of which YAML would keep the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ConfigError(
+                        f"line {node.start_mark.line + 1} begins a mapping that has {key!r} twice."
+                    )
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
+
+
+def _explain(where: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call returns; an error of it says where in the file its cause stands."""
+    try:
+        return call(*arguments)
+    except (RankKVError, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_mapping(value: Any, where: str, known: Sequence[str] | None = None) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{where} is {value!r} but must be a mapping of names to values.")
+    unknown = [key for key in value if known is not None and key not in known]
+    if unknown:
+        raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; known: {', '.join(known or ())}.")
+    return value
+
+
+def _take_list(
+    given: Mapping[str, Any], key: str, default: list[Any] | None = None, where: str = ""
+) -> list[Any]:
+    value = given.get(key, default)
+    if value is None and key not in given:
+        raise ConfigError(f"{where}{key} is missing: give a list of at least one entry.")
+    if not isinstance(value, list) or (not value and default != []):
+        raise ConfigError(f"{where}{key} is {value!r} but must be a list of at least one entry.")
+    return value
+
+
+def _check_string(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{where} is {value!r} but must be a text that is not empty.")
+    return value
+
+
+def _check_integer(value: Any, where: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{where} is {value!r} but must be an integer of at least {least}.")
+    return value
+
+
+def _check_ratio(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise ConfigError(
+            f"{where} is {value!r} but must be a number in (0, 1], the fraction of the cache kept."
+        )
+    return float(value)
+
+
+def _check_bool(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where} is {value!r} but must be true or false.")
+    return value

@@ -1,0 +1,221 @@
+"""Sweeps as users run them: what the rows say, one prefill a sample, killed and resumed, and shared by processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launching import launch, run
+from typer.testing import CliRunner
+
+from rankkv import compress, load_model
+from rankkv.cli import app
+from rankkv.errors import ConfigError, InputError, UnknownNameError
+from rankkv.evaluation import compute_continuation_loss
+from rankkv.evaluation.results import read_rows
+from rankkv.evaluation.submitting import submit_sweep
+from rankkv.evaluation.sweep import Sweep
+from rankkv.evaluation.sweep_config import parse_sweep_config
+from rankkv.processes import Place
+
+RECORD = {
+    "tasks": [
+        {"task": "perplexity", "lengths": [160], "count": 3, "continuation": 24},
+        {"task": "needle", "lengths": [120, 160], "count": 2, "depths": [0.2, 0.8]},
+    ],
+    "selectors": ["snapkv", "streaming_llm"],
+    "allocations": ["uniform", "default"],
+    "ratios": [0.3, 0.6],
+}
+
+
+@pytest.fixture(scope="module")
+def record(small):
+    return RECORD | {"models": [str(small)]}
+
+
+@pytest.fixture(scope="module")
+def config_file(record, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
+    path.write_text(yaml.safe_dump(record))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(record, tmp_path_factory):
+    """The sweep run in one go: its folder and rows."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = parse_sweep_config(record)
+    sweep = Sweep(config, folder, Place(0, 1))
+    list(sweep.load(config.models[0]).run())
+    return folder, read_rows([sweep.finish()])
+
+
+def strip(rows):
+    """Return rows without what depends on the clock, in an order of their own."""
+    kept = [{key: value for key, value in row.items() if key != "unit_seconds"} for row in rows]
+    return sorted(kept, key=lambda row: json.dumps(row, sort_keys=True))
+
+
+def test_every_cell_is_there_once(whole):
+    _, rows = whole
+    cells = [(row["label"], row["sample"], row["method"], row["ratio"]) for row in rows]
+    assert len(cells) == len(set(cells)) == 7 * (1 + 1 + 4 * 2)
+    assert {row["metric"] for row in rows if row["label"] == "perplexity"} == {"loss"}
+    kept = {
+        row["ratio"]: row["kept_tokens"] / row["full_tokens"] for row in rows if row["sample"] == "160-000"
+    }
+    assert kept == pytest.approx({0.3: 0.3, 0.6: 0.6, 1.0: 1.0}, abs=0.01)
+
+
+def test_a_cell_is_what_the_python_api_gives(record, whole):
+    folder, rows = whole
+    config = parse_sweep_config(record)
+    part = Sweep(config, folder, Place(0, 1)).load(config.models[0])
+    assert part.waiting == []
+    sample = part.units[1].sample
+    model, _ = load_model(record["models"][0])
+    cache = compress(model, torch.tensor(sample.context_ids)[None], compression_ratio=0.3, strategy="uniform")
+    answer = torch.tensor(sample.prompts[0].answer_ids)[None]
+    expected = float(compute_continuation_loss(model, cache, answer).mean())
+    (row,) = [
+        row for row in rows
+        if (row["label"], row["sample"], row["method"], row["ratio"])
+        == ("perplexity", sample.name, "snapkv + uniform", 0.3)
+    ]  # fmt: skip
+    assert row["score"] == pytest.approx(expected, abs=1e-5)
+    assert (row["selector"], row["allocation"], row["seed"]) == ("snapkv", "uniform", 0)
+
+
+def test_one_prefill_serves_all_cells_of_a_sample(record, tmp_path):
+    config = parse_sweep_config(record | {"blank": False})
+    part = Sweep(config, tmp_path, Place(0, 1)).load(config.models[0])
+    widths = []
+    part.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for unit in part.run():
+        assert [width for width in widths if width >= 100] == [len(unit.sample.context_ids)]
+        widths.clear()
+
+
+def test_portraits_describe_what_is_kept(whole):
+    portraits = [read_rows([path]) for path in sorted((whole[0] / "portraits").glob("*.parquet"))]
+    assert [len(portrait) for portrait in portraits] == [8, 8]
+    for cell in (cell for portrait in portraits for cell in portrait):
+        heads = [len(kept) for kept in cell["head_kept"]]
+        total = sum(sum(kept) for kept in cell["head_kept"])
+        assert sum(cell["token_shares"]) * sum(heads) == pytest.approx(total, rel=1e-4)
+        assert [sum(kept) // len(kept) for kept in cell["head_kept"]] == cell["budgets"]
+        assert len(cell["pieces"]) == len(cell["token_layers"]) >= 120
+        assert max(cell["token_layers"]) <= len(cell["layer_indices"]) == len(cell["head_ranks"]) == 3
+        assert [len(ranks) for ranks in cell["head_ranks"]] == [4, 4, 4]
+
+
+def test_a_sweep_that_is_killed_goes_on_where_it_was(config_file, whole, tmp_path):
+    command = [sys.executable, "-m", "rankkv", "sweep", str(config_file), "--output-dir", str(tmp_path)]
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    )
+    parts = tmp_path / "parts"
+    while len(list(parts.glob("*.parquet"))) < 2:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.parquet")}
+    assert 2 <= len(first) < 7, "the kill came too late to say anything"
+    assert not (tmp_path / "rows.parquet").exists()
+
+    done = run([*command, "--json"])
+    assert json.loads(done.stdout)["measured"] == 7 - len(first)
+    assert f"{len(first)} are there" in done.stderr
+    assert strip(read_rows([tmp_path / "rows.parquet"])) == strip(whole[1])
+    assert {
+        path.name: path.stat().st_mtime_ns for path in parts.glob("*.parquet") if path.name in first
+    } == first
+    assert {path.name for path in (tmp_path / "portraits").glob("*.parquet")} == {
+        path.name for path in (whole[0] / "portraits").iterdir()
+    }
+
+
+def test_shares_make_the_whole(record, whole, tmp_path):
+    config = parse_sweep_config(record)
+    written = []
+    for rank in range(2):
+        sweep = Sweep(config, tmp_path, Place(rank, 2))
+        written.append(len(list(sweep.load(config.models[0]).run())))
+        assert (sweep.finish() is None) == (rank == 0)
+    assert written == [4, 3]
+    assert strip(read_rows([tmp_path / "rows.parquet"])) == strip(whole[1])
+
+
+def test_the_plan_measures_nothing(config_file, tmp_path):
+    result = CliRunner().invoke(app, ["sweep", str(config_file), "--output-dir", str(tmp_path), "--plan"])
+    assert result.exit_code == 0
+    assert "7 of 7 samples to measure, 0 are there; about" in result.stderr
+    assert list((tmp_path / "parts").iterdir()) == []
+
+
+def test_another_sweep_in_the_same_folder_is_refused(record, whole):
+    with pytest.raises(InputError, match=r"holds the results of another run \(ratios"):
+        Sweep(parse_sweep_config(record | {"ratios": [0.5]}), whole[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--share", "3/2"], "--share is '3/2' but must be of the form 2/4"),
+        (["--jobs", "2"], "--jobs and --submitit-option are for --submitit"),
+        (["--submitit", "slrum"], "unknown cluster 'slrum'; did you mean 'slurm'"),
+        (["--submitit", "local", "--jobs", "0"], "jobs is 0 but must be at least 1"),
+        (["--submitit", "local", "--submitit-option", "colour=1"], "submitit does not take these jobs"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(config_file, tmp_path, arguments, message):
+    result = CliRunner().invoke(app, ["sweep", str(config_file), "--output-dir", str(tmp_path), *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_samples_that_cannot_be_made_name_their_task(record, tmp_path):
+    tasks = [{"task": "needle", "lengths": [160], "count": 1, "colour": "red"}]
+    config = parse_sweep_config(record | {"tasks": tasks})
+    with pytest.raises(ConfigError, match=r"tasks\[0\] \(needle\).*colour"):
+        Sweep(config, tmp_path).load(config.models[0])
+
+
+def test_a_job_of_a_cluster_runs_the_sweep(config_file, whole, tmp_path):
+    (job,) = submit_sweep(config_file, tmp_path, "local", jobs=1, options={"timeout_min": 10})
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "rows.parquet").exists():
+        assert time.monotonic() < deadline, (tmp_path / "jobs" / f"{job}_0_log.err").read_text()
+        time.sleep(0.2)
+    assert strip(read_rows([tmp_path / "rows.parquet"])) == strip(whole[1])
+    with pytest.raises(UnknownNameError, match="unknown cluster 'slrum'"):
+        submit_sweep(config_file, tmp_path, "slrum")
+
+
+@pytest.mark.slow
+def test_several_jobs_run_in_this_process_when_debugging(config_file, whole, tmp_path):
+    assert len(submit_sweep(config_file, tmp_path, "debug", jobs=2)) == 2
+    assert strip(read_rows([tmp_path / "rows.parquet"])) == strip(whole[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_processes_of_a_launcher_share_the_samples(config_file, whole, tmp_path, launcher):
+    done = launch(["-m", "rankkv", "sweep", str(config_file), "--output-dir", str(tmp_path)], 2, launcher)
+    assert "process 1 of 2" in done.stderr
+    assert "process 2 of 2" in done.stderr
+    assert strip(read_rows([tmp_path / "rows.parquet"])) == strip(whole[1])

@@ -1,0 +1,109 @@
+"""A sweep's YAML file: what it means, and what is said of one that means nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from rankkv import RankKVConfig
+from rankkv.errors import ConfigError, InputError
+from rankkv.evaluation.sweep_config import parse_sweep_config, read_sweep_config
+from rankkv.selection import SELECTORS
+
+ROOT = Path(__file__).resolve().parents[2]
+VALID = {
+    "models": ["embedded", {"name": "some/model", "dtype": "bfloat16"}],
+    "tasks": ["perplexity", {"task": "needle", "lengths": [512, 1024], "count": 3, "digits": 6}],
+    "selectors": ["snapkv", {"name": "h2o", "recent_fraction": 0.5}],
+    "allocations": [
+        "uniform",
+        "default",
+        {"name": "square", "strategy": "power", "strategy_options": {"exponent": 2}},
+    ],
+    "methods": [{"name": "recent", "selector": "streaming_llm", "allocation": "uniform", "sink_size": 8}],
+    "ratios": [0.1, 0.5],
+    "seeds": [0, 7],
+}
+
+
+def test_selectors_and_allocations_are_crossed_and_methods_added():
+    config = parse_sweep_config(VALID)
+    assert [method.name for method in config.methods] == [
+        "snapkv + uniform", "snapkv + default", "snapkv + square",
+        "h2o(recent_fraction=0.5) + uniform", "h2o(recent_fraction=0.5) + default", "h2o(recent_fraction=0.5) + square",
+        "recent",
+    ]  # fmt: skip
+    assert config.cells == len(config.list_settings()) == 14
+    options = {method.name: method.build_options(0.1) for method in config.methods}
+    assert options["snapkv + uniform"] == {
+        "strategy": "uniform", "selector": SELECTORS["snapkv"], "compression_ratio": 0.1,
+    }  # fmt: skip
+    assert RankKVConfig(**options["snapkv + default"]).resolve_strategy() == ("power", {"exponent": 4.0})
+    assert RankKVConfig(**options["snapkv + square"]).resolve_strategy() == ("power", {"exponent": 2})
+    assert options["h2o(recent_fraction=0.5) + uniform"]["selector"].recent_fraction == 0.5
+    assert options["recent"]["sink_size"] == 8
+    assert (config.tasks[1].label, config.tasks[1].options) == ("needle", {"digits": 6})
+    assert (config.models[1].dtype, config.seeds, config.blank) == ("bfloat16", (0, 7), True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("ratios", [0.1, 1.5], r"ratios\[1\] is 1.5 but must be a number in \(0, 1\]"),
+        ("ratios", ["0.1"], r"ratios\[0\] is '0.1'"),
+        ("ratios", [0.1, 0.1], "ratios holds 0.1 twice"),
+        ("ratios", 0.1, "ratios is 0.1 but must be a list"),
+        ("ratios", None, "ratios is None but must be a list"),
+        ("seeds", [-1], r"seeds\[0\] is -1 but must be an integer of at least 0"),
+        ("models", [{"dtype": "bfloat16"}], r"models\[0\] is .* has no name"),
+        ("models", [{"name": "a", "device": "cuda"}], r"models\[0\] has the unknown key 'device'; known: name, dtype"),
+        ("tasks", ["nedle"], r"tasks\[0\].task: unknown task 'nedle'; did you mean 'needle'"),
+        ("tasks", [{"task": "needle", "count": 0}], r"tasks\[0\].count is 0 but must be an integer of at least 1"),
+        ("tasks", [{"task": "needle", "lengths": []}], r"tasks\[0\].lengths is \[\] but must be a list"),
+        ("tasks", ["needle", "needle"], "tasks holds 'needle' twice: give each a label of its own"),
+        ("selectors", ["snapvk"], "snapvk.*did you mean 'snapkv'"),
+        ("selectors", [{"name": "h2o", "pooling": "avg"}], "pooling"),
+        ("allocations", ["unifrom"], "unifrom.*did you mean 'uniform'"),
+        ("allocations", [{"name": "power", "compression_ratio": 0.5}], "compression_ratio=0.5, which is no option"),
+        ("methods", [{"name": "x", "window_size": 0}], "'x' at ratio 0.1: window_size"),
+        ("methods", [{"name": "x", "prefill": "chunked"}], "prefill='chunked'.*must be 'single'"),
+        ("blank", "yes", "blank is 'yes' but must be true or false"),
+        ("rations", [0.1], "unknown key 'rations'; known: models, tasks"),
+    ],
+)  # fmt: skip
+def test_every_error_names_key_value_and_remedy(key, value, message):
+    record = copy.deepcopy(VALID) | {key: value}
+    with pytest.raises(ConfigError, match=message):
+        parse_sweep_config(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("ratios: [0.1\n", InputError, "is no YAML.*line"),
+        ("ratios: [0.1]\nratios: [0.2]\n", ConfigError, "has 'ratios' twice"),
+        ("- 1\n", ConfigError, "must be a mapping"),
+        ("tasks: [needle]\nratios: [0.1]\n", ConfigError, "there is no method: give selectors and allocations"),
+        ("selectors: [snapkv]\ntasks: [needle]\nratios: [0.1]\n", ConfigError, "allocations is missing"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_sweep(tmp_path, text, error, message):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(error, match=message) as caught:
+        read_sweep_config(path)
+    assert "sweep.yaml" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        read_sweep_config(tmp_path / "nowhere.yaml")
+
+
+def test_the_shipped_example_has_three_methods_three_ratios_two_tasks():
+    config = read_sweep_config(ROOT / "experiments" / "sweep.yaml")
+    assert (len(config.methods), len(config.ratios), len(config.tasks)) == (3, 3, 2)
+    assert {task.text for task in config.tasks} == {"python-docs"}
+    assert [model.name for model in config.models] == ["embedded"]
