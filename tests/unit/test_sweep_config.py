@@ -40,7 +40,8 @@ def test_selectors_and_allocations_are_crossed_and_methods_added():
     assert options["snapkv + uniform"] == {
         "strategy": "uniform", "selector": SELECTORS["snapkv"], "compression_ratio": 0.1,
     }  # fmt: skip
-    assert RankKVConfig(**options["snapkv + default"]).resolve_strategy() == ("power", {"exponent": 4.0})
+    default = RankKVConfig(profile=None).resolve_strategy()
+    assert RankKVConfig(**options["snapkv + default"]).resolve_strategy() == default
     assert RankKVConfig(**options["snapkv + square"]).resolve_strategy() == ("power", {"exponent": 2})
     assert options["h2o(recent_fraction=0.5) + uniform"]["selector"].recent_fraction == 0.5
     assert options["recent"]["sink_size"] == 8
