@@ -23,7 +23,8 @@ class RankKVCache(ObservedCache):
     5.24).  The first forward on the empty cache is the prefill: after each layer's own attention its effective rank is
     computed, budgets follow from the ranks of the layers so far, and the tokens the selector scores lowest are
     released; later tokens are kept whole.  Positions continue from the tokens *seen*, so the first generated token
-    always equals the one of the uncompressed model.
+    always equals the one of the uncompressed model.  The parameters that are not listed here are those of
+    :class:`~rankkv.RankKVConfig`.
 
     Parameters
     ----------
@@ -47,9 +48,6 @@ class RankKVCache(ObservedCache):
         Number of last queries observed.
     sink_size : int, default 4
         Number of first tokens protected as attention sinks.
-    decode, decode_interval, positions, prefill, recompress_turns, storage, merging, head_budgets,
-    head_floor, protect
-        See :class:`~rankkv.RankKVConfig`.
     profile : {"auto"}, RankProfile, path or None, default "auto"
         Measured sensitivity of the model's layers: the known one of this model unless ``strategy`` is given, one of
         yours, or None for no calibration.

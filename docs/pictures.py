@@ -1,0 +1,133 @@
+"""The pictures of "How it works", drawn as SVG when the site is built, from the recorded demo where they show data."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+INK, PALE, LINE = "#2b2f3a", "#f4f5fa", "#c9cddb"
+COLOURS = {"sinks": "#e08e45", "evictable": "#3f51b5", "recent": "#5aa469", "gone": "#e7e9f2"}
+
+
+def _frame(width: int, height: int, title: str, parts: list[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" font-family="system-ui, sans-serif" font-size="13" fill="{INK}">\n<title>{escape(title)}</title>\n'
+        f'<rect width="{width}" height="{height}" rx="10" fill="#ffffff"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def _text(x: float, y: float, words: str, **attributes: object) -> str:
+    extra = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in attributes.items())
+    return f'<text x="{x:g}" y="{y:g}"{extra}>{escape(words)}</text>'
+
+
+def _box(x: float, y: float, width: float, height: float, fill: str, stroke: str = "none") -> str:
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="2" fill="{fill}" stroke="{stroke}"/>'
+
+
+def draw_flow() -> str:
+    """Draw one layer's way through the five steps."""
+    steps = [
+        ("1 observe", ["the last queries, the keys", "and the mask of this layer"]),
+        ("2 rank", ["effective rank of what", "could be evicted"]),
+        ("3 budget", ["ranks become whole", "tokens, exact in total"]),
+        ("4 select", ["SnapKV, H2O, ...", "score every token"]),
+        ("5 cache", ["what is kept stays,", "the rest is freed"]),
+    ]
+    parts = [
+        _text(20, 32, "prompt", font_weight="600"),
+        _text(
+            20,
+            200,
+            "Layer i attends as always; after its own attention the five steps run, and then layer i + 1.",
+        ),
+        _text(20, 220, "The first generated token therefore always equals that of the uncompressed model."),
+    ]
+    for place, (title, lines) in enumerate(steps):
+        x = 20 + place * 176
+        parts.append(f'<rect x="{x}" y="52" width="152" height="106" rx="8" fill="{PALE}" stroke="{LINE}"/>')
+        parts.append(_text(x + 14, 80, title, font_weight="600", fill=COLOURS["evictable"]))
+        parts += [_text(x + 14, 108 + 19 * row, line, font_size=12) for row, line in enumerate(lines)]
+        if place < len(steps) - 1:
+            parts.append(
+                f'<path d="M{x + 155} 105 h14 m-6 -5 l6 5 l-6 5" fill="none" stroke="{INK}" stroke-width="1.5"/>'
+            )
+    return _frame(900, 240, "The five steps of one layer: observe, rank, budget, select, cache", parts)
+
+
+def draw_scopes() -> str:
+    """Draw which part of a causal attention matrix is ranked."""
+    tokens, window, sinks, recent, side = 28, 7, 3, 5, 13
+    left, top = 40, 44
+    parts = [_text(left, 28, "keys, oldest to newest", font_size=12)]
+    parts.append(
+        f'<text transform="translate(26 {top + tokens * side / 2:g}) rotate(-90)" text-anchor="middle" '
+        f'font-size="12">queries</text>'
+    )
+    for query in range(tokens):
+        for key in range(query + 1):
+            fill = COLOURS["gone"]
+            if query >= tokens - window:
+                if key < sinks:
+                    fill = COLOURS["sinks"]
+                elif key >= tokens - recent:
+                    fill = COLOURS["recent"]
+                else:
+                    fill = COLOURS["evictable"]
+            parts.append(_box(left + key * side, top + query * side, side - 2, side - 2, fill))
+    y = top + (tokens - window) * side - 3
+    parts.append(
+        f'<rect x="{left - 4}" y="{y}" width="{tokens * side + 6}" height="{window * side + 6}" rx="4" fill="none" '
+        f'stroke="{INK}" stroke-width="1.5"/>'
+    )
+    x = left + tokens * side + 26
+    legend = [
+        (COLOURS["evictable"], "the evictable part, which is ranked"),
+        (COLOURS["sinks"], "attention sinks: always kept"),
+        (COLOURS["recent"], "recent tokens: always kept"),
+        (COLOURS["gone"], "earlier queries, not looked at"),
+    ]
+    parts.append(_text(x, 70, "framed: the observation window,"))
+    parts.append(_text(x, 88, "the last 32 queries of the prompt"))
+    for row, (colour, words) in enumerate(legend):
+        parts.append(_box(x, 112 + row * 28, 14, 14, colour))
+        parts.append(_text(x + 24, 124 + row * 28, words))
+    return _frame(
+        760, top + tokens * side + 20, "The evictable part of the attention in the observation window", parts
+    )
+
+
+def draw_budgets() -> str:
+    """Draw what each layer of the recorded demo keeps beside uniform budgets."""
+    record = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
+    runs = {run["name"]: run for run in record["runs"]}
+    budgets, uniform = runs["RankKV"]["budgets"], runs["uniform SnapKV"]["budgets"]
+    length = runs["RankKV"]["prompt_tokens"]
+    left, top, width, row = 64, 62, 640, 15
+    scale = width / max(*budgets, *uniform)
+    parts = [
+        _text(20, 26, f"Tokens kept of {length:,}, layer by layer, in the recorded demo", font_weight="600"),
+        _text(20, 46, "bars: RankKV's budgets; line: the same total, spread uniformly", font_size=12),
+    ]
+    for layer, budget in enumerate(budgets):
+        y = top + layer * row
+        if layer % 5 == 0:
+            parts.append(_text(54, y + 11, f"layer {layer}", text_anchor="end", font_size=11))
+        parts.append(_box(left, y, budget * scale, row - 3, COLOURS["evictable"]))
+    points = [(left + budget * scale, top + layer * row) for layer, budget in enumerate(uniform)]
+    path = " ".join(f"L{x:.1f} {y} v{row - 3}" for x, y in points).replace("L", "M", 1)
+    parts.append(f'<path d="{path}" fill="none" stroke="{COLOURS["sinks"]}" stroke-width="2"/>')
+    bottom = top + len(budgets) * row + 16
+    parts += [
+        _text(left, bottom, f"least {min(budgets):,}", font_size=12),
+        _text(left + width, bottom, f"most {max(budgets):,}", font_size=12, text_anchor="end"),
+    ]
+    return _frame(760, bottom + 16, "Budget of each layer in the recorded demo", parts)
+
+
+PICTURES = {"flow": draw_flow, "scopes": draw_scopes, "budgets": draw_budgets}
