@@ -11,6 +11,7 @@ from .analyze import analyze
 from .calibrate import calibrate
 from .check import check
 from .demo import demo
+from .evaluate import evaluate
 from .export_generate import export_generate
 from .generate import generate
 from .lm_eval import PASS_ON, lm_eval
@@ -30,6 +31,7 @@ app.command()(analyze)
 app.command()(generate)
 app.command()(calibrate)
 app.command()(export_generate)
+app.command("eval")(evaluate)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 app.command()(methods)
 app.command()(check)

@@ -39,7 +39,7 @@ class Comparison:
     answer_loss : float or None
         Mean negative log-likelihood of the right answer, nats a token.
     kept_share : float or None
-        Tokens kept of those of the full cache.
+        Tokens kept of those of the full cache; bytes, where tokens were not counted.
     """
 
     task: str
@@ -259,7 +259,10 @@ def _mean_of(rows: Sequence[Row], column: str) -> float | None:
 
 
 def _share(rows: Sequence[Row]) -> float | None:
-    shares = [row["kept_tokens"] / row["full_tokens"] for row in rows if row.get("full_tokens")]
+    kept = (
+        ("kept_tokens", "full_tokens") if rows[0].get("full_tokens") else ("cache_bytes", "full_cache_bytes")
+    )
+    shares = [row[kept[0]] / row[kept[1]] for row in rows if row.get(kept[1])]
     return fmean(shares) if shares else None
 
 

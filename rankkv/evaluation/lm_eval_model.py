@@ -75,6 +75,13 @@ class RankKVLM(HFLM):
         While it runs: if a prompt cannot be split into context and question.
     UnsupportedModelError
         If it is no causal language model, or its attention cannot be observed.
+
+    Attributes
+    ----------
+    config_of_cache : RankKVConfig
+        The options of every cache.
+    question_aware : bool
+        As given.
     """
 
     def __init__(
@@ -95,13 +102,13 @@ class RankKVLM(HFLM):
             raise ConfigError(f"rolling_block={rolling_block!r} must be an integer of at least 1.")
         if not isinstance(question_aware, bool):
             raise ConfigError(f"question_aware={question_aware!r} must be True or False.")
-        self._aware = question_aware
+        self.question_aware = question_aware
         self._separator = question_separator.replace("\\n", "\n")
         self._context_field = context_field
         self._block = rolling_block
         self._ends: dict[str, int] = {}
         self._prompts: list[str] = []
-        self._kept_bytes = self._full_bytes = 0
+        self._kept_bytes = self._full_bytes = self._caches = 0
         if pretrained == EMBEDDED:
             dtype, device = options.pop("dtype", None), options.get("device")
             pretrained, options["tokenizer"] = load_model(EMBEDDED, None if dtype == "auto" else dtype)
@@ -136,7 +143,7 @@ class RankKVLM(HFLM):
         return answers
 
     def _note_ends(self, requests: Iterable[Any]) -> None:
-        if not self._aware:
+        if not self.question_aware:
             self._ends = {
                 request.args[0]: self._find_end(request.args[0], request.doc) for request in requests
             }
@@ -169,7 +176,7 @@ class RankKVLM(HFLM):
 
     def _count_context(self, prompt: str, ids: Sequence[int]) -> int:
         """Return how many of a prompt's ids are its context; all of them if the question is compressed too."""
-        if self._aware:
+        if self.question_aware:
             return len(ids)
         context = self.tok_encode(prompt[: self._ends[prompt]])
         # Cut inside a word, the context's last token may differ from the prompt's there: then it is the question's.
@@ -252,7 +259,7 @@ class RankKVLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         mask = options.pop("attention_mask")
-        if self._aware:
+        if self.question_aware:
             cache = RankKVCache(self.model, config=self.config_of_cache)
             output = super()._model_generate(
                 context, max_length, stop, attention_mask=mask, **cache_argument(cache), **options
@@ -297,6 +304,13 @@ class RankKVLM(HFLM):
     def _note_bytes(self, cache: RankKVCache) -> None:
         self._kept_bytes += cache.cache_bytes()
         self._full_bytes += cache.full_cache_bytes()
+        self._caches += 1
+
+    @property
+    def mean_bytes(self) -> tuple[float | None, float | None]:
+        """Mean bytes of the caches so far, compressed and whole; of a generation, with what was generated."""
+        many = self._caches
+        return (self._kept_bytes / many, self._full_bytes / many) if many else (None, None)
 
     def _warn_if_whole(self) -> None:
         asked = self.config_of_cache
@@ -314,8 +328,8 @@ class RankKVLM(HFLM):
             **super().get_model_info(),
             "rankkv": {
                 **self.config_of_cache.to_dict(),
-                "question_aware": self._aware,
-                "question_separator": None if self._aware else self._separator,
+                "question_aware": self.question_aware,
+                "question_separator": None if self.question_aware else self._separator,
                 "context_field": self._context_field,
                 "rolling_block": self._block,
                 "kept_share": self._kept_bytes / self._full_bytes if self._full_bytes else None,

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..compat import cache_argument
 from ..errors import ConfigError, InputError
+from .perplexity import predict_tokens
 from .shared_prefill import PrefillRecord, record_prefill
 
 NEEDLE = " The access code for the {place} is {code}."
@@ -140,11 +139,7 @@ def _ask(
 ) -> tuple[bool, float]:
     cache = record.build_full_cache() if options is None else record.build_cache(**options)
     ids = torch.tensor(follow, device=record.model.device)[None]
-    with torch.no_grad():
-        logits: Tensor = (
-            record.model(input_ids=ids, use_cache=True, **cache_argument(cache)).logits[0].float()
-        )
     first = max(len(follow) - answered, 1)
-    predicted, wanted = logits[first - 1 : -1].log_softmax(dim=-1), ids[0, first:]
+    predicted, wanted = predict_tokens(record.model, cache, ids)[first - 1 : -1], ids[0, first:]
     loss = -predicted.gather(-1, wanted[:, None])[:, 0]
     return bool((predicted.argmax(dim=-1) == wanted).all()), float(loss.mean())

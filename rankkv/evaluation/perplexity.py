@@ -75,7 +75,7 @@ def compute_continuation_loss(model: Any, cache: Any, continuation_ids: Tensor) 
     torch.Size([9])
     """
     continuation_ids = _check_continuation(continuation_ids)
-    return _pick(_predict(model, cache, continuation_ids), continuation_ids)
+    return _pick(predict_tokens(model, cache, continuation_ids), continuation_ids)
 
 
 def evaluate_continuation(
@@ -110,14 +110,14 @@ def evaluate_continuation(
     full_bytes = sum(
         layer.keys.nbytes + layer.values.nbytes for layer in full.layers if hasattr(layer, "values")
     )
-    reference = _predict(model, full, continuation_ids)
+    reference = predict_tokens(model, full, continuation_ids)
     loss = float(_pick(reference, continuation_ids).mean())
     yield "full", ContinuationScore(loss, 0.0, slots, full_bytes)
     probabilities = reference.exp()
     for name, options in cells.items():
         cache = record.build_cache(**options)
         kept, kept_bytes = sum(cache.kept_lengths), cache.cache_bytes()
-        predicted = _predict(model, cache, continuation_ids)
+        predicted = predict_tokens(model, cache, continuation_ids)
         loss = float(_pick(predicted, continuation_ids).mean())
         divergence = float((probabilities * (reference - predicted)).sum(-1)[:-1].mean())
         yield name, ContinuationScore(loss, divergence, kept, kept_bytes)
@@ -133,10 +133,25 @@ def _check_continuation(continuation_ids: Tensor) -> Tensor:
     return continuation_ids
 
 
-def _predict(model: Any, cache: Any, continuation_ids: Tensor) -> Tensor:
-    """Return log-probabilities ``[token, vocabulary]`` float32 after each token of the continuation."""
+def predict_tokens(model: Any, cache: Any, input_ids: Tensor) -> Tensor:
+    """Return log-probabilities after each of some tokens that follow what a cache holds, without gradients.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    cache : Cache
+        It takes the tokens in.
+    input_ids : Tensor
+        ``[1, token]`` int64.
+
+    Returns
+    -------
+    Tensor
+        ``[token, vocabulary]`` float32.
+    """
     with torch.no_grad():
-        output = model(input_ids=continuation_ids.to(model.device), use_cache=True, **cache_argument(cache))
+        output = model(input_ids=input_ids.to(model.device), use_cache=True, **cache_argument(cache))
     return output.logits[0].float().log_softmax(dim=-1)
 
 

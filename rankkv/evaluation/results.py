@@ -80,6 +80,16 @@ class ResultStore:
         """Read the rows of all finished units, in the order of their names."""
         return read_rows(sorted(self.parts.glob("*.parquet")))
 
+    def read_unit(self, unit: str) -> list[dict[str, Any]]:
+        """Read the rows of one finished unit.
+
+        Raises
+        ------
+        InputError
+            If it is not finished.
+        """
+        return read_rows([self._path(unit)])
+
     def join(self, path: str | Path) -> Path:
         """Write all rows to one Parquet file and return its path."""
         return write_rows(path, self.read())

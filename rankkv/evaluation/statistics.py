@@ -32,7 +32,13 @@ class Estimate:
     samples: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self:}"
+
+    def __format__(self, spec: str) -> str:
+        """Format the three numbers; ``"+"`` gives them signs, for a difference."""
+        if spec not in ("", "+"):
+            return format(str(self), spec)
+        return f"{self.mean:{spec}.3f} [{self.low:{spec}.3f}, {self.high:{spec}.3f}]"
 
 
 def compute_mean(values: ArrayLike, confidence: float = 0.95, seed: int = 0) -> Estimate:

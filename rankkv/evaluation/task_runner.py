@@ -14,6 +14,7 @@ from torch import Tensor
 from ..cache_report import count_slots
 from ..compat import cache_argument
 from ..errors import ConfigError
+from .perplexity import predict_tokens
 from .shared_prefill import PrefillRecord, record_prefill
 from .tasks import Prompt, Sample
 
@@ -199,9 +200,7 @@ def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _
     # With neither question nor continuation before it, the first token is predicted before any cache is read.
     first = max(len(prompt.question_ids), 1)
     spare = copy.deepcopy(cache) if prompt.answers else None
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=follow, use_cache=True, **cache_argument(cache)).logits[0].float()
-    predicted, wanted = logits[first - 1 : -1].log_softmax(dim=-1), follow[0, first:]
+    predicted, wanted = predict_tokens(model, cache, follow)[first - 1 : -1], follow[0, first:]
     loss = float(-predicted.gather(-1, wanted[:, None]).mean())
     if spare is None:
         return _Outcome(0.0, loss, "", predicted)

@@ -7,7 +7,7 @@ from ...registry import add_entry, remove_entry
 from .base import Draft, Haystack, Place, Question, Task
 from .continuation import make_continuation
 from .needles import make_needles
-from .samples import Prompt, Sample, make_samples
+from .samples import Prompt, Sample, list_options, make_samples
 from .tracking import make_tracking
 from .words import make_common_words, make_frequent_words
 
@@ -106,6 +106,7 @@ __all__ = [
     "Sample",
     "Task",
     "get_task",
+    "list_options",
     "make_samples",
     "register_task",
     "unregister_task",

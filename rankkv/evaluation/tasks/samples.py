@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -168,15 +169,25 @@ def _compress_questions(sample: Sample) -> Iterator[Sample]:
         )
 
 
-def _check_options(task: Task, options: dict[str, Any]) -> None:
-    import inspect
+def list_options(task: Task) -> dict[str, Any]:
+    """Return a task's options and their defaults.
 
-    known = [
-        name
+    Examples
+    --------
+    >>> from rankkv.evaluation.tasks import get_task
+    >>> list_options(get_task("perplexity"))
+    {'continuation': 128}
+    """
+    return {
+        name: task.defaults.get(name, parameter.default)
         for name, parameter in inspect.signature(task.make).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    unknown = sorted(set(options) - set(known))
+    }
+
+
+def _check_options(task: Task, given: dict[str, Any]) -> None:
+    known = list_options(task)
+    unknown = sorted(set(given) - set(known))
     if unknown:
         listed = ", ".join(known) or "none"
         raise ConfigError(

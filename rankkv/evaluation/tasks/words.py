@@ -70,7 +70,7 @@ def make_common_words(
         )
     asked, others = words[:common], words[common : common + rest]
     listed = asked * often + others * seldom
-    even = words[: common + rest] * max(1, len(listed) // (common + rest))
+    even = _spread_evenly(words[: common + rest], len(listed), draw)
     return _list_words(haystack, place, listed, even, asked, _number)
 
 
@@ -115,17 +115,21 @@ def make_frequent_words(
     while len(made) < kinds:
         made["".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3))] = None
     words = list(made)
-    size = len(haystack.encode(" ".join(words))) / kinds
-    fit = int(0.95 * place.length / size)
-    if fit < 3 * kinds:
-        raise InputError(
-            f"a context of {place.length} tokens holds about {fit} made-up words, too few for kinds={kinds}: give a "
-            "longer one, or fewer kinds."
-        )
-    scale = (fit - kinds) / sum(rank**-exponent for rank in range(1, kinds + 1))
-    counts = [1 + int(scale * rank**-exponent) for rank in range(1, kinds + 1)]
-    listed = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
-    even = words * (len(listed) // kinds)
+    listed = words
+    for _ in range(3):
+        # Words make more or fewer tokens, and the frequent ones weigh most: measured as they will be listed.
+        fit = int(0.98 * place.length * len(listed) / len(haystack.encode(" ".join(listed))))
+        if fit < 3 * kinds:
+            raise InputError(
+                f"a context of {place.length} tokens holds about {fit} made-up words, too few for kinds={kinds}: give "
+                "a longer one, or fewer kinds."
+            )
+        scale = (fit - kinds) / sum(rank**-exponent for rank in range(1, kinds + 1))
+        counts = [1 + int(scale * rank**-exponent) for rank in range(1, kinds + 1)]
+        listed = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
+    # All kinds together have another mean length than the frequent ones.
+    room = int(0.98 * place.length * kinds / len(haystack.encode(" ".join(words))))
+    even = _spread_evenly(words, room, draw)
     return _list_words(haystack, place, listed, even, words[:frequent], " ".join)
 
 
@@ -153,6 +157,10 @@ def _list_words(
         " " + ", ".join(asked),
     )
     return Draft(contexts[0], [question], contexts[1])
+
+
+def _spread_evenly(words: list[str], count: int, draw: random.Random) -> list[str]:
+    return words * (count // len(words)) + draw.sample(words, count % len(words))
 
 
 def _check_order(words: Sequence[str], asked: Sequence[str], length: int) -> None:

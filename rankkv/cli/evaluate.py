@@ -1,0 +1,310 @@
+"""`rankkv eval`: what compression costs on tasks, as paired differences with intervals."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .._hub import require
+from ..errors import ConfigError, InputError, UnknownNameError
+from .common import (
+    check_at_least_one,
+    collect_versions,
+    parse_options,
+    print_json,
+    reports_errors,
+)
+from .display import make_console, show_step
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..evaluation.comparison import Comparison
+
+
+@reports_errors
+def evaluate(
+    tasks: Annotated[
+        str, typer.Option(help="Own tasks (see --list), or tasks of lm-evaluation-harness; comma between.")
+    ] = "perplexity,needle",
+    model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or embedded.")] = "embedded",
+    text: Annotated[
+        str, typer.Option(help="What contexts are cut from: python-docs, wikitext, a .txt or .jsonl file.")
+    ] = "python-docs",
+    ratios: Annotated[str, typer.Option(help="Fractions of the cache kept; comma between.")] = "0.1,0.2",
+    selectors: Annotated[str, typer.Option(help="Token selection methods; comma between.")] = "snapkv",
+    strategies: Annotated[
+        str,
+        typer.Option(help="Budget strategies, auto or default; comma between. uniform is always added."),
+    ] = "auto",
+    lengths: Annotated[str, typer.Option(help="Tokens of a context; comma between.")] = "1024",
+    samples: Annotated[
+        int, typer.Option(help="Samples of each length; documents of each task of the harness.")
+    ] = 20,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    question_aware: Annotated[
+        bool, typer.Option("--question-aware", help="Compress the question with the context.")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Own tasks in the tokenizer's chat template.")] = False,
+    task_option: Annotated[
+        list[str] | None,
+        typer.Option(help="Option of the own tasks that have it, name=value; may be repeated."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with YAML files of tasks for lm-evaluation-harness.")
+    ] = None,
+    floor: Annotated[bool, typer.Option(help="Stop where the full cache is no better than guessing.")] = True,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for rows.parquet; a run that was stopped goes on there."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Weights' dtype, such as bfloat16.", show_default="the checkpoint's own"),
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Where the model goes, such as auto or cuda; needs accelerate.")
+    ] = None,
+    list_tasks: Annotated[bool, typer.Option("--list", help="List the own tasks and their options.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON to stdout.")] = False,
+) -> None:
+    """Score tasks with the full cache and compressed ones; the table to stderr."""
+    console = make_console()
+    if list_tasks:
+        console.print(_make_task_table())
+        return
+    check_at_least_one("--samples", samples)
+    given = parse_options(task_option, "--task-option")
+    with show_step(console, f"Loading {model}"):
+        from ..evaluation.comparison import check_floor, compare_settings, find_identical
+        from ..evaluation.results import ResultStore
+        from ..evaluation.settings import build_settings
+        from ..evaluation.tasks import TASKS
+        from ..models import load_model
+
+        names = _split(tasks, "--tasks")
+        settings, uniform_of = build_settings(
+            [_number(item, float, "--ratios") for item in _split(ratios, "--ratios")],
+            _split(selectors, "--selectors"),
+            _split(strategies, "--strategies"),
+        )
+        counts = [_number(item, int, "--lengths") for item in _split(lengths, "--lengths")]
+        own = [name for name in names if name in TASKS]
+        harness = [name for name in names if name not in TASKS]
+        task_options = _share_options(own, given)
+        manager = _find_harness(harness, include_path)
+        config = {
+            "model": model,
+            "dtype": dtype,
+            "tasks": names,
+            "text": text,
+            "lengths": counts,
+            "samples": samples,
+            "seed": seed,
+            "question_aware": question_aware,
+            "chat": chat,
+            "task_options": given,
+            "settings": settings,
+        }
+        store = None if output is None else ResultStore(output, config)
+        language_model, tokenizer = load_model(model, dtype, device_map)
+
+    rows: list[dict[str, Any]] = []
+    plan = _plan_own(
+        language_model, tokenizer, text, own, settings, task_options,
+        lengths=counts, count=samples, seed=seed, question_aware=question_aware, chat=chat,
+    )  # fmt: skip
+    for name, units in plan:
+        found = _run(console, name, units, store)
+        if floor:
+            check_floor(found, seed=seed)
+        rows += found
+    for name in harness:
+        from ..evaluation.lm_eval_rows import evaluate_harness_task
+
+        def run(name: str = name) -> list[dict[str, Any]]:
+            return list(
+                evaluate_harness_task(
+                    language_model, tokenizer, name, settings, manager,
+                    count=samples, seed=seed, question_aware=question_aware,
+                )
+            )  # fmt: skip
+
+        found = _run(console, name, [(name, run)], store)
+        if floor:
+            check_floor(found, seed=seed)
+        rows += found
+    if store is not None:
+        store.join(store.folder / "rows.parquet")
+    comparisons = compare_settings(rows, uniform_of, seed=seed)
+    if not console.is_terminal:
+        # A log has no width to keep to.
+        console.width = 120
+    for table in make_comparison_tables(comparisons):
+        console.print(table, "")
+    for task, one, other in find_identical(rows, settings, warn=False):
+        console.print(
+            f"Warning: {task}: {one} and {other} gave the same output and likelihood on every sample. Is the context "
+            "longer than what every layer keeps?",
+            markup=False,
+            soft_wrap=True,
+        )
+    if json:
+        print_json(
+            {
+                "config": config,
+                "comparisons": [comparison.to_dict() for comparison in comparisons],
+                "versions": collect_versions(),
+            }
+        )
+
+
+def make_comparison_tables(comparisons: Sequence[Comparison]) -> Iterator[Table]:
+    """Yield a table for each task, a line for each setting: score, paired differences, and what was kept."""
+    from rich.table import Table
+
+    for _, group in itertools.groupby(comparisons, key=lambda one: one.task):
+        settings = list(group)
+        first = settings[0]
+        better = "higher" if first.higher_is_better else "lower"
+        table = Table(
+            title=f"{first.task}: {first.metric}, {better} is better; {first.score.samples} contexts",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+            padding=(0, 2, 0, 0),
+        )
+        for name in ("cache", "kept", "score", "minus full", "minus uniform", "answer loss"):
+            table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
+        for one in settings:
+            guess = one.setting == "blank"
+            table.add_row(
+                "guess rate" if guess else one.setting,
+                "" if one.kept_share is None or guess else f"{one.kept_share:.0%}",
+                str(one.score),
+                "" if one.to_full is None or guess else f"{one.to_full:+}",
+                "" if one.to_uniform is None else f"{one.to_uniform:+}",
+                "" if one.answer_loss is None else f"{one.answer_loss:.3f}",
+            )
+        yield table
+
+
+def _make_task_table() -> Table:
+    from rich.table import Table
+
+    from ..evaluation.tasks import TASKS, list_options
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("task", "metric", "options", "source"):
+        table.add_column(name)
+    for task in TASKS.values():
+        options = ", ".join(f"{name}={value}" for name, value in list_options(task).items())
+        table.add_row(task.name, task.metric, options, task.source)
+    return table
+
+
+def _split(given: str, flag: str) -> list[str]:
+    items = list(dict.fromkeys(item.strip() for item in given.split(",") if item.strip()))
+    if not items:
+        raise ConfigError(f"{flag} {given!r} names nothing: give at least one.")
+    return items
+
+
+def _number(text: str, kind: Callable[[str], Any], flag: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{flag}: {text!r} is not a number.") from None
+
+
+def _share_options(tasks: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Give each task those of the options that it has."""
+    from ..evaluation.tasks import TASKS, list_options
+
+    known = {name: list_options(TASKS[name]) for name in tasks}
+    for option in given:
+        if not any(option in options for options in known.values()):
+            listed = "; ".join(f"{name}: {', '.join(options) or 'none'}" for name, options in known.items())
+            raise ConfigError(f"no task has the option {option!r}; there are {listed}.")
+    return {name: {k: v for k, v in given.items() if k in options} for name, options in known.items()}
+
+
+def _find_harness(names: Sequence[str], include_path: Path | None) -> Any:
+    """Return the harness' task manager, if it is needed and knows all names."""
+    if not names:
+        return None
+    from ..evaluation.tasks import TASKS
+
+    try:
+        require("lm_eval", 'pip install "rankkv[lm-eval]"', "lm-evaluation-harness")
+    except ImportError as error:
+        raise UnknownNameError(
+            f"{UnknownNameError.of('task', names[0], TASKS)} For others: {error}"
+        ) from None
+    if include_path is not None and not include_path.is_dir():
+        raise InputError(f"--include-path {str(include_path)!r} is not a folder.")
+    from ..evaluation.lm_eval_rows import build_task_manager
+
+    manager = build_task_manager(None if include_path is None else str(include_path))
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise UnknownNameError(
+                f"{UnknownNameError.of('task', name, TASKS)} Nor has lm-evaluation-harness a task of that name."
+            )
+    return manager
+
+
+def _plan_own(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    names: Sequence[str],
+    settings: Mapping[str, Mapping[str, Any]],
+    task_options: Mapping[str, Mapping[str, Any]],
+    **sampling: Any,
+) -> Iterator[tuple[str, list[tuple[str, Callable[[], list[dict[str, Any]]]]]]]:
+    """Yield each task's name, and its samples as units of work."""
+    if not names:
+        return
+    from ..evaluation import Haystack, get_task, make_samples
+    from ..texts import load_texts
+
+    haystack = Haystack(tokenizer, "\n\n".join(load_texts(text)))
+    for name in names:
+        samples = make_samples(get_task(name), tokenizer, haystack, **sampling, **task_options[name])
+        yield (
+            name,
+            [
+                (f"{name}-{sample.name}", partial(_evaluate_one, model, tokenizer, sample, settings))
+                for sample in samples
+            ],
+        )
+
+
+def _evaluate_one(model: Any, tokenizer: Any, sample: Any, settings: Any) -> list[dict[str, Any]]:
+    from ..evaluation import evaluate_task
+
+    return list(evaluate_task(model, tokenizer, [sample], settings))
+
+
+def _run(
+    console: Console, name: str, units: Sequence[tuple[str, Callable[[], list[dict[str, Any]]]]], store: Any
+) -> list[dict[str, Any]]:
+    """Run the units that are not there yet, and return the rows of all."""
+    rows: list[dict[str, Any]] = []
+    with show_step(console, f"{name}, {len(units)} samples" if len(units) > 1 else name) as step:
+        for done, (unit, run) in enumerate(units):
+            step.advance(done, len(units), f"sample {done + 1}/{len(units)}")
+            if store is None:
+                rows += run()
+                continue
+            if not store.is_done(unit):
+                store.write(unit, run())
+            rows += store.read_unit(unit)
+    return rows

@@ -1,0 +1,137 @@
+"""Tasks of lm-evaluation-harness as rows of one sample and one setting each, for the same statistics as all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from ..errors import InputError, UnknownNameError
+from .lm_eval_model import RankKVLM
+from .task_runner import BLANK, FULL
+
+
+def build_task_manager(include_path: str | None = None) -> TaskManager:
+    """Return the harness' task manager, with the YAML files of a folder besides its own."""
+    return TaskManager(include_path=include_path)
+
+
+def evaluate_harness_task(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    manager: TaskManager,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    **model_options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Run one task of the harness with its own ``hf`` model, then with each setting on the model ``rankkv``.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model and its tokenizer.
+    name : str
+        Task, group or tag of the harness.
+    settings : mapping
+        Name of each setting, and its options of :class:`~rankkv.RankKVConfig`.
+    manager : TaskManager
+        From :func:`build_task_manager`.
+    count : int, optional
+        Documents of each task; None means all.
+    seed : int, default 0
+        Of the harness' few-shot examples.
+    **model_options
+        More options of :class:`RankKVLM`, such as ``question_aware``.
+
+    Yields
+    ------
+    dict
+        The columns of :func:`~rankkv.evaluation.evaluate_sample`; what the harness does not say is null.  ``score`` is
+        the task's first metric; of a metric that sums over units (perplexities) the mean loss, nats a unit.
+        ``cache_bytes`` is the mean over all requests.  Multiple-choice tasks have rows ``"blank"``: one in the number
+        of choices.
+
+    Raises
+    ------
+    UnknownNameError
+        If the harness has no such task.
+    InputError
+        If it gives no sample with a metric.
+    """
+    if not manager.match_tasks([name]):
+        raise UnknownNameError.of("task", name, manager.all_tasks)
+    for setting, options in {FULL: None, **settings}.items():
+        wrapped = (
+            HFLM(pretrained=model, tokenizer=tokenizer)
+            if options is None
+            else RankKVLM(pretrained=model, tokenizer=tokenizer, **model_options, **options)
+        )
+        results = lm_eval.simple_evaluate(
+            wrapped,
+            tasks=[name],
+            task_manager=manager,
+            limit=count,
+            log_samples=True,
+            bootstrap_iters=0,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+        yield from _list_rows(results, setting, seed, wrapped)
+
+
+def _list_rows(
+    results: Mapping[str, Any], setting: str, seed: int, wrapped: HFLM
+) -> Iterator[dict[str, Any]]:
+    kept = getattr(wrapped, "mean_bytes", (None, None))
+    for task, samples in results["samples"].items():
+        choices = results["configs"][task]["output_type"] == "multiple_choice"
+        # Several filters of the same outputs are several entries of a document: the first one counts.
+        first = {sample["doc_id"]: sample for sample in reversed(samples)}
+        for document in sorted(first):
+            sample = first[document]
+            if not sample.get("metrics"):
+                raise InputError(f"task {task!r} of the harness has no metric of a single sample to compare.")
+            metric = sample["metrics"][0]
+            score, metric, higher = _read_score(
+                sample[metric], metric, results["higher_is_better"][task].get(metric)
+            )
+            row = {
+                "task": task,
+                "sample": str(document),
+                "index": document,
+                "seed": seed,
+                "length": None,
+                "depth": None,
+                "question_aware": getattr(wrapped, "question_aware", None),
+                "questions": 1,
+                "setting": setting,
+                "metric": metric,
+                "higher_is_better": higher,
+                "score": score,
+                "answer_loss": None,
+                "divergence": None,
+                "kept_tokens": None,
+                "full_tokens": None,
+                "cache_bytes": kept[0],
+                "full_cache_bytes": kept[1],
+                "output": str(sample["filtered_resps"]),
+                "expected": str(sample["target"]),
+            }
+            yield row
+            if setting == FULL and choices:
+                guess = 1.0 / len(sample["arguments"])
+                yield {**row, "setting": BLANK, "score": guess, "output": ""}
+
+
+def _read_score(value: Any, metric: str, higher: bool | None) -> tuple[float, str, bool]:
+    if isinstance(value, Sequence) and len(value) == 2:
+        return -float(value[0]) / float(value[1]), f"{metric} as nats", False
+    return float(value), metric, higher is not False

@@ -1,0 +1,131 @@
+"""`rankkv eval`: the Python API's numbers, resumed after a stop, refused where nothing can be measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from rankkv.cli import app
+from rankkv.evaluation import Haystack, evaluate_task, get_task, make_samples
+from rankkv.evaluation.comparison import compare_settings
+from rankkv.evaluation.results import read_rows
+from rankkv.evaluation.settings import build_settings
+from rankkv.files import make_json_ready
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["eval", *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture(scope="module")
+def small(embedded, tiny_llama, tmp_path_factory, python_docs):
+    """A random model that reads the embedded model's tokens, and a text."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    tiny_llama(2, vocab_size=len(embedded[1])).save_pretrained(folder)
+    embedded[1].save_pretrained(folder)
+    (folder / "text.txt").write_text(python_docs[:30_000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(small):
+    return [
+        "--model", small, "--text", small / "text.txt", "--lengths", 200, "--samples", 3, "--no-floor",
+        "--ratios", "0.2,0.4", "--selectors", "knorm", "--strategies", "power",
+    ]  # fmt: skip
+
+
+def test_numbers_are_those_of_the_python_api(small, options, tmp_path):
+    from rankkv import load_model
+
+    arguments = ["--tasks", "perplexity,niah_single", "--task-option", "continuation=20", *options]
+    result = invoke(*arguments, "-o", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    model, tokenizer = load_model(small)
+    haystack = Haystack(tokenizer, (small / "text.txt").read_text())
+    settings, uniform_of = build_settings([0.2, 0.4], ["knorm"], ["power"])
+    rows = []
+    for name, more in (("perplexity", {"continuation": 20}), ("niah_single", {})):
+        samples = make_samples(get_task(name), tokenizer, haystack, lengths=[200], count=3, **more)
+        rows += evaluate_task(model, tokenizer, samples, settings)
+    expected = [make_json_ready(one.to_dict()) for one in compare_settings(rows, uniform_of)]
+    assert record["comparisons"] == expected
+    assert sorted(map(str, read_rows([tmp_path / "rows.parquet"]))) == sorted(map(str, rows))
+    for shown in ("perplexity: loss, lower is better; 3 contexts", "guess rate", "knorm|power|0.2"):
+        assert shown in result.stderr
+
+
+def test_what_is_there_is_not_computed_again(options, tmp_path):
+    arguments = ["--tasks", "perplexity", *options, "-o", tmp_path]
+    assert invoke(*arguments).exit_code == 0
+    parts = sorted((tmp_path / "parts").iterdir())
+    before = [part.stat().st_mtime_ns for part in parts]
+    (tmp_path / "rows.parquet").unlink()
+    parts[1].unlink()
+    assert invoke(*arguments).exit_code == 0
+    after = [part.stat().st_mtime_ns for part in parts]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert len(read_rows([tmp_path / "rows.parquet"])) == 3 * 6
+    other = invoke(*arguments, "--seed", 1)
+    assert other.exit_code == 2
+    assert "seed: 0, now 1" in other.stderr
+
+
+def test_a_model_that_guesses_is_refused(options):
+    """A random model finds no needle, so no cache can be told from another."""
+    result = invoke("--tasks", "niah_single", *[item for item in options if item != "--no-floor"])
+    assert result.exit_code == 2
+    assert "cannot tell a good cache from a bad one" in result.stderr
+
+
+def test_a_task_of_the_harness_stands_beside_own_ones(options, tmp_path, python_docs):
+    pytest.importorskip("lm_eval")
+    documents = [{"text": python_docs[2000 * i :][:600], "gold": i % 2} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "two.yaml").write_text(
+        f"task: two_choices\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/data.jsonl\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{text}}"\ndoc_to_target: gold\n'
+        'doc_to_choice: ["A", "B"]\nmetric_list:\n  - metric: acc\n'
+    )
+    result = invoke(
+        "--tasks", "two_choices", "--include-path", tmp_path, *options, "--json", "--question-aware"
+    )
+    assert result.exit_code == 0, result.output
+    found = {
+        one["setting"]: one for one in json.loads(result.stdout[result.stdout.index("{") :])["comparisons"]
+    }
+    assert found["blank"]["score"]["mean"] == 0.5
+    assert found["full"]["score"]["samples"] == 3
+    assert set(found) == {
+        "full",
+        "blank",
+        *(f"knorm|{s}|{r}" for s in ("uniform", "power") for r in (0.2, 0.4)),
+    }
+    assert 0.15 < found["knorm|power|0.2"]["kept_share"] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "neddle"], "unknown task 'neddle'; did you mean 'needle'"),
+        (["--tasks", ","], "--tasks ',' names nothing"),
+        (["--ratios", "2"], "compression_ratio=2.0 is outside"),
+        (["--ratios", "half"], "'half' is not a number"),
+        (["--samples", "0"], "--samples is 0"),
+        (["--task-option", "hops=2"], "no task has the option 'hops'"),
+        (["--selectors", "snapvk"], "unknown selector 'snapvk'"),
+    ],
+)
+def test_refusals(arguments, words):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
+def test_own_tasks_are_listed():
+    result = invoke("--list")
+    assert result.exit_code == 0
+    assert all(name in result.stderr for name in ("variable_tracking", "hops=4", "2404.06654"))
