@@ -33,7 +33,7 @@ def _box(x: float, y: float, width: float, height: float, fill: str, stroke: str
 def draw_flow() -> str:
     """Draw one layer's way through the five steps."""
     steps = [
-        ("1 observe", ["the last queries, the keys", "and the mask of this layer"]),
+        ("1 observe", ["the last queries, keys", "and mask of the layer"]),
         ("2 rank", ["effective rank of what", "could be evicted"]),
         ("3 budget", ["ranks become whole", "tokens, exact in total"]),
         ("4 select", ["SnapKV, H2O, ...", "score every token"]),
@@ -90,7 +90,7 @@ def draw_scopes() -> str:
         (COLOURS["evictable"], "the evictable part, which is ranked"),
         (COLOURS["sinks"], "attention sinks: always kept"),
         (COLOURS["recent"], "recent tokens: always kept"),
-        (COLOURS["gone"], "earlier queries, not looked at"),
+        (COLOURS["gone"], "earlier queries, not ranked"),
     ]
     parts.append(_text(x, 70, "framed: the observation window,"))
     parts.append(_text(x, 88, "the last 32 queries of the prompt"))

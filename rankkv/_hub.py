@@ -122,6 +122,12 @@ def push_file(repo_id: str, name: str, content: bytes, private: bool | None = No
         done = api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id, **options)
     except HfHubHTTPError as error:
         raise SourceUnavailableError(_explain(error, f"push {name} to {repo_id!r}")) from error
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        raise SourceUnavailableError(
+            f"the connection to the hub broke off while {name} was pushed to {repo_id!r}: try again."
+        ) from error
     return str(done.commit_url)
 
 
@@ -145,23 +151,30 @@ def pull_file(repo_id: str, name: str, **options: Any) -> str:
         If the hub cannot be reached and the file was not downloaded before, or there is no such file or repository.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     reachable = is_hub_reachable(repo_id, "model", options.get("token"))
     try:
         return str(
             hf_hub_download(repo_id, name, **options, **({} if reachable else {"local_files_only": True}))
         )
+    except LocalEntryNotFoundError as error:
+        raise SourceUnavailableError(
+            f"the hub cannot be reached to pull {name} from {repo_id!r}, and it was not downloaded before."
+        ) from error
     except EntryNotFoundError as error:
-        if not reachable:
-            raise SourceUnavailableError(
-                f"the hub cannot be reached to pull {name} from {repo_id!r}, and it was not downloaded before."
-            ) from error
         raise SourceUnavailableError(
             f"{repo_id!r} holds no {name}: push one, or check the revision."
         ) from error
     except HfHubHTTPError as error:
         raise SourceUnavailableError(_explain(error, f"pull {name} from {repo_id!r}")) from error
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        # What a broken connection raises depends on the client's HTTP library too.
+        raise SourceUnavailableError(
+            f"the connection to the hub broke off while {name} was pulled from {repo_id!r}: try again."
+        ) from error
 
 
 def _explain(error: Any, purpose: str) -> str:

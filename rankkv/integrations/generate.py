@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 
 from .._version import __version__
@@ -55,9 +56,9 @@ tags:
 # Generation from a compressed KV cache
 
 `model.generate(..., custom_generate="FOLDER", trust_remote_code=True)` with the path or the hub id of this folder keeps
-a part of the KV cache only ([RankKV](https://pypi.org/project/rankkv/), which must be installed:
-`pip install "rankkv>={version}"`). All arguments of `generate()` work as always; options of RankKV, such as
-`compression_ratio` (the fraction of the cache that is **kept**), `budget` or `selector`, are given beside them.
+a part of the KV cache only. It imports RankKV, which must be installed (`rankkv>={version}`). All arguments of
+`generate()` work as always; options of RankKV, such as `compression_ratio` (the fraction of the cache that is
+**kept**), `budget` or `selector`, are given beside them.
 
 Options of this folder:
 
@@ -151,7 +152,8 @@ def custom_generate(
     Raises
     ------
     ConfigError
-        If this way of decoding needs more than a cache, such as assisted decoding.
+        If this way of decoding needs more than a cache, such as assisted decoding, or another kind of cache is asked
+        for.
     CacheStateError
         If a cache of another kind that already holds tokens is given.
 
@@ -174,6 +176,12 @@ def custom_generate(
         )
     prepared = _take_cache(arguments)
     if not isinstance(prepared, RankKVCache):
+        # transformers makes a plain one where none is given, which cannot be told from one that is given.
+        if prepared is not None and type(prepared) is not DynamicCache:
+            raise ConfigError(
+                f"a {type(prepared).__name__} is asked for, by cache= or by cache_implementation=, and custom_generate "
+                "makes a RankKVCache: leave it out."
+            )
         if prepared is not None and prepared.get_seq_length() > 0:
             raise CacheStateError(
                 "the cache given already holds tokens that RankKV has not seen: give a RankKVCache, or none."

@@ -167,6 +167,11 @@ def test_tokens_that_rankkv_has_not_seen_are_refused(model):
         run(model, cache, custom_generate=custom_generate, **GREEDY)
 
 
+def test_another_kind_of_cache_is_refused(model):
+    with pytest.raises(ConfigError, match="a StaticCache is asked for"):
+        run(model, custom_generate=custom_generate, cache_implementation="static", **GREEDY)
+
+
 def test_other_ways_of_decoding_are_refused(model):
     with pytest.raises(ConfigError, match="does not decode by assisted generation"):
         model.generate(IDS[:1], custom_generate=custom_generate, prompt_lookup_num_tokens=3, **GREEDY)

@@ -75,6 +75,8 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer(200, {"commitUrl": url, "commitOid": self.sha(name), "hookOutput": ""})
 
     def send_file(self):
+        if self.server.is_broken:
+            return self.connection.close()
         match = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
         if match is None:
             return self.answer(404, {"error": "Not found"})
@@ -124,7 +126,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
-    server.repositories, server.created = {}, []
+    server.repositories, server.created, server.is_broken = {}, [], False
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -205,6 +207,16 @@ print(json.dumps([
         assert part in message
         assert "\n" not in message
     assert hub.repositories["someone/empty"] == {}
+
+
+def test_a_connection_that_breaks_off_is_one_sentence(hub, shipped, tmp_path):
+    hub.repositories["someone/profile"] = {"rankkv_profile.json": shipped.read_bytes()}
+    hub.is_broken = True
+    code = 'print(json.dumps(attempt(lambda: RankProfile.pull_from_hub("someone/profile"))))'
+    kind, message = run(code, shipped, tmp_path, hub.address)
+    assert kind == "SourceUnavailableError"
+    assert "cannot be reached" in message or "broke off" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("variables", [{}, {"HF_HUB_OFFLINE": "1"}])
