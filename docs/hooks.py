@@ -15,7 +15,18 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import pictures  # noqa: E402
 
+LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)\)")
 INSERT = re.compile(r"^<!-- (ablation|readme-block|readme-table|demo)(?:: (.+?))? -->$", re.MULTILINE)
+
+
+def on_config(config):
+    """Put a page that the list of mkdocs.yml does not name yet behind the last page of its own level."""
+    named = str(config.nav)
+    places = [place for place, entry in enumerate(config.nav) if isinstance(next(iter(entry.values())), str)]
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        if path.name not in named:
+            config.nav.insert(places[-1] + 1, path.name)
+    return config
 
 
 def on_files(files, config):
@@ -28,8 +39,19 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Replace each comment that names a record by the table that is recorded."""
+    """Replace each comment that names a record by the table that is recorded, and links out of the site by paths."""
+    folder = (ROOT / "docs" / page.file.src_uri).parent
+    markdown = LINK.sub(lambda match: name_outside(match, folder), markdown)
     return INSERT.sub(lambda match: insert(match[1], match[2]), markdown)
+
+
+def name_outside(link: re.Match[str], folder: Path) -> str:
+    """Return a link to a file of the repository that is no page as its words and its path; others as they are."""
+    target = (folder / link[2]).resolve()
+    if not target.exists() or target.is_relative_to(ROOT / "docs"):
+        return link[0]
+    path = target.relative_to(ROOT).as_posix()
+    return f"`{path}`" if link[1] in (path, target.name) else f"{link[1]} (`{path}`)"
 
 
 def insert(kind: str, name: str | None) -> str:

@@ -208,7 +208,7 @@ def test_tables_are_those_of_the_records(site):
             assert f"<code>{method['name']}</code>" in choosing
 
 
-def test_a_record_that_is_gone_fails_the_build(monkeypatch):
+def test_what_is_taken_from_the_repository(monkeypatch):
     pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
     hooks = importlib.util.module_from_spec(spec)
@@ -217,5 +217,10 @@ def test_a_record_that_is_gone_fails_the_build(monkeypatch):
     from mkdocs.exceptions import PluginError
 
     with pytest.raises(PluginError, match="no readme-block 'nothing'"):
-        hooks.on_page_markdown("<!-- readme-block: nothing -->", None, None, None)
-    assert hooks.on_page_markdown("a\n<!-- demo -->\nb", None, None, None).count("\n| ") == 5
+        hooks.insert("readme-block", "nothing")
+    assert hooks.insert("demo", None).count("\n| ") == 4
+    written = (
+        "[the log](../experiments/LOG.md), [limits](../docs/limits.md), [bench.json](../results/bench.json)"
+    )
+    told = "the log (`experiments/LOG.md`), [limits](../docs/limits.md), `results/bench.json`"
+    assert hooks.LINK.sub(lambda match: hooks.name_outside(match, DOCS), written) == told
