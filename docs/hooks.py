@@ -16,7 +16,9 @@ sys.path.insert(0, str(ROOT / "docs"))
 import pictures  # noqa: E402
 
 LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)\)")
-INSERT = re.compile(r"^<!-- (ablation|readme-block|readme-table|demo)(?:: (.+?))? -->$", re.MULTILINE)
+INSERT = re.compile(
+    r"^<!-- (ablation|readme-block|readme-table|demo|commands)(?:: (.+?))? -->$", re.MULTILINE
+)
 
 
 def on_config(config):
@@ -58,6 +60,8 @@ def insert(kind: str, name: str | None) -> str:
     """Return one table of the repository as Markdown."""
     if kind == "demo":
         return write_demo_table()
+    if kind == "commands":
+        return write_command_table()
     if kind == "ablation":
         text = (ROOT / "results" / "ablation" / "summary.md").read_text(encoding="utf-8")
         found = re.search(
@@ -83,4 +87,17 @@ def write_demo_table() -> str:
         rows.append(
             f"| {run['name']} | {run['cache_bytes']:,} | {'yes' if run['has_fact'] else 'no'} | {answer} |"
         )
+    return "\n".join(rows)
+
+
+def write_command_table() -> str:
+    """Return every subcommand with the first sentence of its help."""
+    import typer
+
+    from rankkv.cli import app
+
+    rows = ["| command | what it does |", "| --- | --- |"]
+    for name, command in typer.main.get_command(app).commands.items():
+        first = " ".join((command.help or "").split("\n\n")[0].split())
+        rows.append(f"| `rankkv {name}` | {first.replace('|', chr(92) + '|')} |")
     return "\n".join(rows)

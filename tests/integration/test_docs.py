@@ -200,6 +200,13 @@ def test_tables_are_those_of_the_records(site):
     record = (ROOT / "results" / "ablation" / "summary.md").read_text(encoding="utf-8")
     row = re.search(r"^\| uniform \| ([\d.]+ \[[^|]+\]) \|", record, re.MULTILINE)[1]
     assert row in (site / "results.html").read_text(encoding="utf-8")
+    import typer
+
+    from rankkv.cli import app
+
+    commands = (site / "command-line.html").read_text(encoding="utf-8")
+    for name in typer.main.get_command(app).commands:
+        assert f"<code>rankkv {name}</code>" in commands
     choosing = (site / "choosing.html").read_text(encoding="utf-8")
     from rankkv.methods import describe_methods
 
