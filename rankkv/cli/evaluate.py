@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._hub import require
-from ..errors import ConfigError, InputError, UnknownNameError
+from ..errors import ConfigError
 from .common import (
     check_at_least_one,
     collect_versions,
@@ -20,9 +18,9 @@ from .common import (
     reports_errors,
 )
 from .display import make_console, show_step
+from .evaluation_units import find_harness, plan_harness, plan_own, run_units
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from ..evaluation.comparison import Comparison
@@ -98,7 +96,7 @@ def evaluate(
         own = [name for name in names if name in TASKS]
         harness = [name for name in names if name not in TASKS]
         task_options = _share_options(own, given)
-        manager = _find_harness(harness, include_path)
+        manager = find_harness(harness, include_path)
         config = {
             "model": model,
             "dtype": dtype,
@@ -115,28 +113,19 @@ def evaluate(
         store = None if output is None else ResultStore(output, config)
         language_model, tokenizer = load_model(model, dtype, device_map)
 
+    sampling = {
+        "lengths": counts,
+        "count": samples,
+        "seed": seed,
+        "question_aware": question_aware,
+        "chat": chat,
+    }
     rows: list[dict[str, Any]] = []
-    plan = _plan_own(
-        language_model, tokenizer, text, own, settings, task_options,
-        lengths=counts, count=samples, seed=seed, question_aware=question_aware, chat=chat,
-    )  # fmt: skip
-    for name, units in plan:
-        found = _run(console, name, units, store)
-        if floor:
-            check_floor(found, seed=seed)
-        rows += found
-    for name in harness:
-        from ..evaluation.lm_eval_rows import evaluate_harness_task
-
-        def run(name: str = name) -> list[dict[str, Any]]:
-            return list(
-                evaluate_harness_task(
-                    language_model, tokenizer, name, settings, manager,
-                    count=samples, seed=seed, question_aware=question_aware,
-                )
-            )  # fmt: skip
-
-        found = _run(console, name, [(name, run)], store)
+    for name, units in itertools.chain(
+        plan_own(language_model, tokenizer, text, own, settings, task_options, sampling),
+        plan_harness(language_model, tokenizer, harness, settings, manager, sampling),
+    ):
+        found = run_units(console, name, units, store)
         if floor:
             check_floor(found, seed=seed)
         rows += found
@@ -233,78 +222,3 @@ def _share_options(tasks: Sequence[str], given: Mapping[str, Any]) -> dict[str, 
             listed = "; ".join(f"{name}: {', '.join(options) or 'none'}" for name, options in known.items())
             raise ConfigError(f"no task has the option {option!r}; there are {listed}.")
     return {name: {k: v for k, v in given.items() if k in options} for name, options in known.items()}
-
-
-def _find_harness(names: Sequence[str], include_path: Path | None) -> Any:
-    """Return the harness' task manager, if it is needed and knows all names."""
-    if not names:
-        return None
-    from ..evaluation.tasks import TASKS
-
-    try:
-        require("lm_eval", 'pip install "rankkv[lm-eval]"', "lm-evaluation-harness")
-    except ImportError as error:
-        raise UnknownNameError(
-            f"{UnknownNameError.of('task', names[0], TASKS)} For others: {error}"
-        ) from None
-    if include_path is not None and not include_path.is_dir():
-        raise InputError(f"--include-path {str(include_path)!r} is not a folder.")
-    from ..evaluation.lm_eval_rows import build_task_manager
-
-    manager = build_task_manager(None if include_path is None else str(include_path))
-    for name in names:
-        if not manager.match_tasks([name]):
-            raise UnknownNameError(
-                f"{UnknownNameError.of('task', name, TASKS)} Nor has lm-evaluation-harness a task of that name."
-            )
-    return manager
-
-
-def _plan_own(
-    model: Any,
-    tokenizer: Any,
-    text: str,
-    names: Sequence[str],
-    settings: Mapping[str, Mapping[str, Any]],
-    task_options: Mapping[str, Mapping[str, Any]],
-    **sampling: Any,
-) -> Iterator[tuple[str, list[tuple[str, Callable[[], list[dict[str, Any]]]]]]]:
-    """Yield each task's name, and its samples as units of work."""
-    if not names:
-        return
-    from ..evaluation import Haystack, get_task, make_samples
-    from ..texts import load_texts
-
-    haystack = Haystack(tokenizer, "\n\n".join(load_texts(text)))
-    for name in names:
-        samples = make_samples(get_task(name), tokenizer, haystack, **sampling, **task_options[name])
-        yield (
-            name,
-            [
-                (f"{name}-{sample.name}", partial(_evaluate_one, model, tokenizer, sample, settings))
-                for sample in samples
-            ],
-        )
-
-
-def _evaluate_one(model: Any, tokenizer: Any, sample: Any, settings: Any) -> list[dict[str, Any]]:
-    from ..evaluation import evaluate_task
-
-    return list(evaluate_task(model, tokenizer, [sample], settings))
-
-
-def _run(
-    console: Console, name: str, units: Sequence[tuple[str, Callable[[], list[dict[str, Any]]]]], store: Any
-) -> list[dict[str, Any]]:
-    """Run the units that are not there yet, and return the rows of all."""
-    rows: list[dict[str, Any]] = []
-    with show_step(console, f"{name}, {len(units)} samples" if len(units) > 1 else name) as step:
-        for done, (unit, run) in enumerate(units):
-            step.advance(done, len(units), f"sample {done + 1}/{len(units)}")
-            if store is None:
-                rows += run()
-                continue
-            if not store.is_done(unit):
-                store.write(unit, run())
-            rows += store.read_unit(unit)
-    return rows

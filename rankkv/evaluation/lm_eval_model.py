@@ -6,7 +6,7 @@ Importing this module registers the model; it needs the package ``lm-eval``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,10 +21,11 @@ from ..budget_plan import BudgetPlan
 from ..cache import RankKVCache
 from ..compat import cache_argument
 from ..config import RankKVConfig
-from ..errors import ConfigError, InputError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from ..generation import run_prefill
 from ..models import load_model
 from ..selection import get_selector
+from .prompt_split import PromptSplit
 
 _LOGGER = logging.getLogger(__name__)
 _OPTIONS = frozenset(item.name for item in fields(RankKVConfig))
@@ -80,8 +81,6 @@ class RankKVLM(HFLM):
     ----------
     config_of_cache : RankKVConfig
         The options of every cache.
-    question_aware : bool
-        As given.
     """
 
     def __init__(
@@ -100,13 +99,8 @@ class RankKVLM(HFLM):
         get_selector(self.config_of_cache.selector)
         if isinstance(rolling_block, bool) or not isinstance(rolling_block, int) or rolling_block < 1:
             raise ConfigError(f"rolling_block={rolling_block!r} must be an integer of at least 1.")
-        if not isinstance(question_aware, bool):
-            raise ConfigError(f"question_aware={question_aware!r} must be True or False.")
-        self.question_aware = question_aware
-        self._separator = question_separator.replace("\\n", "\n")
-        self._context_field = context_field
+        self._split = PromptSplit(question_aware, question_separator, context_field)
         self._block = rolling_block
-        self._ends: dict[str, int] = {}
         self._prompts: list[str] = []
         self._kept_bytes = self._full_bytes = self._caches = 0
         if pretrained == EMBEDDED:
@@ -120,11 +114,11 @@ class RankKVLM(HFLM):
                 "RankKV compresses the cache of causal language models; this one is seq2seq."
             )
 
-    # -- what a prompt is split into ------------------------------------------------------------------
+    # -- what the harness asks for --------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations of prompts; see the class for what is compressed."""
-        self._note_ends(requests)
+        self._split.note(requests)
         answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         self._warn_if_whole()
         return answers
@@ -137,51 +131,10 @@ class RankKVLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generate from prompts; see the class for what is compressed."""
-        self._note_ends(requests)
+        self._split.note(requests)
         answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._warn_if_whole()
         return answers
-
-    def _note_ends(self, requests: Iterable[Any]) -> None:
-        if not self.question_aware:
-            self._ends = {
-                request.args[0]: self._find_end(request.args[0], request.doc) for request in requests
-            }
-
-    def _find_end(self, prompt: str, document: Any) -> int:
-        """Return how many characters of a prompt are its context."""
-        if self._context_field is not None and isinstance(document, Mapping):
-            context = document.get(self._context_field)
-            if not isinstance(context, str):
-                raise InputError(
-                    f"the task's documents have no text under {self._context_field!r} (they have "
-                    f"{', '.join(map(str, document))}): name another context_field."
-                )
-            # A task's template may strip what stands in the document.
-            for text in (context, context.strip()):
-                start = prompt.rfind(text)
-                if text and start >= 0:
-                    return start + len(text)
-            raise InputError(
-                f"the prompt does not contain the text of the field {self._context_field!r}: name another "
-                "context_field, or leave it out and give question_separator."
-            )
-        end = prompt.rstrip().rfind(self._separator)
-        if end < 1:
-            raise InputError(
-                f"a prompt has no {self._separator!r} to tell the question from the context: give question_separator "
-                f"or context_field, or question_aware=True. It begins: {prompt[:80]!r}"
-            )
-        return end
-
-    def _count_context(self, prompt: str, ids: Sequence[int]) -> int:
-        """Return how many of a prompt's ids are its context; all of them if the question is compressed too."""
-        if self.question_aware:
-            return len(ids)
-        context = self.tok_encode(prompt[: self._ends[prompt]])
-        # Cut inside a word, the context's last token may differ from the prompt's there: then it is the question's.
-        pairs = enumerate(zip(context, ids, strict=False))
-        return next((at for at, (a, b) in pairs if a != b), min(len(context), len(ids)))
 
     # -- log-likelihood -------------------------------------------------------------------------------
 
@@ -200,7 +153,9 @@ class RankKVLM(HFLM):
                 answers[number] = self._score_blocks(whole, len(whole) - len(continuation))
                 bar.update()
                 continue
-            held = self._count_context(key[0], context) - (len(context) + len(continuation) - len(whole))
+            held = self._split.count(key[0], context, self.tok_encode) - (
+                len(context) + len(continuation) - len(whole)
+            )
             # One token at least is fed after the compression, so that the cache is read for all that is scored.
             held = max(0, min(held, len(whole) - len(continuation) - 1))
             shared.setdefault(tuple(whole[:held]), []).append((number, whole[held:], continuation))
@@ -259,7 +214,7 @@ class RankKVLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         mask = options.pop("attention_mask")
-        if self.question_aware:
+        if self._split.question_aware:
             cache = RankKVCache(self.model, config=self.config_of_cache)
             output = super()._model_generate(
                 context, max_length, stop, attention_mask=mask, **cache_argument(cache), **options
@@ -281,7 +236,7 @@ class RankKVLM(HFLM):
     ) -> Tensor:
         """Compress one prompt's context, feed its question, and return what is generated."""
         whole = self.tok_encode(prompt)
-        held = self._count_context(prompt, whole) - (len(whole) - len(ids))
+        held = self._split.count(prompt, whole, self.tok_encode) - (len(whole) - len(ids))
         # The question's last token at least is fed after the compression.
         cache = self._compress(ids[: max(0, min(held, len(ids) - 1))].tolist())
         given = {} if cache is None else cache_argument(cache)
@@ -307,6 +262,11 @@ class RankKVLM(HFLM):
         self._caches += 1
 
     @property
+    def question_aware(self) -> bool:
+        """Whether the whole prompt is compressed."""
+        return self._split.question_aware
+
+    @property
     def mean_bytes(self) -> tuple[float | None, float | None]:
         """Mean bytes of the caches so far, compressed and whole; of a generation, with what was generated."""
         many = self._caches
@@ -328,9 +288,7 @@ class RankKVLM(HFLM):
             **super().get_model_info(),
             "rankkv": {
                 **self.config_of_cache.to_dict(),
-                "question_aware": self.question_aware,
-                "question_separator": None if self.question_aware else self._separator,
-                "context_field": self._context_field,
+                **self._split.to_dict(),
                 "rolling_block": self._block,
                 "kept_share": self._kept_bytes / self._full_bytes if self._full_bytes else None,
             },

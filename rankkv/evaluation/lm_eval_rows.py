@@ -14,8 +14,12 @@ from .lm_eval_model import RankKVLM
 from .task_runner import BLANK, FULL
 
 
-def build_task_manager(include_path: str | None = None) -> TaskManager:
-    """Return the harness' task manager, with the YAML files of a folder besides its own."""
+def build_task_manager(names: Sequence[str], include_path: str | None = None) -> TaskManager:
+    """Return the harness' task manager; its own tasks, which take long to list, only if the folder has not all."""
+    if include_path is not None:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in names):
+            return manager
     return TaskManager(include_path=include_path)
 
 

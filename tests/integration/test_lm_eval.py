@@ -119,7 +119,9 @@ def test_everything_kept_is_the_harness_own_model(small, folder, own, aware):
             assert given == (pytest.approx(expected, abs=1e-3) if isinstance(expected, float) else expected)
 
 
-@pytest.mark.parametrize("aware", [True, False], ids=["aware", "agnostic"])
+@pytest.mark.parametrize(
+    "aware", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["aware", "agnostic"]
+)
 def test_a_twentieth_of_the_cache_changes_every_score(small, folder, own, aware):
     """A cache compressed after the only forward would never be read: a one-letter answer shows it first."""
     results = run(wrap(small, compression_ratio=0.05, question_aware=aware), folder)

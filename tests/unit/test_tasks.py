@@ -197,6 +197,8 @@ def test_a_task_of_ones_own(tokenizer, haystack):
     try:
         (sample,) = make("echo", tokenizer, haystack, count=1, word="no")
         assert (sample.prompts[0].answers, sample.blank_ids) == (("no",), None)
+        with pytest.raises(InputError, match="one token"):
+            make("echo", tokenizer, haystack, word="no", question_aware=True)
         with pytest.raises(ConfigError, match="'echo'"):
             register_task(Task("echo", make_echo, "recall", "again"))
     finally:

@@ -116,7 +116,7 @@ def make_samples(
     ConfigError
         If a number is below 1, the task has no such option, or the tokenizer has no chat template.
     InputError
-        If the haystack is too short.
+        If the haystack is too short, or an answer of one token would be predicted before any cache is read.
 
     Examples
     --------
@@ -160,6 +160,12 @@ def _compress_questions(sample: Sample) -> Iterator[Sample]:
     """Yield the sample with each question moved behind its context."""
     for number, prompt in enumerate(sample.prompts):
         question = prompt.question_ids
+        if len(prompt.answer_ids) < 2:
+            raise InputError(
+                f"the answer of sample {sample.name} of {sample.task.name!r} is one token, which the prefill itself "
+                "predicts when the question is compressed with the context: no cache would be read. Take "
+                "question_aware=False, or a longer answer."
+            )
         yield replace(
             sample,
             name=sample.name if len(sample.prompts) == 1 else f"{sample.name}-{number}",
