@@ -14,6 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from rankkv import RankKVCache, RankKVConfig, compress
 from rankkv.compat import cache_argument
 from rankkv.errors import ConfigError, InputError, UnknownNameError
+from rankkv.integrations.generate import custom_generate
 from rankkv.integrations.pipeline import TASK, RankKVTextGenerationPipeline, register, unregister
 from rankkv.prompts import split_prompt
 
@@ -203,6 +204,29 @@ def test_a_pipeline_is_saved_as_model_and_tokenizer_without_code(pipe, tmp_path)
     again = pipeline(TASK, model=str(tmp_path), device="cpu")
     assert isinstance(again, RankKVTextGenerationPipeline)
     assert again(CONTEXT, **SHORT) == pipe(CONTEXT, **SHORT)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_a_model_with_adapters(folder, pipe):
+    """An adapter that is trained changes the answer, an untrained one does not; custom_generate reaches both."""
+    peft = pytest.importorskip("peft")
+    base = type(pipe.model).from_pretrained(folder)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"])).eval()
+    adapted = pipeline(TASK, model=model, tokenizer=pipe.tokenizer, device="cpu", compression_ratio=0.3)
+    expected = pipe(CONTEXT, question=QUESTIONS[0], compression_ratio=0.3, **SHORT)
+    assert adapted(CONTEXT, question=QUESTIONS[0], **SHORT) == expected
+    ids = pipe.tokenizer(CONTEXT, return_tensors="pt").input_ids
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, **SHORT}
+    cached = model.generate(
+        input_ids=ids, **options, **cache_argument(RankKVCache(model, compression_ratio=0.3))
+    )
+    found = model.generate(input_ids=ids, custom_generate=custom_generate, compression_ratio=0.3, **options)
+    assert found.equal(cached)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
+    assert adapted(CONTEXT, question=QUESTIONS[0], **SHORT) != expected
 
 
 def test_the_other_pipeline_takes_the_cache(pipe):
