@@ -242,3 +242,21 @@ class RankKVConfig:
         if isinstance(self.profile, RankProfile):
             record["profile"] = self.profile.to_dict()
         return record
+
+
+def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options that replace others, with those that would overrule or contradict them set back.
+
+    A ratio alone sets back a budget, which would go before it; a strategy alone sets back another's options.
+
+    Examples
+    --------
+    >>> complete_options({"compression_ratio": 0.5, "selector": "h2o"})
+    {'budget': None, 'compression_ratio': 0.5, 'selector': 'h2o'}
+    """
+    unset: dict[str, Any] = {}
+    if "compression_ratio" in given:
+        unset["budget"] = None
+    if "strategy" in given:
+        unset["strategy_options"] = None
+    return {**unset, **given}

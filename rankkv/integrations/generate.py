@@ -16,7 +16,7 @@ from .._version import __version__
 from ..cache import RankKVCache
 from ..cache_files import describe_selector, restore_selector
 from ..compat import cache_argument
-from ..config import RankKVConfig
+from ..config import RankKVConfig, complete_options
 from ..errors import CacheStateError, ConfigError, InputError
 from ..files import write_text_atomically
 from ..rank_profile import RankProfile
@@ -298,13 +298,8 @@ def _choose_cache(model: Any, cache: Any, given: Mapping[str, Any], preset: Mapp
         return cache
     if given.get("config") is not None:
         return RankKVCache(model, **given)
-    options = {**preset, **given}
+    options = {**preset, **complete_options(given)}
     options.pop("config", None)
     if isinstance(options.get("selector"), Mapping):
         options["selector"] = restore_selector(options["selector"])
-    # Under these two a budget or a strategy of the call would meet what the folder presets for the other.
-    if "compression_ratio" in given and "budget" not in given:
-        options.pop("budget", None)
-    if "strategy" in given and "strategy_options" not in given:
-        options.pop("strategy_options", None)
     return RankKVCache(model, config=RankKVConfig(**options))

@@ -15,7 +15,7 @@ from transformers.pipelines.base import Pipeline
 
 from ..cache import RankKVCache
 from ..compat import cache_argument
-from ..config import RankKVConfig
+from ..config import RankKVConfig, complete_options
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..generation import compress
 from ..prompts import split_prompt
@@ -125,7 +125,7 @@ class RankKVTextGenerationPipeline(Pipeline):
                     raise ConfigError(
                         "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
                     )
-            forward["config"] = replace(config, **cache_options)
+            forward["config"] = replace(config, **complete_options(cache_options))
         generate_options = {
             name: value for name, value in given.items() if name in _GENERATE_OPTIONS - _OWN_OPTIONS
         }

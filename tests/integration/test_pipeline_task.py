@@ -134,6 +134,15 @@ def test_what_a_call_gives_is_joined_to_what_the_pipeline_was_built_with(folder)
     record = built(CONTEXT, compression_ratio=0.3, return_details=True)["details"]["config"]
     assert (record["selector"], record["compression_ratio"]) == ("h2o", 0.3)
     assert built(CONTEXT, return_details=True)["details"]["config"]["compression_ratio"] == 0.5
+    small = pipeline(
+        TASK, model=str(folder), device="cpu", budget=32, strategy="power", strategy_options={"exponent": 2}
+    )
+    own = small(CONTEXT, return_details=True, max_new_tokens=1)["details"]["config"]
+    assert (own["budget"], own["strategy_options"]) == (32, {"exponent": 2})
+    other = small(CONTEXT, compression_ratio=0.5, strategy="uniform", return_details=True, max_new_tokens=1)[
+        "details"
+    ]["config"]
+    assert (other["budget"], other["compression_ratio"], other["strategy_options"]) == (None, 0.5, {})
     config = RankKVConfig(budget=64)
     assert built(CONTEXT, config=config, return_details=True)["details"]["config"]["selector"] == "snapkv"
 
