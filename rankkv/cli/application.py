@@ -16,6 +16,7 @@ from .export_generate import export_generate
 from .generate import generate
 from .lm_eval import PASS_ON, lm_eval
 from .methods import methods
+from .report import report
 from .sweep import sweep
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 app.command()(methods)
 app.command()(check)
 app.command()(sweep)
+app.command()(report)
 
 
 def _print_version(wanted: bool) -> None:

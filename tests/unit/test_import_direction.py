@@ -87,6 +87,7 @@ RANKS = {
     "rankkv.evaluation": 70,
     "rankkv.plots": 70,
     "rankkv.integrations": 70,
+    "rankkv.report": 75,
     "rankkv.cli": 80,
     "rankkv.__main__": 81,
 }

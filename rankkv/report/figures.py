@@ -1,0 +1,78 @@
+"""Figures for papers of what the page shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..plots import plot_kept_stretches, plot_quality, plot_recall_grids, plot_strategy_budgets, save_figure
+from .collect import ReportData
+from .page import describe_axis
+from .quality import summarize_quality
+
+
+def write_figures(data: ReportData, folder: str | Path, prefix: str = "") -> list[Path]:
+    """Draw quality, facts found, budgets and kept stretches, whichever the data has, as PNG and PDF.
+
+    Parameters
+    ----------
+    data : ReportData
+        From :func:`rankkv.report.collect_results`.
+    folder : str or Path
+        Where they go.
+    prefix : str, default ""
+        Beginning of their names.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+    InputError
+        If the folder cannot be written to.
+    """
+    written: list[Path] = []
+    folder = Path(folder)
+
+    def save(figure: object, name: str) -> None:
+        written.extend(save_figure(figure, folder / f"{prefix}{name}"))  # type: ignore[arg-type]
+
+    tasks = summarize_quality(data.rows)
+    if tasks:
+        save(
+            plot_quality(
+                {
+                    f"{task.title}\n{describe_axis(task)}": {
+                        name: [(point.kept, task.pick(point)) for point in points]
+                        for name, points in task.curves.items()
+                    }
+                    for task in tasks
+                },
+                [task.full_level for task in tasks],
+            ),
+            "quality",
+        )
+    for number, task in enumerate(task for task in tasks if task.grids):
+        panels = {
+            f"{method}, {ratio:.0%} kept" if ratio < 1.0 else "full cache": grid
+            for ratio in sorted({ratio for ratios in task.grids.values() for ratio in ratios})
+            for method, ratios in task.grids.items()
+            if (grid := ratios.get(ratio)) is not None
+        }
+        save(
+            plot_recall_grids(panels, f"Facts found: {task.title}"), f"facts_{number}" if number else "facts"
+        )
+    if data.portraits:
+        first = [row for row in data.portraits if row["prompt"] == data.portraits[0]["prompt"]]
+        smallest = min(row["ratio"] for row in first)
+        cells = {row["method"]: row for row in first if row["ratio"] == smallest}
+        layers = next(iter(cells.values()))["layer_indices"]
+        title = f"of one prompt of {len(first[0]['pieces']):,} tokens, {smallest:.0%} kept"
+        budgets = {name: row["budgets"] for name, row in cells.items()}
+        save(plot_strategy_budgets(budgets, layers, title=f"Budget of each layer\n{title}"), "budgets")
+        shares = {name: row["stretch_shares"] for name, row in cells.items()}
+        save(plot_kept_stretches(shares, layers, title=f"Where each layer keeps tokens\n{title}"), "kept")
+    return written

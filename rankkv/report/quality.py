@@ -1,0 +1,160 @@
+"""From rows to curves: mean and interval of every method at every share kept, its paired differences, and doubts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from ..errors import FloorError
+from ..evaluation.comparison import Comparison, check_floor, compare_settings, find_identical
+from ..evaluation.settings import UNIFORM
+from ..evaluation.statistics import Estimate
+from ..evaluation.task_runner import BLANK, FULL
+
+Row = Mapping[str, Any]
+#: Depth and length of a fact to the mean score there.
+Grid = dict[tuple[float, int], float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one ratio: the fraction asked for, the one kept (floors may raise it), and what it is worth."""
+
+    ratio: float
+    kept: float
+    found: Comparison
+
+
+@dataclass(frozen=True)
+class TaskQuality:
+    """All methods on one task for one model.
+
+    Attributes
+    ----------
+    model, label, metric, higher_is_better
+        What was measured.
+    full, blank : Comparison or None
+        The whole cache, and the whole cache of a context without the answer: what guessing gives.
+    curves : dict
+        Method to its points, ratios growing.
+    grids : dict
+        Method to ratio to grid, where facts stand at depths; ``"full"`` with ratio 1.
+    doubts : list of str
+        Why the scores may say nothing.
+    """
+
+    model: str
+    label: str
+    metric: str
+    higher_is_better: bool
+    full: Comparison | None
+    blank: Comparison | None
+    curves: dict[str, list[Point]]
+    grids: dict[str, dict[float, Grid]]
+    doubts: list[str]
+
+    @property
+    def title(self) -> str:
+        """Task and model."""
+        return f"{self.label} · {self.model}" if self.model else self.label
+
+    @property
+    def shows_excess(self) -> bool:
+        """Whether curves show paired differences to the full cache: texts differ in loss more than caches do."""
+        return self.metric == "loss" and self.full is not None
+
+    @property
+    def full_level(self) -> float | None:
+        """Where the full cache stands beside the curves."""
+        return 0.0 if self.shows_excess else None if self.full is None else self.full.score.mean
+
+    def pick(self, point: Point) -> Estimate:
+        """Return what the curves show of a point."""
+        if self.shows_excess and point.found.to_full is not None:
+            return point.found.to_full
+        return point.found.score
+
+
+def summarize_quality(rows: Sequence[Row], seed: int = 0) -> list[TaskQuality]:
+    """Summarize rows by model and task, in the order in which they first appear.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As :attr:`rankkv.report.ReportData.rows`.
+    seed : int, default 0
+        Of the bootstrap.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["label"]), []).append({**row, "task": row["label"]})
+    return [_summarize_task(own, seed) for own in groups.values()]
+
+
+def _summarize_task(rows: Sequence[Row], seed: int) -> TaskQuality:
+    cells = {row["setting"]: (row["method"], row["ratio"]) for row in rows}
+    by_cell = {cell: setting for setting, cell in cells.items()}
+    uniform_of = {}
+    for setting, (method, ratio) in cells.items():
+        partner = (f"{method.rpartition(' + ')[0]} + {UNIFORM}", ratio)
+        if partner in by_cell:
+            uniform_of[setting] = by_cell[partner]
+    found = {one.setting: one for one in compare_settings(rows, uniform_of, seed=seed)}
+    full, blank = found.pop(FULL, None), found.pop(BLANK, None)
+    curves: dict[str, list[Point]] = {}
+    for setting, comparison in found.items():
+        method, ratio = cells[setting]
+        curves.setdefault(method, []).append(Point(ratio, comparison.kept_share or ratio, comparison))
+    return TaskQuality(
+        model=rows[0]["model"],
+        label=rows[0]["label"],
+        metric=rows[0]["metric"],
+        higher_is_better=rows[0]["higher_is_better"],
+        full=full,
+        blank=blank,
+        curves={method: sorted(points, key=lambda point: point.ratio) for method, points in curves.items()},
+        grids=_build_grids(rows),
+        doubts=list_doubts(rows, cells),
+    )
+
+
+def list_doubts(rows: Sequence[Row], cells: Mapping[str, tuple[str, float]]) -> list[str]:
+    """Say why the scores of one task may say nothing: guessing does as well, or a share makes no difference.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Of one task.
+    cells : mapping
+        Setting to method and ratio.
+    """
+    doubts = []
+    try:
+        check_floor(rows)
+    except FloorError as error:
+        doubts.append(str(error))
+    settings = {
+        name: {"method": method, "compression_ratio": ratio}
+        for name, (method, ratio) in cells.items()
+        if name not in (FULL, BLANK)
+    }
+    doubts += [
+        f"{a} and {b} gave the same output and likelihood on every sample, though they keep different shares."
+        for _, a, b in find_identical(rows, settings, warn=False)
+    ]
+    return doubts
+
+
+def _build_grids(rows: Sequence[Row]) -> dict[str, dict[float, Grid]]:
+    scores: dict[tuple[str, float, float, int], list[float]] = {}
+    for row in rows:
+        if row["depth"] is not None and row["metric"] != "loss" and row["method"] != BLANK:
+            scores.setdefault((row["method"], row["ratio"], row["depth"], row["length"]), []).append(
+                row["score"]
+            )
+    grids: dict[str, dict[float, Grid]] = {}
+    for (method, ratio, depth, length), found in scores.items():
+        grids.setdefault(method, {}).setdefault(ratio, {})[depth, length] = fmean(found)
+    return grids
