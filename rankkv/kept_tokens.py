@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache_layer import RankKVLayer
-from .errors import CacheStateError, InputError
+from .errors import CacheStateError, InputError, UnsupportedModelError
 
 #: What can have become of a token: kept by every head of every layer, by some, by none.
 FATES = ("all", "some", "none")
@@ -87,6 +87,8 @@ def analyze_kept_tokens(cache: Any, row: int = 0) -> KeptTokens:
 
     Raises
     ------
+    UnsupportedModelError
+        If the model has no layer that is compressed.
     CacheStateError
         If the cache has not been compressed yet.
     InputError
@@ -103,6 +105,11 @@ def analyze_kept_tokens(cache: Any, row: int = 0) -> KeptTokens:
     >>> kept.counts.shape, int(kept.counts.sum()) == 2 * sum(cache.budgets)
     (torch.Size([2, 60]), True)
     """
+    if not cache.layer_indices:
+        raise UnsupportedModelError(
+            "no layer of this model has a full-attention cache, so nothing is compressed and no token can be told from "
+            "another: there is nothing to explain."
+        )
     if not cache.plans:
         raise CacheStateError(
             "the cache has not been compressed yet: prefill it, or call finish() after the last chunk."

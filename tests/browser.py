@@ -51,7 +51,9 @@ def open_page(path: Path, width: int = 1280, height: int = 900, dark: bool = Fal
 
 def read_complaints(browser: Any) -> list[str]:
     """Return what the page's console says of warnings and errors."""
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
+    return [
+        entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")
+    ]
 
 
 def take_screenshot(browser: Any, path: Path) -> None:

@@ -118,7 +118,9 @@ def generate(
         record = analyze_generation(language_model, input_ids, cache, max_new_tokens, on_token=on_token)
         answer = stream.end()
     kept, pieces = None, []
-    if explain:
+    if explain and not cache.layer_indices:
+        console.print("Nothing to explain: no layer of this model is compressed.")
+    elif explain:
         from ..kept_tokens import analyze_kept_tokens
         from ..token_pieces import split_pieces
 

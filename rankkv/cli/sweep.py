@@ -144,6 +144,32 @@ def _run_model(console: Console, run: Sweep, part: ModelSweep, only_plan: bool) 
     return len(part.waiting)
 
 
+def _print_results(console: Console, folder: Path) -> None:
+    """Print the mean of every method at every ratio, and what speaks against reading anything into it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..report import collect_results
+    from ..report.quality import summarize_quality
+
+    for task in summarize_quality(collect_results(folder).rows):
+        direction = "higher is better" if task.higher_is_better else "lower is better"
+        levels = [("full cache", task.full), ("without the answer", task.blank)]
+        said = "; ".join(f"{name} {level.score}" for name, level in levels if level is not None)
+        console.print(f"\n{task.title}: {task.metric}, {direction}; {said}", markup=False, soft_wrap=True)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("method")
+        ratios = sorted({point.ratio for points in task.curves.values() for point in points})
+        for ratio in ratios:
+            table.add_column(f"{ratio:.0%} kept" if ratio >= 0.1 else f"{ratio:.1%} kept")
+        for method, points in task.curves.items():
+            table.add_row(escape(method), *(str(point.found.score) for point in points))
+        console.print(table)
+        for doubt in task.doubts:
+            console.print(f"Beware: {doubt}", markup=False, soft_wrap=True)
+    console.print()
+
+
 class Remaining:
     """How long the rest will take: what was estimated for it, times how wrong the estimate was so far.
 

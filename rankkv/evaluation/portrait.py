@@ -20,7 +20,7 @@ STRETCHES = 48
 def describe_cells(
     record: PrefillRecord, tokenizer: Any, settings: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Describe what every setting keeps of one recorded prompt.
+    """Describe what every setting keeps of one recorded prompt; nothing of a model that has no layer to compress.
 
     Parameters
     ----------
@@ -43,6 +43,8 @@ def describe_cells(
     pieces = split_pieces(tokenizer, record.input_ids[0].tolist())
     for name, options in settings.items():
         cache = record.build_cache(**options)
+        if not cache.layer_indices:
+            return
         kept = analyze_kept_tokens(cache)
         observed = record.observe(cache.config.window_size, cache.config.sink_size)
         plan = cache.plans[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -10,11 +10,21 @@ from typing import Any
 
 from ..budget_plan import BudgetPlan
 from ..config import RankKVConfig
-from ..errors import ConfigError, InputError, MissingDependencyError, RankKVError
+from ..errors import ConfigError, InputError
 from ..selection import get_selector
 from ..texts import PYTHON_DOCS
 from .settings import NAMED_STRATEGIES
 from .tasks import get_task
+from .yaml_values import (
+    check_bool,
+    check_integer,
+    check_mapping,
+    check_ratio,
+    check_string,
+    explain,
+    load_yaml,
+    take_list,
+)
 
 #: Names that stand for options of the cache; any other name is a budget strategy with its own defaults.
 NAMED_ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
@@ -138,7 +148,7 @@ def read_sweep_config(path: str | Path) -> SweepConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the sweep {str(path)!r}: {error}.") from error
     try:
-        return parse_sweep_config(_load_yaml(text, str(path)))
+        return parse_sweep_config(load_yaml(text, str(path)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -159,18 +169,18 @@ def parse_sweep_config(record: Any) -> SweepConfig:
     (['snapkv + uniform @ 0.1', 'snapkv + uniform @ 0.3'], 4)
     """
     known = [item.name for item in fields(SweepConfig)] + ["selectors", "allocations"]
-    given = _check_mapping(record, "the sweep", known)
-    ratios = tuple(_check_ratio(value, f"ratios[{i}]") for i, value in enumerate(_take_list(given, "ratios")))
+    given = check_mapping(record, "the sweep", known)
+    ratios = tuple(check_ratio(value, f"ratios[{i}]") for i, value in enumerate(take_list(given, "ratios")))
     methods = tuple(_parse_methods(given))
     config = SweepConfig(
-        models=tuple(_parse_models(_take_list(given, "models", ["embedded"]))),
-        tasks=tuple(_parse_tasks(_take_list(given, "tasks"))),
+        models=tuple(_parse_models(take_list(given, "models", ["embedded"]))),
+        tasks=tuple(_parse_tasks(take_list(given, "tasks"))),
         methods=methods,
         ratios=ratios,
         seeds=tuple(
-            _check_integer(value, f"seeds[{i}]", 0) for i, value in enumerate(_take_list(given, "seeds", [0]))
+            check_integer(value, f"seeds[{i}]", 0) for i, value in enumerate(take_list(given, "seeds", [0]))
         ),
-        blank=_check_bool(given.get("blank", True), "blank"),
+        blank=check_bool(given.get("blank", True), "blank"),
     )
     for key, names in (
         ("models", [model.name for model in config.models]),
@@ -196,8 +206,8 @@ def _parse_models(items: Sequence[Any]) -> list[SweepModel]:
     for place, item in enumerate(items):
         where = f"models[{place}]"
         known = [entry.name for entry in fields(SweepModel)]
-        given = {"name": item} if isinstance(item, str) else _check_mapping(item, where, known)
-        values = {key: _check_string(value, f"{where}.{key}") for key, value in given.items()}
+        given = {"name": item} if isinstance(item, str) else check_mapping(item, where, known)
+        values = {key: check_string(value, f"{where}.{key}") for key, value in given.items()}
         if "name" not in values:
             raise ConfigError(
                 f"{where} is {item!r} but has no name: give a hub id, a folder, a GGUF file or embedded."
@@ -210,23 +220,23 @@ def _parse_tasks(items: Sequence[Any]) -> list[SweepTask]:
     tasks = []
     for place, item in enumerate(items):
         where = f"tasks[{place}]"
-        given = {"task": item} if isinstance(item, str) else _check_mapping(item, where)
-        task = _explain(f"{where}.task", get_task, given.get("task"))
+        given = {"task": item} if isinstance(item, str) else check_mapping(item, where)
+        task = explain(f"{where}.task", get_task, given.get("task"))
         defaults = SweepTask(task.name, task.name)
-        lengths = _take_list(
+        lengths = take_list(
             {"lengths": given.get("lengths", list(defaults.lengths))}, "lengths", where=f"{where}."
         )
         tasks.append(
             SweepTask(
-                label=_check_string(given.get("label", task.name), f"{where}.label"),
+                label=check_string(given.get("label", task.name), f"{where}.label"),
                 task=task.name,
                 lengths=tuple(
-                    _check_integer(value, f"{where}.lengths[{i}]", 1) for i, value in enumerate(lengths)
+                    check_integer(value, f"{where}.lengths[{i}]", 1) for i, value in enumerate(lengths)
                 ),
-                count=_check_integer(given.get("count", defaults.count), f"{where}.count", 1),
-                text=_check_string(given.get("text", defaults.text), f"{where}.text"),
-                question_aware=_check_bool(given.get("question_aware", False), f"{where}.question_aware"),
-                chat=_check_bool(given.get("chat", False), f"{where}.chat"),
+                count=check_integer(given.get("count", defaults.count), f"{where}.count", 1),
+                text=check_string(given.get("text", defaults.text), f"{where}.text"),
+                question_aware=check_bool(given.get("question_aware", False), f"{where}.question_aware"),
+                chat=check_bool(given.get("chat", False), f"{where}.chat"),
                 options={key: value for key, value in given.items() if key not in _TASK_KEYS},
             )
         )
@@ -242,10 +252,10 @@ def _parse_methods(given: Mapping[str, Any]) -> list[SweepMethod]:
     methods = []
     if crossed:
         selectors = [
-            _parse_named(item, f"selectors[{i}]") for i, item in enumerate(_take_list(given, "selectors"))
+            _parse_named(item, f"selectors[{i}]") for i, item in enumerate(take_list(given, "selectors"))
         ]
         allocations = [
-            _parse_named(item, f"allocations[{i}]") for i, item in enumerate(_take_list(given, "allocations"))
+            _parse_named(item, f"allocations[{i}]") for i, item in enumerate(take_list(given, "allocations"))
         ]
         for (selector, selector_options), (allocation, options) in product(selectors, allocations):
             name, chosen = (
@@ -253,13 +263,13 @@ def _parse_methods(given: Mapping[str, Any]) -> list[SweepMethod]:
                 _resolve_allocation(allocation, options),
             )
             methods.append(SweepMethod(name, selector, allocation, selector_options, chosen))
-    for place, item in enumerate(_take_list(given, "methods", [])):
+    for place, item in enumerate(take_list(given, "methods", [])):
         where = f"methods[{place}]"
-        own = dict(_check_mapping(item, where))
+        own = dict(check_mapping(item, where))
         selector, selector_options = _parse_named(own.pop("selector", "snapkv"), f"{where}.selector")
         allocation, options = _parse_named(own.pop("allocation", "auto"), f"{where}.allocation")
         name = own.pop("name", _name(selector, selector_options, allocation))
-        name = _check_string(name, f"{where}.name")
+        name = check_string(name, f"{where}.name")
         chosen = {**_resolve_allocation(allocation, options), **own}
         methods.append(SweepMethod(name, selector, allocation, selector_options, chosen))
     return methods
@@ -269,8 +279,8 @@ def _parse_named(item: Any, where: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the options of ``name`` or of ``{name: ..., option: ...}``."""
     if isinstance(item, str):
         return item, {}
-    given = dict(_check_mapping(item, where))
-    return _check_string(given.pop("name", None), f"{where}.name"), given
+    given = dict(check_mapping(item, where))
+    return check_string(given.pop("name", None), f"{where}.name"), given
 
 
 def _resolve_allocation(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,90 +303,9 @@ def _check_method(method: SweepMethod, ratio: float) -> None:
             f"cache in a sweep; those are: {', '.join(sorted(_CACHE_OPTIONS))}."
         )
     where = f"the method {method.name!r} at ratio {ratio:g}"
-    config = _explain(where, lambda: RankKVConfig(**method.build_options(ratio)))
-    _explain(where, BudgetPlan.check, config)
+    config = explain(where, lambda: RankKVConfig(**method.build_options(ratio)))
+    explain(where, BudgetPlan.check, config)
     if config.prefill != "single":
         raise ConfigError(
             f"{where} has prefill={config.prefill!r}: the prefill is shared, so it must be 'single'."
         )
-
-
-# -- values ------------------------------------------------------------------------------------------
-
-
-def _load_yaml(text: str, path: str) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependencyError("a sweep is read with PyYAML: pip install 'rankkv[eval]'.") from error
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that comes twice, of which YAML would keep the last."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise ConfigError(
-                        f"line {node.start_mark.line + 1} begins a mapping that has {key!r} twice."
-                    )
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
-
-
-def _explain(where: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a call returns; an error of it says where in the file its cause stands."""
-    try:
-        return call(*arguments)
-    except (RankKVError, TypeError) as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _check_mapping(value: Any, where: str, known: Sequence[str] | None = None) -> Mapping[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{where} is {value!r} but must be a mapping of names to values.")
-    unknown = [key for key in value if known is not None and key not in known]
-    if unknown:
-        raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; known: {', '.join(known or ())}.")
-    return value
-
-
-def _take_list(
-    given: Mapping[str, Any], key: str, default: list[Any] | None = None, where: str = ""
-) -> list[Any]:
-    value = given.get(key, default)
-    if value is None and key not in given:
-        raise ConfigError(f"{where}{key} is missing: give a list of at least one entry.")
-    if not isinstance(value, list) or (not value and default != []):
-        raise ConfigError(f"{where}{key} is {value!r} but must be a list of at least one entry.")
-    return value
-
-
-def _check_string(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{where} is {value!r} but must be a text that is not empty.")
-    return value
-
-
-def _check_integer(value: Any, where: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{where} is {value!r} but must be an integer of at least {least}.")
-    return value
-
-
-def _check_ratio(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-        raise ConfigError(
-            f"{where} is {value!r} but must be a number in (0, 1], the fraction of the cache kept."
-        )
-    return float(value)
-
-
-def _check_bool(value: Any, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{where} is {value!r} but must be true or false.")
-    return value

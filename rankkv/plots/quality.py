@@ -197,7 +197,7 @@ def _draw_maps(
     for row in grid:
         row[0].set_ylabel(y_label, color=INK, fontsize=9)
     bar = figure.colorbar(image, ax=flat, shrink=0.8, pad=0.02)  # type: ignore[arg-type]
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(bar_label, color=INK, fontsize=9)
     heading, _, subtitle = title.partition("\n")
     set_title(figure, heading, subtitle)

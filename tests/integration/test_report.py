@@ -36,7 +36,16 @@ def page(tmp_path_factory):
     rows = read_rows([folder / "rows.parquet"])
     write_rows(folder / "rows.parquet", [{**row, "label": f"{row['label']} {HOSTILE}"} for row in rows])
     result = CliRunner().invoke(
-        app, ["report", str(folder), "--bench", str(RESULTS / "bench.json"), "--figures", str(folder / "f"), "--json"]
+        app,
+        [
+            "report",
+            str(folder),
+            "--bench",
+            str(RESULTS / "bench.json"),
+            "--figures",
+            str(folder / "f"),
+            "--json",
+        ],
     )
     assert result.exit_code == 0, result.stderr
     written = [Path(path) for path in json.loads(result.stdout)["written"]]
@@ -132,7 +141,9 @@ def test_an_unfinished_sweep_is_shown_and_said_to_be(tmp_path):
 
 def test_scores_that_say_nothing_are_doubted(tmp_path):
     rows = [row for row in read_rows([RESULTS / "sweep" / "rows.parquet"]) if row["metric"] == "recall"]
-    write_rows(tmp_path / "rows.parquet", [{**row, "score": 0.5, "answer_loss": 1.0, "output": ""} for row in rows])
+    write_rows(
+        tmp_path / "rows.parquet", [{**row, "score": 0.5, "answer_loss": 1.0, "output": ""} for row in rows]
+    )
     (task,) = summarize_quality(collect_results(tmp_path).rows)
     assert any("cannot tell a good cache from a bad one" in doubt for doubt in task.doubts)
     assert any("the same output and likelihood on every sample" in doubt for doubt in task.doubts)

@@ -13,11 +13,15 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rankkv.errors import InputError
+from rankkv.evaluation.statistics import Estimate
 from rankkv.pipeline import RankKVResult
 from rankkv.plots import (
     plot_cache_comparison,
+    plot_kept_stretches,
     plot_layer_ranks,
+    plot_quality,
     plot_ranks_and_budgets,
+    plot_recall_grids,
     plot_strategy_budgets,
     save_figure,
 )
@@ -119,6 +123,30 @@ def test_cache_comparison_shows_megabytes_seconds_and_milliseconds():
     np.testing.assert_allclose(list(widths.values()), [[2.0, 1.0], [1.5, 1.75], [20.0, 0.0]])
 
 
+def test_quality_has_a_line_a_method_with_its_intervals():
+    scores = [Estimate(2.0, 1.5, 3.0, 8), Estimate(1.0, 0.5, 1.25, 8)]
+    figure = plot_quality(
+        {"one\nloss": {"a": list(zip([0.1, 0.4], scores, strict=True))}, "two": {}}, [0.75, None]
+    )
+    axes = next(axes for axes in figure.axes if axes.get_title(loc="left") == "one\nloss")
+    (container,) = axes.containers
+    line, _, (bars,) = container
+    np.testing.assert_allclose(line.get_xydata(), [[0.1, 2.0], [0.4, 1.0]])
+    np.testing.assert_allclose([(s[0, 1], s[1, 1]) for s in bars.get_segments()], [(1.5, 3.0), (0.5, 1.25)])
+    assert any(set(line.get_ydata()) == {0.75} for line in axes.lines)
+
+
+def test_maps_hold_the_shares_they_were_given():
+    grids = {"a": {(0.0, 512): 1.0, (0.5, 512): 0.0, (0.0, 1024): 0.25}, "b": {(0.5, 1024): 0.5}}
+    figure = plot_recall_grids(grids, "Facts")
+    images = [axes.images[0].get_array().filled(np.nan) for axes in figure.axes if axes.images]
+    np.testing.assert_array_equal(images[0], [[1.0, 0.25], [0.0, np.nan]])
+    np.testing.assert_array_equal(images[1], [[np.nan, np.nan], [np.nan, 0.5]])
+    shares = {"a": [[0.0, 1.0], [0.5, 0.25]]}
+    (image,) = [axes.images[0] for axes in plot_kept_stretches(shares, [1, 3], "Kept").axes if axes.images]
+    np.testing.assert_array_equal(image.get_array(), shares["a"])
+
+
 def test_texts_stay_inside_the_figure(result):
     long_name = RankKVResult(**{**result.to_dict(), "model_name": "/some/where/" + "deep/" * 40 + "model"})
     figure = plot_ranks_and_budgets(long_name)
@@ -142,6 +170,9 @@ def test_texts_stay_inside_the_figure(result):
         (lambda: plot_strategy_budgets({}, [0]), "at least one strategy"),
         (lambda: plot_strategy_budgets({"uniform": [1, 2]}, [0]), "uniform has 2 values for 1 layers"),
         (lambda: plot_cache_comparison([]), "at least one generation"),
+        (lambda: plot_quality({}), "at least one task"),
+        (lambda: plot_recall_grids({}, "none"), "at least one setting"),
+        (lambda: plot_kept_stretches({"a": [[1.0]]}, [0, 1], "one too few"), "each with 2 layers"),
     ],
 )
 def test_data_that_does_not_fit_is_named(draw, message):

@@ -7,7 +7,7 @@ import torch
 
 from rankkv import RankKVCache, compress
 from rankkv.compat import cache_argument
-from rankkv.errors import CacheStateError, InputError
+from rankkv.errors import CacheStateError, InputError, UnsupportedModelError
 from rankkv.evaluation import record_prefill
 from rankkv.kept_tokens import analyze_kept_tokens
 
@@ -76,6 +76,20 @@ def test_decoding_that_evicts_is_seen(tiny_llama):
     before = analyze_kept_tokens(compress(model, ids, budget=30)).counts.sum()
     model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, **cache_argument(cache))
     assert analyze_kept_tokens(cache).counts.sum() < before
+
+
+def test_a_model_without_layers_to_compress_is_named(tiny_llama):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MistralForCausalLM(
+        MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=16, **sizes)
+    ).eval()
+    with pytest.warns(UserWarning, match="no layer"):
+        cache = RankKVCache(model)
+    model.generate(torch.arange(40)[None], max_new_tokens=2, **cache_argument(cache))
+    with pytest.raises(UnsupportedModelError, match="nothing to explain"):
+        analyze_kept_tokens(cache)
 
 
 def test_before_the_prefill_there_is_nothing_to_explain(tiny_llama):
