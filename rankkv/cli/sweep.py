@@ -145,29 +145,20 @@ def _run_model(console: Console, run: Sweep, part: ModelSweep, only_plan: bool) 
 
 
 def _print_results(console: Console, folder: Path) -> None:
-    """Print the mean of every method at every ratio, and what speaks against reading anything into it."""
-    from rich.markup import escape
-    from rich.table import Table
-
+    """Print each setting beside the full cache and uniform budgets, and what speaks against reading much into it."""
     from ..report import collect_results
     from ..report.quality import summarize_quality
+    from .evaluate import make_comparison_tables
 
+    if not console.is_terminal:
+        # A log has no width to keep to.
+        console.width = 120
     for task in summarize_quality(collect_results(folder).rows):
-        direction = "higher is better" if task.higher_is_better else "lower is better"
-        levels = [("full cache", task.full), ("without the answer", task.blank)]
-        said = "; ".join(f"{name} {level.score}" for name, level in levels if level is not None)
-        console.print(f"\n{task.title}: {task.metric}, {direction}; {said}", markup=False, soft_wrap=True)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("method")
-        ratios = sorted({point.ratio for points in task.curves.values() for point in points})
-        for ratio in ratios:
-            table.add_column(f"{ratio:.0%} kept" if ratio >= 0.1 else f"{ratio:.1%} kept")
-        for method, points in task.curves.items():
-            table.add_row(escape(method), *(str(point.found.score) for point in points))
-        console.print(table)
+        console.print("")
+        for table in make_comparison_tables(task.comparisons):
+            console.print(table)
         for doubt in task.doubts:
-            console.print(f"Beware: {doubt}", markup=False, soft_wrap=True)
-    console.print()
+            console.print(f"Warning: {doubt}", markup=False, soft_wrap=True)
 
 
 class Remaining:

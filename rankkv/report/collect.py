@@ -103,7 +103,7 @@ def _read_json(path: Path, must_exist: bool = False) -> dict[str, Any]:
 
 
 def _adapt(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield rows with a sweep's columns; those of the allocation ablation are turned into them."""
+    """Yield rows with a sweep's columns; those of `rankkv eval` and of the ablation are turned into them."""
     if not rows:
         return
     columns = set(rows[0])
@@ -111,10 +111,20 @@ def _adapt(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]
         yield from rows
     elif columns >= {"kind", "text", "selector", "strategy", "ratio", "loss", "full_loss"}:
         yield from _adapt_ablation(rows)
+    elif columns >= {"task", "setting", "score", "sample"}:
+        yield from map(_adapt_evaluation, rows)
     else:
         raise InputError(
             f"the rows in {str(folder)!r} are not those of a sweep: they lack {', '.join(sorted(_NEEDED - columns))}."
         )
+
+
+def _adapt_evaluation(row: dict[str, Any]) -> dict[str, Any]:
+    selector, _, rest = row["setting"].partition("|")
+    strategy, _, ratio = rest.rpartition("|")
+    method = f"{selector} + {strategy}" if strategy else row["setting"]
+    named = {"model": "", "label": row["task"], "method": method, "ratio": float(ratio) if strategy else 1.0}
+    return {"depth": None, **row, **named}
 
 
 def _adapt_ablation(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -61,6 +61,12 @@ class TaskQuality:
         return f"{self.label} · {self.model}" if self.model else self.label
 
     @property
+    def comparisons(self) -> list[Comparison]:
+        """The full cache, every method at every ratio, and guessing, whichever there are."""
+        points = [point.found for own in self.curves.values() for point in own]
+        return [one for one in (self.full, *points, self.blank) if one is not None]
+
+    @property
     def shows_excess(self) -> bool:
         """Whether curves show paired differences to the full cache: texts differ in loss more than caches do."""
         return self.metric == "loss" and self.full is not None

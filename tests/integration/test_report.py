@@ -139,6 +139,31 @@ def test_an_unfinished_sweep_is_shown_and_said_to_be(tmp_path):
     assert "This sweep is not finished" not in build_page(collect_results(RESULTS / "sweep"))
 
 
+def test_rows_of_rankkv_eval_are_read_too(tmp_path):
+    def rename(row):
+        setting = row["setting"]
+        if row["selector"]:
+            setting = f"{row['selector']}|{row['allocation']}|{row['ratio']:g}"
+        own = {
+            key: row[key]
+            for key in row
+            if key not in ("model", "label", "method", "ratio", "allocation", "selector")
+        }
+        return {**own, "setting": setting}
+
+    shipped = collect_results(RESULTS / "sweep").rows
+    write_rows(tmp_path / "rows.parquet", map(rename, shipped))
+    expected, found = summarize_quality(shipped), summarize_quality(collect_results(tmp_path).rows)
+
+    def read(task):
+        return {
+            name: [(point.ratio, point.found.score, point.found.to_uniform) for point in points]
+            for name, points in task.curves.items()
+        }
+
+    assert [read(task) for task in found] == [read(task) for task in expected]
+
+
 def test_scores_that_say_nothing_are_doubted(tmp_path):
     rows = [row for row in read_rows([RESULTS / "sweep" / "rows.parquet"]) if row["metric"] == "recall"]
     write_rows(
