@@ -58,9 +58,8 @@ def build_page(data: ReportData, title: str = "RankKV report") -> str:
     environment.filters |= {"share": _format_share, "estimate": _format_estimate, "signed": _format_signed}
     template = environment.from_string((files / "report.html").read_text(encoding="utf-8"))
     tasks = summarize_quality(data.rows)
-    methods = list(dict.fromkeys(name for task in tasks for name in task.curves))
-    methods += [cell["method"] for cell in data.portraits if cell["method"] not in methods]
-    methods = list(dict.fromkeys(methods))
+    named = [name for task in tasks for name in task.curves] + [cell["method"] for cell in data.portraits]
+    methods = list(dict.fromkeys(named))
     portraits = _group_portraits(data.portraits)
     speed = summarize_speed(data.bench, data.demo)
     page: str = template.render(
@@ -70,11 +69,9 @@ def build_page(data: ReportData, title: str = "RankKV report") -> str:
         tasks=tasks,
         metrics=METRICS,
         axes={task.title: describe_axis(task) for task in tasks},
-        methods=methods,
         grids=[_lay_out_grid(task) for task in tasks if task.grids],
         portraits=portraits,
         speed=speed,
-        demo=data.demo,
         manifest=dump_json(data.manifest) if data.manifest else "",
         payload=make_json_ready(
             {
