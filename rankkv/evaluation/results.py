@@ -62,7 +62,9 @@ class ResultStore:
                     f"{self.folder} holds the results of another run ({listed}): give another folder, or the same "
                     "options to resume it."
                 )
-            return
+            if any(self.parts.glob("*.parquet")):
+                return
+        # Of a run that begins anew, what another commit or machine wrote there is no longer true.
         write_text_atomically(path, dump_json({"config": config, "environment": describe_environment()}))
 
     def _path(self, unit: str) -> Path:

@@ -66,3 +66,16 @@ def test_rows_of_different_columns_lose_nothing(tmp_path):
     rows = read_rows([store.join(tmp_path / "rows.parquet")])
     kept = [{key: value for key, value in row.items() if value is not None} for row in rows]
     assert kept == [{"loss": 1.5}, {"found": True}, {"loss": 2.5, "depth": 0.5}, {"note": "alone"}]
+
+
+def test_a_run_that_begins_anew_says_where_it_ran(tmp_path):
+    store = ResultStore(tmp_path, {"seed": 0})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    stale = manifest | {"environment": manifest["environment"] | {"commit": "another"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(stale))
+    ResultStore(tmp_path, {"seed": 0})
+    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+    (tmp_path / "manifest.json").write_text(json.dumps(stale))
+    store.write("one", [{"a": 1}])
+    ResultStore(tmp_path, {"seed": 0})
+    assert json.loads((tmp_path / "manifest.json").read_text()) == stale
