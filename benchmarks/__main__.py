@@ -1,6 +1,6 @@
 """The small set of all benchmarks in one process, and the table of targets: ``python -m benchmarks``.
 
-Takes less than ten minutes on two quiet CPU cores; ``--long`` adds 4,096 tokens, more runs, and ``analyze()`` at 8,192.
+Takes less than ten minutes on two quiet CPU cores; ``--long`` makes more runs, and adds ``analyze()`` at 8,192.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     # First, since memory that a longer run freed would be taken again, and count as none.
     found["analysis"] = analysis.measure(model, tokenizer, [2048], ["evictable", "full", analysis.EAGER_WAY])
-    # Tokens, fraction kept, new tokens, runs: one pair at 8,000 tokens in the small set.
-    plan = [(2048, 0.3, 16, repeats), (1024, 1.0, 32, repeats), (8000, 0.1, 24, 3 if options.long else 1)]
-    if options.long:
-        plan.append((4096, 0.3, 16, repeats))
-    found["latency"] = [
-        latency.measure(model, tokenizer, tokens, kept, new, runs, warm_ups=int(tokens < 8000))
-        for tokens, kept, new, runs in plan
+    # Tokens, fraction kept, new tokens, runs, other options: one or two turns at the longer prompts in the small set.
+    once, few = (3, 4) if options.long else (1, 2)
+    plan: list[tuple[int, float, int, int, dict[str, Any]]] = [
+        (2048, 0.3, 16, repeats, {"power": True}),
+        (1024, 1.0, 32, repeats, {}),
+        (4096, 0.3, 8, few, {"power": True, "warm_ups": 0}),
+        (8000, 0.1, 24, once, {"power": True, "warm_ups": 0, "single_steps": 60}),
     ]
+    found["latency"] = [latency.measure(model, tokenizer, *settings, **more) for *settings, more in plan]
     latency.print_latencies(found["latency"])
-    found["traffic"] = [compare_with_traffic(model, found["latency"][2])]
+    found["traffic"] = [compare_with_traffic(model, found["latency"][-1])]
     found["memory"] = memory.measure(model, tokenizer, [4096], [0.1])
     found["throughput"] = throughput.measure(model, tokenizer, 1024, 8, 0.1, plain_rows=2, repeats=3)
     found["scaling"] = scaling.measure(model, repeats=5)
@@ -64,6 +65,8 @@ def compare_with_traffic(model: Any, row: dict[str, Any]) -> dict[str, Any]:
         "tpot_seconds": row["rankkv_tpot"]["median_seconds"],
         "plain_tpot_seconds": row["plain_tpot"]["median_seconds"],
         "tpot_over_bound": row["rankkv_tpot"]["median_seconds"] / bound,
+        # All linear layers once on one row, alone: what no cache changes.
+        "linear_share": row["beside_kept_length"]["linear_share"],
     }
 
 

@@ -74,6 +74,15 @@ def time_once(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def time_both(run: Callable[[], Any]) -> tuple[float, float]:
+    """Wall seconds of one run, and seconds of CPU time of all its threads, which other programs do not lengthen."""
+    synchronize()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    run()
+    synchronize()
+    return time.perf_counter() - start, time.process_time() - cpu_start
+
+
 def measure_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
     """Bytes a second that a matrix-vector product reads here, with this process' threads: the best of a few."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
