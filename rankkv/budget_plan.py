@@ -160,7 +160,8 @@ class BudgetPlan:
             self._all_there = False
         if measured is not None:
             if not (np.isfinite(measured).all() and np.isfinite(rank or 0.0)):
-                name = "effective rank" if self.measure == "rank" else f"{self.strategy} measure"
+                ranked = self.measure == "rank" or not np.isfinite(rank or 0.0)
+                name = "effective rank" if ranked else f"{self.strategy} measure"
                 layer = self.layer_indices[self._added]
                 share = self.total_budget // len(self._lower)
                 warnings.warn(

@@ -54,13 +54,14 @@ def test_slots(tiny_llama):
 def test_only_a_rank_is_called_a_rank(tiny_llama, strategy):
     cache = oracles.prefill(tiny_llama(), oracles.random_prompt(90), strategy=strategy)
     lines = [line for line in cache.summary().splitlines() if line.startswith("  layer ")]
-    measure = STRATEGIES[strategy].measure
+    measure, ranked = STRATEGIES[strategy].measure, STRATEGIES[strategy].uses_ranks
     assert len(lines) == len(cache.budgets) == 3
-    assert cache.layer_ranks == (cache.layer_measures if measure == "rank" else [])
+    assert len(cache.layer_ranks) == (3 if ranked else 0)
+    assert measure != "rank" or cache.layer_ranks == cache.layer_measures
     assert len(cache.layer_measures) == (0 if measure is None else 3)
     assert cache.layer_measures_per_row == [cache.layer_measures]
-    assert all((" rank " in line) == (measure in ("rank", None)) for line in lines)
-    for line, measured in zip(lines, cache.layer_measures, strict=False):
+    assert all((" rank " in line) == (ranked or measure is None) for line in lines)
+    for line, measured in zip(lines, cache.layer_ranks or cache.layer_measures, strict=False):
         assert float(line.split()[3]) == pytest.approx(measured, rel=1e-2)
     one_shot = measure is not None and not STRATEGIES[strategy].layerwise
     assert ("weighs all layers together" in cache.summary()) == one_shot
