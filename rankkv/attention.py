@@ -94,16 +94,29 @@ def _find_lender(key: Tensor) -> tuple[ObservingCache, int] | None:
     return None if cache is None or layer_idx is None else (cache, layer_idx)
 
 
-def _wrap(inner_of: Callable[[nn.Module], Callable[..., Any]], named_after: Callable[..., Any] | None) -> Any:
+# What stands after the mask when a caller names nothing: in registered functions, and in a model's own eager one.
+_REGISTERED_ORDER = ("dropout", "scaling")
+_EAGER_ORDER = ("scaling", "dropout")
+
+
+def _wrap(
+    inner_of: Callable[[nn.Module], Callable[..., Any]],
+    named_after: Callable[..., Any] | None,
+    order: tuple[str, ...] = _REGISTERED_ORDER,
+) -> Any:
     def observed_attention(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Any = None,
+        *unnamed: Any,
         **options: Any,
     ) -> Any:
         inner = inner_of(module)
+        if unnamed:
+            # Transformers names these; a library that put its own function around this one may not.
+            options |= zip(order, unnamed, strict=False)
         if not _any_cache_alive:
             return inner(module, query, key, value, attention_mask, **options)
         return _dispatch(AttentionCall(inner, module, query, key, value, attention_mask, options))
@@ -205,7 +218,7 @@ def _wrap_eager_of(model: PreTrainedModel) -> None:
         for home in find_eager_homes(model):
             if home not in _eager_homes:
                 inner = _eager_homes[home] = getattr(home, _EAGER)
-                setattr(home, _EAGER, _wrap(_constant(inner), inner))
+                setattr(home, _EAGER, _wrap(_constant(inner), inner, _EAGER_ORDER))
 
 
 def _constant(inner: Callable[..., Any]) -> Callable[[nn.Module], Callable[..., Any]]:

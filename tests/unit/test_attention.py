@@ -87,9 +87,10 @@ def test_a_function_that_a_library_puts_before_the_registered_one(tiny_llama, wh
     def put_before():
         inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-        def outer(module, *args, **kwargs):
+        def outer(module, query, key, value, attention_mask, dropout, **kwargs):
             calls.append(module.layer_idx)
-            return inner(module, *args, **kwargs)
+            # Transformers names the dropout; kvpress passes it on by its place.
+            return inner(module, query, key, value, attention_mask, dropout, **kwargs)
 
         ALL_ATTENTION_FUNCTIONS["sdpa"] = outer
         return outer
