@@ -168,8 +168,15 @@ def weigh_zigzagkv(uncertainties: FloatArray, mass: float = 0.9) -> FloatArray:
 def weigh_squeezeattention(changes: FloatArray, groups: int = 3, squeeze: float = 0.35) -> FloatArray:
     """Weigh layers by groups: those whose attention changes the hidden state least keep ``squeeze`` of the average.
 
-    What they give up is shared equally by all other layers.  The groups are those of k-means over the changes, solved
-    exactly: numbers on a line have one best division into intervals.
+    What they give up is shared equally by all other layers: where s of L layers are squeezed, each of the others
+    weighs ``(L - s * squeeze) / (L - s)``.  The groups are those of k-means over the changes, solved exactly: numbers
+    on a line have one best division into intervals.
+
+    Notes
+    -----
+    The authors' program starts k-means at random, always with 3 groups, and takes the squeezed layers' length as an
+    option: its examples are 0.08 of 0.21 (``squeeze=0.38``) for Mistral 7B and 0.25 of 0.4 (``squeeze=0.63``) for
+    Llama 2 7B.  The default here lies near the first.
     """
     groups = check_integer("groups", groups, 2)
     squeeze = check_number("squeeze", squeeze, 0.0, 1.0)

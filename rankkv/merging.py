@@ -41,6 +41,12 @@ def fold_evicted(
         Keys and values of the kept tokens, ``[batch, kv_head, kept, head_dim]``; a token into which none was folded
         stays exactly as it was.
 
+    Notes
+    -----
+    D2O's threshold follows the evictions while decoding, as a moving average; here each eviction has a mean of its own.
+    The authors' program has one threshold a layer, by which a token is folded in all heads or in none, and takes the
+    plain mean of the kept token and the folded ones, each of these times its similarity, in place of the weights above.
+
     References
     ----------
     Wan et al., "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models",

@@ -42,6 +42,14 @@ def compute_best_scores(
     Tensor
         ``[batch, head, k]`` float64, falling; 0 where a head has no more.
 
+    Notes
+    -----
+    The authors' program counts all scores of a head and cuts a layer at ``r_max * (C - W)`` tokens afterwards; here
+    no head adds more than that many to the count, which holds a layer to the same most.  It also counts every few
+    layers and cuts the layers before to what they would get then, so that memory falls during the prefill; here all
+    layers are counted together, once, as in its last update.  Its scripts run with ``r_max=10`` and a window of 8
+    tokens, pooled over 7 by the average or, for some models, the maximum.
+
     References
     ----------
     Zhou et al., "DynamicKV: Task-Aware Adaptive KV Cache Compression for Long Context LLMs", 2024, arXiv:2412.14838,

@@ -29,8 +29,9 @@ def compute_layer_uncertainty(observation: Observation, mass: float = 0.9) -> Te
 
     Notes
     -----
-    ZigZagKV gives every layer a least budget first and shares out the rest by the uncertainty; here the floor of all
-    strategies is what a layer has at least, and the whole budget is shared out.
+    Of B tokens a layer on average, ZigZagKV gives every one of L layers a least budget b first and shares out the
+    rest by the uncertainty u: ``b + (B - b) * L * u / sum u``.  Here the whole budget is shared out, as with
+    ``b = 0``, and a layer that would get less than the floor of all strategies is raised to it.
 
     References
     ----------

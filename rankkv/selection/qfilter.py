@@ -45,7 +45,8 @@ def score_qfilter(observation: Observation, filters: str | PathLike[str] | None 
 
     Notes
     -----
-    kvpress loads filters that its authors published, which point the other way and are multiplied by -1 in the score.
+    kvpress loads filters that the authors published, which point the other way and are multiplied by -1 in the score.
+    The newest token is always kept, in kvpress only if its score says so.
 
     References
     ----------

@@ -126,6 +126,36 @@ def test_dynamickv_counts_the_best_scores_of_all_layers():
     assert np.array(allocation.layer_measures).shape == (3, 2, 30)
 
 
+def test_dynamickv_gives_a_layer_r_max_times_the_average_beyond_its_window_at_most():
+    # The measure hands over the best r_max x 8 = 20 scores of a head; those of the first layer exceed all others.
+    scores = np.random.default_rng(4).random((4, 2, 20)) + np.array([9.0, 0.0, 0.0, 0.0])[:, None, None]
+    limits = Limits(total_budget=4 * 12, length=100, window_size=4)
+    weights = compute_weights(scores, "dynamickv", r_max=2.5, limits=limits)
+    assert weights[0] == pytest.approx(4 + 2.5 * 8)
+    assert weights.sum() == pytest.approx(4 * 12)
+
+
+@pytest.mark.parametrize(("average", "squeezed"), [(0.21, 0.08), (0.4, 0.25)])
+def test_squeezeattention_takes_from_the_layers_most_like_their_input(average, squeezed):
+    # By the cosine of each layer's input and its sum with the attention: three groups, and the highest one gives.
+    cosines = np.array([0.31, 0.42, 0.77, 0.81, 0.79, 0.95, 0.97, 0.96, 0.98, 0.94])
+    highest = cosines > 0.9
+    others = (10 * average - highest.sum() * squeezed) / (~highest).sum()
+    weights = compute_weights(1 - cosines, "squeezeattention", squeeze=squeezed / average)
+    assert (weights * average).tolist() == pytest.approx(np.where(highest, squeezed, others).tolist())
+
+
+def test_squeezeattention_is_uniform_where_all_layers_are_alike():
+    assert compute_weights([0.2, 0.2, 0.2], "squeezeattention").tolist() == [1.0, 1.0, 1.0]
+
+
+def test_zigzagkv_shares_out_all_and_raises_a_layer_to_the_floor():
+    shares = [0.05, 0.15, 0.3]
+    assert BudgetAllocator("zigzagkv", min_budget=1).allocate(shares, 300).budgets == [30, 90, 180]
+    raised = BudgetAllocator("zigzagkv", min_budget=60).allocate(shares, 300).budgets
+    assert raised == [60, 80, 160]
+
+
 def test_of_equal_scores_the_first_layers_are_counted():
     scores = np.full((4, 1, 10), 0.5)
     limits = Limits(total_budget=4 * 6, length=100, window_size=4)
