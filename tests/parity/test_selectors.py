@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from rankkv import compute_query_filters, save_query_filters
 from rankkv.selection import get_selector
 
 WINDOW = 16
@@ -245,6 +246,47 @@ def test_on_the_embedded_model(name, embedded, python_docs, tally):
 def test_on_tiny_models(name, family, tally):
     model = peers.build_tiny(family)
     assert compare(METHODS[name], name, model, oracles.random_prompt(TINY_TOKENS), tally) == []
+
+
+def build_qfilter(model: Any, calibration: Tensor | None, prompt: Tensor, path: Any) -> Method:
+    """Give a press the filters that RankKV computes, where it would load those that were published for the model.
+
+    Published ones point away from the queries, so theirs are RankKV's times -1.  Without ``calibration`` RankKV takes
+    the directions of the prompt's own queries, and the press what a calibration on the prompt gives.
+    """
+    filters = compute_query_filters(model, [prompt if calibration is None else calibration])
+    published = -torch.stack([filters[layer] for layer in range(model.config.num_hidden_layers)])
+
+    def build_press(kvpress: Any, ratio: float) -> Any:
+        press = kvpress.QFilterPress(ratio)
+        press.q_filters = published
+        # What a press does on entering a model, and here would look up the model's name on the hub.
+        press.post_init_from_model = lambda model: None
+        return press
+
+    options: dict[str, Any] = {"recent_fraction": 0.0}
+    if calibration is not None:
+        options["filters"] = save_query_filters(filters, path)
+    return Method(build_press, "qfilter", options, window_size=1, newest=1, difference=NEWEST)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["calibrated", "own queries"])
+def test_qfilter_on_the_embedded_model(own, embedded, python_docs, tally, tmp_path):
+    model, tokenizer = embedded
+    ids = tokenizer(python_docs[:8000], return_tensors="pt").input_ids
+    prompt, other = ids[:, :EMBEDDED_TOKENS], ids[:, EMBEDDED_TOKENS : 2 * EMBEDDED_TOKENS]
+    assert other.shape[1] == EMBEDDED_TOKENS
+    method = build_qfilter(model, None if own else other, prompt, tmp_path / "filters.json")
+    assert compare(method, "qfilter, own queries" if own else "qfilter", model, prompt, tally) == []
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["calibrated", "own queries"])
+@pytest.mark.parametrize("family", peers.TINY_FAMILIES)
+def test_qfilter_on_tiny_models(family, own, tally, tmp_path):
+    model, prompt = peers.build_tiny(family), oracles.random_prompt(TINY_TOKENS)
+    other = None if own else oracles.random_prompt(2 * TINY_TOKENS, seed=1)
+    method = build_qfilter(model, other, prompt, tmp_path / "filters.json")
+    assert compare(method, "qfilter, own queries" if own else "qfilter", model, prompt, tally) == []
 
 
 def compare_chunks(model: Any, input_ids: Tensor, base: str, chunks: int, tally: Any) -> None:
