@@ -9,7 +9,7 @@ KVPRESS := kvpress==0.5.5
 VERSIONS := 5.0.0 5.2.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers docs dist clean
+.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers bench-quality bench-compiled docs dist clean
 .SECONDARY:
 
 help: ## list the targets
@@ -73,6 +73,12 @@ bench: $(STAMP) ## time and memory against plain generate(), and the table of ta
 
 bench-peers: .venv-parity/.installed ## time to first token beside kvpress, in turn in one process
 	.venv-parity/bin/python -m benchmarks.peers.ttft --tokens 2048 --repeats 7
+
+bench-quality: $(STAMP) ## loss against the time of a decode step and bytes, as results/figures/quality_speed.png
+	$(BIN)/python -m benchmarks.quality_speed
+
+bench-compiled: $(STAMP) ## decoding with torch.compile in bounded mode (needs a C++ compiler)
+	$(BIN)/python -m benchmarks.compiled
 
 docs: $(STAMP) ## build the documentation site into build/site, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

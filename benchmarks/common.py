@@ -34,15 +34,24 @@ def time_interleaved(
     runs: dict[str, Callable[[], Any]], repeats: int, warm_ups: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of each run, taken in turn (A B, B A, A B, ...), so that a drifting machine hits all alike."""
+    return time_interleaved_both(runs, repeats, warm_ups)[0]
+
+
+def time_interleaved_both(
+    runs: dict[str, Callable[[], Any]], repeats: int, warm_ups: int = 1
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Wall seconds and seconds of CPU time of each run, taken in turn as :func:`time_interleaved` does."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-warm_ups, repeats):
         names = list(runs) if turn % 2 == 0 else list(runs)[::-1]
         for name in names:
-            taken = time_once(runs[name])
+            taken, cpu_taken = time_both(runs[name])
             if turn >= 0:
                 seconds[name].append(taken)
-            print(f"  {name}: {taken:.3f} s", file=sys.stderr, flush=True)
-    return seconds
+                cpu_seconds[name].append(cpu_taken)
+            print(f"  {name}: {taken:.3f} s, {cpu_taken:.3f} s CPU", file=sys.stderr, flush=True)
+    return seconds, cpu_seconds
 
 
 def compute_ratio(seconds: list[float], base: list[float], seed: int = 0) -> dict[str, float]:

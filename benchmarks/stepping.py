@@ -31,8 +31,10 @@ class Step:
         self.past += 1
 
 
-def step_in_turn(steps: dict[str, Callable[[], None]], count: int, against: str) -> dict[str, dict[str, Any]]:
-    """Time ``count`` calls of each in turn; give each other one's ratios to ``against``, and its median seconds."""
+def time_in_turn(
+    steps: dict[str, Callable[[], None]], count: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Wall seconds and seconds of CPU time of ``count`` calls of each, in turn, after two that do not count."""
     wall: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-2, count):
@@ -41,6 +43,12 @@ def step_in_turn(steps: dict[str, Callable[[], None]], count: int, against: str)
             if turn >= 0:
                 wall[name].append(seconds)
                 cpu[name].append(cpu_seconds)
+    return wall, cpu
+
+
+def step_in_turn(steps: dict[str, Callable[[], None]], count: int, against: str) -> dict[str, dict[str, Any]]:
+    """Time ``count`` calls of each in turn; give each other one's ratios to ``against``, and its median seconds."""
+    wall, cpu = time_in_turn(steps, count)
     return {
         name: {
             "tpot_seconds": statistics.median(wall[name]),
