@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,17 +16,15 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .cache import RankKVCache
+from .calibration_pieces import BASE_RATIO, RATIOS, CalibrationSettings, DoneRecords
 from .compat import cache_argument
-from .errors import ConfigError, InputError, UnsupportedModelError
-from .files import write_text_atomically
+from .errors import UnsupportedModelError
 from .generation import run_prefill
 from .known_profiles import describe_shape, sample_weights
+from .parallel import find_head_shards
+from .processes import find_place, gather, split_samples
 from .rank_profile import RankProfile
 
-#: Fractions kept at which each layer is compressed alone.
-RATIOS = (0.03, 0.05, 0.1, 0.2, 0.4)
-#: Fraction kept of all layers while one of them gets its full cache back.
-BASE_RATIO = 0.1
 #: Scope and aggregation of the ranks that a profile records.
 RANKS = (
     ("evictable", "concat"),
@@ -249,6 +245,7 @@ def calibrate(
     name: str | None = None,
     resume_path: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    share_processes: bool = False,
 ) -> RankProfile:
     """Measure a profile: what compressing each layer costs, on pieces of the texts given.
 
@@ -276,7 +273,10 @@ def calibrate(
     resume_path : str or Path, optional
         File that takes each piece's measurements as they are made; pieces found in it are not measured again.
     on_progress : callable, optional
-        Called with (continuations done, in all).
+        Called with (continuations done, in all), those of this process.
+    share_processes : bool, default False
+        Split the pieces over the processes that ``accelerate launch`` or ``torchrun`` started, all of which must then
+        call this with the same arguments; each gets the whole profile.
 
     Returns
     -------
@@ -295,37 +295,79 @@ def calibrate(
     One prefill a piece, then ``(len(ratios) + 1) * layers`` continuations; what lies below the first layer that
     differs is run once, so that they cost about half of as many forwards.
     """
-    _check_numbers(context_tokens, continuation_tokens, max_texts, ratios, base_ratio)
-    pieces = _cut(tokenizer, texts, context_tokens + continuation_tokens, max_texts)
-    shape, sample = describe_shape(model), sample_weights(model)
-    options = [shape, sample, context_tokens, list(ratios), base_ratio, str(selector)]
-    done = _read_done(resume_path)
-    layers = RankKVCache(model, profile=None).layer_indices
-    cells = (len(ratios) + 1) * len(layers)
+    settings = CalibrationSettings(
+        context_tokens, continuation_tokens, max_texts, tuple(ratios), base_ratio, selector
+    )
+    pieces = settings.cut(tokenizer, texts)
+    subject = describe_subject(model, name)
+    # Tensor-parallel processes measure each piece together.
+    shared = share_processes and find_head_shards(model) is None
+    done = DoneRecords(resume_path, find_place().rank if share_processes else 0)
+    own = split_samples(pieces) if shared else pieces
+    cells = settings.count_cells(subject)
     records = []
-    for number, ids in enumerate(pieces):
-        key = hashlib.sha256(json.dumps([options, ids.tolist()], default=str).encode()).hexdigest()
+    for number, ids in enumerate(own):
+        key = settings.make_key(subject, ids)
         if key not in done:
             counter = itertools.count(number * cells + 1)
             report = None
             if on_progress is not None:
-                report = functools.partial(_report, on_progress, counter, len(pieces) * cells)
-            done[key] = measure_text(
-                model, ids[None].to(model.device), context_tokens, ratios, base_ratio, selector, report
-            )
-            if resume_path is not None:
-                write_text_atomically(resume_path, json.dumps(done))
+                report = functools.partial(_report, on_progress, counter, len(own) * cells)
+            done.add(key, measure_piece(model, ids, settings, report))
         records.append(done[key])
-    calibration = {
-        "texts": len(pieces),
-        "context_tokens": context_tokens,
-        "continuation_tokens": continuation_tokens,
-        "selector": str(selector),
+    return join_pieces(gather(records) if shared else records, subject, settings)
+
+
+def describe_subject(model: Any, name: str | None = None) -> dict[str, Any]:
+    """Describe the model that is measured, JSON-ready: shape, sampled weights, dtype, compressible layers and name."""
+    return {
+        "shape": describe_shape(model),
+        "sample": sample_weights(model),
+        "layers": list(RankKVCache(model, profile=None).layer_indices),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "name": name or model.config._name_or_path or "",
+    }
+
+
+def measure_piece(
+    model: Any,
+    ids: Sequence[int],
+    settings: CalibrationSettings,
+    on_cell: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Measure one piece, given as token ids, by `measure_text`."""
+    input_ids = torch.tensor([list(ids)], device=model.device)
+    return measure_text(
+        model,
+        input_ids,
+        settings.context_tokens,
+        settings.ratios,
+        settings.base_ratio,
+        settings.selector,
+        on_cell,
+    )
+
+
+def join_pieces(
+    records: Sequence[Mapping[str, Any]], subject: Mapping[str, Any], settings: CalibrationSettings
+) -> RankProfile:
+    """Join the measurements of all pieces, in their order, to the profile of the model."""
+    calibration = {
+        "texts": len(records),
+        "context_tokens": settings.context_tokens,
+        "continuation_tokens": settings.continuation_tokens,
+        "selector": str(settings.selector),
+        "dtype": subject["dtype"],
         "rankkv": __version__,
     }
     return join_records(
-        records, shape, sample, ratios, base_ratio, calibration, name or model.config._name_or_path or ""
+        records,
+        subject["shape"],
+        subject["sample"],
+        settings.ratios,
+        settings.base_ratio,
+        calibration,
+        subject["name"],
     )
 
 
@@ -379,53 +421,3 @@ def _round(values: Tensor) -> Any:
 
 def _report(on_progress: Callable[[int, int], None], counter: Iterator[int], total: int) -> None:
     on_progress(next(counter), total)
-
-
-def _check_numbers(
-    context_tokens: int, continuation_tokens: int, max_texts: int, ratios: Sequence[float], base_ratio: float
-) -> None:
-    for name, value, least in (
-        ("context_tokens", context_tokens, 64),
-        ("continuation_tokens", continuation_tokens, 2),
-        ("max_texts", max_texts, 1),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
-    if not ratios or list(ratios) != sorted({*ratios}) or not 0 < ratios[0] <= ratios[-1] < 1:
-        raise ConfigError(f"ratios={list(ratios)} must be ascending fractions kept, above 0 and below 1.")
-    if not 0 < base_ratio < 1:
-        raise ConfigError(f"base_ratio={base_ratio!r} must lie above 0 and below 1: it is the fraction kept.")
-
-
-def _cut(tokenizer: Any, texts: Any, tokens: int, most: int) -> list[Tensor]:
-    if texts is None or isinstance(texts, str):
-        texts = [] if texts is None else [texts]
-    pieces = []
-    for text in texts:
-        if isinstance(text, str):
-            if tokenizer is None:
-                raise InputError("texts are strings, so a tokenizer is needed: give it, or give token ids.")
-            text = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
-        ids = torch.as_tensor(text).reshape(-1)
-        pieces += [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
-    if not pieces:
-        raise InputError(
-            f"no text has {tokens} tokens, what a context and its continuation take: give longer texts, or fewer "
-            "context_tokens and continuation_tokens."
-        )
-    count = min(most, len(pieces))
-    return [pieces[int((place + 0.5) * len(pieces) / count)] for place in range(count)]
-
-
-def _read_done(path: str | Path | None) -> dict[str, Any]:
-    if path is None or not Path(path).is_file():
-        return {}
-    try:
-        done = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        done = None
-    if not isinstance(done, dict):
-        raise InputError(
-            f"{str(path)!r} holds no measurements to resume from: delete it, or name another file."
-        )
-    return done

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import find_cache_folder
+from ..processes import find_own_device, is_main_process
 from .common import check_at_least_one, check_output, print_json, reports_errors
 from .display import make_console, show_step
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..rank_profile import RankProfile
 
 
 @reports_errors
@@ -39,45 +48,82 @@ def calibrate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON to stdout.")] = False,
 ) -> None:
-    """Measure a profile of a model; started again after an interruption, it goes on where it was."""
+    """Measure a profile of a model; started again, it goes on where it was. Also under accelerate launch, torchrun."""
     console = make_console()
     check_at_least_one("--max-texts", max_texts)
     check_output(output)
-    with show_step(console, f"Loading {model}"):
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        from ..calibration import calibrate as run
-        from ..files import find_cache_folder
-        from ..known_profiles import save_known_profile
-        from ..models import load_model
-        from ..texts import load_texts
-
-        # One text a source, so that each source gives pieces in proportion to its length.
-        documents = ["\n\n".join(load_texts(source)) for source in texts]
-        language_model, tokenizer = load_model(model, dtype, device_map)
-
+    main = is_main_process()
+    console.quiet = not main
     resume_path = (
         find_cache_folder() / "profiles" / "unfinished.json"
         if output is None
         else output.with_name(f"{output.name}.unfinished")
     )
-    columns = (TextColumn("Calibrating"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
+    options: dict[str, Any] = {
+        "context_tokens": context_tokens,
+        "continuation_tokens": continuation_tokens,
+        "max_texts": max_texts,
+        "selector": selector,
+        "resume_path": resume_path,
+    }
+    with show_step(console, "Reading the texts"):
+        from ..texts import load_texts
+
+        # One text a source, so that each source gives pieces in proportion to its length.
+        documents = ["\n\n".join(load_texts(source)) for source in texts]
+    with show_step(console, f"Loading {model}"):
+        from ..calibration import calibrate as run
+        from ..models import load_model
+
+        language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
+    with _show_progress(console) as on_progress:
         profile = run(
             language_model,
             tokenizer,
             documents,
-            context_tokens=context_tokens,
-            continuation_tokens=continuation_tokens,
-            max_texts=max_texts,
-            selector=selector,
             name=model,
-            resume_path=resume_path,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=on_progress,
+            share_processes=True,
+            **options,
         )
+    if main:
+        _keep(console, profile, output, resume_path, push_to, json)
+
+
+@contextmanager
+def _show_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Show how much is measured: a bar on a terminal, a line every tenth elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("Calibrating"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    tenths = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+
+        def report(done: int, total: int) -> None:
+            nonlocal tenths
+            progress.update(task, completed=done, total=total)
+            if not console.is_terminal and 10 * done // total > tenths:
+                tenths = 10 * done // total
+                console.print(f"Calibrating: {10 * tenths} %")
+
+        yield report
+
+
+def _keep(
+    console: Console,
+    profile: RankProfile,
+    output: Path | None,
+    resume_path: Path,
+    push_to: str | None,
+    json: bool,
+) -> None:
+    """Write the profile, upload it where asked to, and say so."""
+    from ..calibration_pieces import forget_done
+    from ..known_profiles import save_known_profile
+
     path = save_known_profile(profile) if output is None else profile.save(output)
-    resume_path.unlink(missing_ok=True)
+    forget_done(resume_path)
     if push_to is not None:
         profile.push_to_hub(push_to)
     if json:

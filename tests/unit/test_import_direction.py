@@ -75,6 +75,7 @@ RANKS = {
     "rankkv.query_filters": 61,
     "rankkv.pipeline": 61,
     "rankkv.selfcheck": 61,
+    "rankkv.calibration_pieces": 2,
     "rankkv.calibration": 71,
     # loading knows nothing of compression
     "rankkv._hub": 1,

@@ -1,0 +1,190 @@
+"""Pieces of text that a calibration measures, its settings, and the file from which it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, InputError
+from .files import write_text_atomically
+
+#: Fractions kept at which each layer is compressed alone.
+RATIOS = (0.03, 0.05, 0.1, 0.2, 0.4)
+#: Fraction kept of all layers while one of them gets its full cache back.
+BASE_RATIO = 0.1
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What is measured on how much text.
+
+    Parameters
+    ----------
+    context_tokens, continuation_tokens : int
+        A piece is so many tokens compressed and so many scored.
+    max_texts : int
+        Most pieces measured.
+    ratios : tuple of float
+        Fractions kept at which each layer is compressed alone, ascending.
+    base_ratio : float
+        Fraction kept of all layers while one gets its full cache back.
+    selector : str or Selector
+        Token selection method.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of range.
+
+    Examples
+    --------
+    >>> CalibrationSettings(context_tokens=64, continuation_tokens=2).cut(None, [list(range(140))])[1][:3]
+    [66, 67, 68]
+    """
+
+    context_tokens: int = 1024
+    continuation_tokens: int = 256
+    max_texts: int = 12
+    ratios: tuple[float, ...] = RATIOS
+    base_ratio: float = BASE_RATIO
+    selector: Any = "snapkv"
+
+    def __post_init__(self) -> None:
+        for name, least in (("context_tokens", 64), ("continuation_tokens", 2), ("max_texts", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
+        ratios = self.ratios
+        if not ratios or list(ratios) != sorted({*ratios}) or not 0 < ratios[0] <= ratios[-1] < 1:
+            raise ConfigError(f"ratios={list(ratios)} must be ascending fractions kept, above 0 and below 1.")
+        if not 0 < self.base_ratio < 1:
+            raise ConfigError(
+                f"base_ratio={self.base_ratio!r} must lie above 0 and below 1: it is the fraction kept."
+            )
+
+    def cut(self, tokenizer: Any, texts: Any) -> list[list[int]]:
+        """Cut texts into pieces that do not overlap, as token ids; of more than ``max_texts``, evenly spread ones.
+
+        Parameters
+        ----------
+        tokenizer : PreTrainedTokenizerBase or None
+            Needed where texts are strings.
+        texts : sequence of str or Tensor
+            Strings, or token ids ``[token]`` or ``[1, token]``.
+
+        Raises
+        ------
+        InputError
+            If no text is long enough, or strings come without a tokenizer.
+        """
+        import torch
+
+        tokens = self.context_tokens + self.continuation_tokens
+        if texts is None or isinstance(texts, str):
+            texts = [] if texts is None else [texts]
+        pieces = []
+        for text in texts:
+            if isinstance(text, str):
+                if tokenizer is None:
+                    raise InputError(
+                        "texts are strings, so a tokenizer is needed: give it, or give token ids."
+                    )
+                text = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)[
+                    "input_ids"
+                ]
+            ids = torch.as_tensor(text).reshape(-1)
+            pieces += [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
+        if not pieces:
+            raise InputError(
+                f"no text has {tokens} tokens, what a context and its continuation take: give longer texts, or "
+                "fewer context_tokens and continuation_tokens."
+            )
+        count = min(self.max_texts, len(pieces))
+        return [pieces[int((place + 0.5) * len(pieces) / count)].tolist() for place in range(count)]
+
+    def count_cells(self, subject: Mapping[str, Any]) -> int:
+        """Count the continuations of one piece."""
+        return (len(self.ratios) + 1) * len(subject["layers"])
+
+    def make_key(self, subject: Mapping[str, Any], ids: Sequence[int]) -> str:
+        """Make the name under which a piece's measurements are kept: a digest of all that they depend on."""
+        options = [
+            subject["shape"],
+            subject["sample"],
+            self.context_tokens,
+            list(self.ratios),
+            self.base_ratio,
+            str(self.selector),
+        ]
+        return hashlib.sha256(json.dumps([options, list(ids)], default=str).encode()).hexdigest()
+
+
+class DoneRecords:
+    """Measurements by piece, kept in a file as they are made; several processes keep one file each and read all.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        Without it they live in memory only.
+    rank : int, default 0
+        Number of this process; 0 writes to ``path``, others to ``path`` with their number behind it.
+
+    Raises
+    ------
+    InputError
+        If a file is there and holds something else.
+    """
+
+    def __init__(self, path: str | Path | None, rank: int = 0) -> None:
+        self._own = None if path is None else _name_file(Path(path), rank)
+        self._done: dict[str, Any] = {}
+        for file in [] if path is None else _list_files(Path(path)):
+            self._done |= _read(file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._done
+
+    def __getitem__(self, key: str) -> Any:
+        return self._done[key]
+
+    def add(self, key: str, record: dict[str, Any]) -> None:
+        """Keep the measurements of one more piece."""
+        self._done[key] = record
+        if self._own is not None:
+            write_text_atomically(self._own, json.dumps(self._done))
+
+
+def forget_done(path: str | Path) -> None:
+    """Delete what `DoneRecords` kept, of all processes."""
+    for file in _list_files(Path(path)):
+        file.unlink(missing_ok=True)
+
+
+def _name_file(path: Path, rank: int) -> Path:
+    return path.with_name(f"{path.name}.{rank}") if rank else path
+
+
+def _list_files(path: Path) -> list[Path]:
+    others = path.parent.iterdir() if path.parent.is_dir() else []
+    numbered = sorted(
+        file
+        for file in others
+        if file.name.removeprefix(f"{path.name}.").isdecimal() and file.name != path.name
+    )
+    return [file for file in (path, *numbered) if file.is_file()]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        done = None
+    if not isinstance(done, dict):
+        raise InputError(
+            f"{str(path)!r} holds no measurements to resume from: delete it, or name another file."
+        )
+    return done
