@@ -305,6 +305,7 @@ def test_peak_is_the_total_and_one_layer(tiny_llama):
     assert max(held) + 400 * token_bytes <= 1.05 * (sum(cache.budgets) + 400) * token_bytes
 
 
+@oracles.needs_recent_generate
 def test_a_prompt_in_chunks_keeps_what_one_in_one_piece_keeps(model, batch):
     ids, mask = batch
     caches = [RankKVCache(model, prefill=prefill, **KEEP) for prefill in ("single", "chunked")]
