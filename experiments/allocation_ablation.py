@@ -275,6 +275,11 @@ def run(arguments: argparse.Namespace) -> str:
         ]
         with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
             pool.map(_work, jobs, chunksize=1)
+    return finish(store, arguments, summarize, draw)
+
+
+def finish(store: Any, arguments: argparse.Namespace, summarize: Any, draw: Any) -> str:
+    """Write all rows to one file, their summary and their figure; return the summary."""
     store.join(arguments.output_dir / "rows.parquet")
     rows = store.read()
     summary = summarize(rows, arguments.seed)
@@ -283,9 +288,9 @@ def run(arguments: argparse.Namespace) -> str:
     return summary
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, parse: Any = parse_arguments, run: Any = run) -> int:
     try:
-        print(run(parse_arguments(arguments)))
+        print(run(parse(arguments)))
     except RankKVError as error:
         print(format_error(error), file=sys.stderr)
         return EXIT_BAD_INPUT

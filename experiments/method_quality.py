@@ -18,12 +18,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from allocation_ablation import cut_contexts, describe, read_texts
+from allocation_ablation import cut_contexts, describe, finish, main, read_texts
 from tqdm import tqdm
 
-from rankkv.cli.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, format_error
-from rankkv.errors import ConfigError, RankKVError
-from rankkv.files import write_text_atomically
+from rankkv.errors import ConfigError
 
 #: Ways to spread the budget over layers; what is left out takes its default.
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -231,25 +229,8 @@ def run(arguments: argparse.Namespace) -> str:
         start, ids = contexts[kind][index]
         rows = score_context(model, tokenizer, ids, number, arguments)
         store.write(unit, [{"kind": kind, "text": unit, "first_token": start, **row} for row in rows])
-    store.join(arguments.output_dir / "rows.parquet")
-    rows = store.read()
-    summary = summarize(rows, arguments.seed)
-    write_text_atomically(arguments.output_dir / "summary.md", summary)
-    draw(rows, arguments.output_dir)
-    return summary
-
-
-def main(arguments: list[str] | None = None) -> int:
-    try:
-        print(run(parse_arguments(arguments)))
-    except RankKVError as error:
-        print(format_error(error), file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return finish(store, arguments, summarize, draw)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(parse=parse_arguments, run=run))

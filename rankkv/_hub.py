@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from rankkv.errors import InputError, MissingDependencyError, SourceUnavailableError
+from rankkv.errors import InputError, MissingDependencyError, RankKVError, SourceUnavailableError
 
 PROBE_TIMEOUT_SECONDS = 10.0
 
@@ -104,7 +106,6 @@ def push_file(repo_id: str, name: str, content: bytes, private: bool | None = No
         If the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     token = options.pop("token", None)
     try:
@@ -116,18 +117,10 @@ def push_file(repo_id: str, name: str, content: bytes, private: bool | None = No
             f"the hub cannot be reached to push {name} to {repo_id!r}: save() keeps it in a file."
         )
     api = HfApi(token=token)
-    try:
+    with _told_in_a_sentence(f"push {name} to {repo_id!r}", f"{name} was pushed to {repo_id!r}"):
         if is_there is None:
             api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id, **options)
-    except HfHubHTTPError as error:
-        raise SourceUnavailableError(_explain(error, f"push {name} to {repo_id!r}")) from error
-    except (TypeError, ValueError):
-        raise
-    except Exception as error:
-        raise SourceUnavailableError(
-            f"the connection to the hub broke off while {name} was pushed to {repo_id!r}: try again."
-        ) from error
     return str(done.commit_url)
 
 
@@ -151,29 +144,38 @@ def pull_file(repo_id: str, name: str, **options: Any) -> str:
         If the hub cannot be reached and the file was not downloaded before, or there is no such file or repository.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     reachable = is_hub_reachable(repo_id, "model", options.get("token"))
+    offline = {} if reachable else {"local_files_only": True}
+    with _told_in_a_sentence(f"pull {name} from {repo_id!r}", f"{name} was pulled from {repo_id!r}"):
+        try:
+            return str(hf_hub_download(repo_id, name, **options, **offline))
+        except LocalEntryNotFoundError as error:
+            raise SourceUnavailableError(
+                f"the hub cannot be reached to pull {name} from {repo_id!r}, and it was not downloaded before."
+            ) from error
+        except EntryNotFoundError as error:
+            raise SourceUnavailableError(
+                f"{repo_id!r} holds no {name}: push one, or check the revision."
+            ) from error
+
+
+@contextlib.contextmanager
+def _told_in_a_sentence(purpose: str, doing: str) -> Iterator[None]:
+    """Turn what the hub refuses, and a connection that breaks off, into one sentence."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        return str(
-            hf_hub_download(repo_id, name, **options, **({} if reachable else {"local_files_only": True}))
-        )
-    except LocalEntryNotFoundError as error:
-        raise SourceUnavailableError(
-            f"the hub cannot be reached to pull {name} from {repo_id!r}, and it was not downloaded before."
-        ) from error
-    except EntryNotFoundError as error:
-        raise SourceUnavailableError(
-            f"{repo_id!r} holds no {name}: push one, or check the revision."
-        ) from error
+        yield
     except HfHubHTTPError as error:
-        raise SourceUnavailableError(_explain(error, f"pull {name} from {repo_id!r}")) from error
-    except (TypeError, ValueError):
+        raise SourceUnavailableError(_explain(error, purpose)) from error
+    except (RankKVError, TypeError, ValueError):
         raise
     except Exception as error:
         # What a broken connection raises depends on the client's HTTP library too.
         raise SourceUnavailableError(
-            f"the connection to the hub broke off while {name} was pulled from {repo_id!r}: try again."
+            f"the connection to the hub broke off while {doing}: try again."
         ) from error
 
 
