@@ -2,233 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._version import __version__
 from .cache import RankKVCache
-from .calibration_pieces import BASE_RATIO, RATIOS, CalibrationSettings, DoneRecords
-from .compat import cache_argument
-from .errors import UnsupportedModelError
-from .generation import run_prefill
+from .calibration_cells import measure_text
+from .calibration_pieces import BASE_RATIO, RATIOS, CalibrationSettings
+from .calibration_records import DoneRecords
 from .known_profiles import describe_shape, sample_weights
 from .parallel import find_head_shards
 from .processes import find_place, gather, split_samples
 from .rank_profile import RankProfile
-
-#: Scope and aggregation of the ranks that a profile records.
-RANKS = (
-    ("evictable", "concat"),
-    ("evictable", "mean"),
-    ("evictable", "mass_normalized"),
-    ("window", "concat"),
-)
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The uncompressed model's predictions, which every cell is compared with."""
-
-    targets: Tensor
-    log_probabilities: Tensor
-    probabilities: Tensor
-    nll: float
-
-    @classmethod
-    def of(cls, logits: Tensor, targets: Tensor) -> _Reference:
-        log_probabilities = logits.float().log_softmax(-1)
-        nll = -log_probabilities.gather(-1, targets[:, None]).mean()
-        return cls(targets, log_probabilities, log_probabilities.exp(), float(nll))
-
-    def compare(self, logits: Tensor) -> tuple[float, float]:
-        """Return the excess loss and the KL divergence (full || compressed), nats a token."""
-        other = logits.float().log_softmax(-1)
-        nll = -other.gather(-1, self.targets[:, None]).mean()
-        # The difference first: two long sums subtracted would leave float32 noise of a millinat.
-        divergence = (self.probabilities * (self.log_probabilities - other)).sum(-1)
-        return float(nll) - self.nll, float(divergence.mean())
-
-
-class _Continuation:
-    """Scores a continuation on many caches; what lies below the first layer that differs is run once."""
-
-    def __init__(self, model: Any, input_ids: Tensor) -> None:
-        self._model = model
-        self._input_ids = input_ids
-        self._layers = _find_layers(model)
-        self._outputs: list[Any] = []
-
-    @torch.no_grad()
-    def run(self, cache: Any, first: int = 0) -> Tensor:
-        """Return logits ``[token, vocabulary]``; layers below ``first`` give what they gave at `remember`."""
-        with self._replay(first if self._layers else 0):
-            return self._model(self._input_ids, **cache_argument(cache)).logits[0, :-1]
-
-    def remember(self, cache: Any) -> Tensor:
-        """Run the whole model and keep what every layer gave."""
-        outputs: list[Any] = []
-        hooks = [
-            layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
-            for layer in self._layers
-        ]
-        try:
-            logits = self.run(cache)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._outputs = outputs
-        return logits
-
-    def trust_replay(self, cache: Any, logits: Tensor) -> None:
-        """Replay half of the layers once; where that gives other logits, nothing is replayed for this model."""
-        if not self._layers or len(self._outputs) != len(self._layers):
-            self._layers = []
-            return
-        replayed = self.run(cache, len(self._layers) // 2)
-        if not torch.allclose(replayed, logits, rtol=1e-3, atol=1e-3):
-            self._layers = []
-
-    @contextmanager
-    def _replay(self, first: int) -> Iterator[None]:
-        replaced = list(zip(self._layers[:first], self._outputs, strict=False))
-        try:
-            for layer, output in replaced:
-                layer.forward = lambda *_args, _output=output, **_options: _output
-            yield
-        finally:
-            for layer, _ in replaced:
-                del layer.forward
-
-
-def _find_layers(model: Any) -> list[nn.Module]:
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
-        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    return list(found[0]) if len(found) == 1 else []
-
-
-class _Prefill:
-    """One prefill, from which caches of any uniform budget are made."""
-
-    def __init__(self, model: Any, input_ids: Tensor, selector: Any) -> None:
-        self._model, self._input_ids, self._selector = model, input_ids, selector
-        self._record: RankKVCache | None = None
-        try:
-            record = RankKVCache(model, 1.0, selector=selector, prefill="chunked", strategy="uniform")
-            run_prefill(model, record, input_ids, None)
-            self._record = record
-        except UnsupportedModelError:
-            # Such models attend to other keys than they cache, so each cache takes a prefill of its own.
-            pass
-
-    def build(self, **options: Any) -> RankKVCache:
-        if self._record is None:
-            cache = RankKVCache(self._model, selector=self._selector, **options)
-            run_prefill(self._model, cache, self._input_ids, None)
-            return cache.finish()
-        cache = self._record.copy()
-        config = replace(cache.config, **options)
-        cache.config = cache._flow.config = cache._flow.compressor.config = config
-        return cache.finish()
-
-    def measure_ranks(self) -> dict[str, list[float]]:
-        """Return the rank of each layer by scope and aggregation."""
-        found = {}
-        for scope, aggregation in RANKS:
-            cache = self.build(
-                compression_ratio=1.0, strategy="proportional", scope=scope, aggregation=aggregation
-            )
-            found[f"{scope}/{aggregation}"] = cache.layer_ranks
-        return found
-
-    def build_uniform(self, budget: int) -> RankKVCache:
-        return self.build(budget=budget, min_budget=1, strategy="uniform")
-
-
-def _mix(cache: RankKVCache, layer_idx: int, other: RankKVCache) -> RankKVCache:
-    """Return a copy of ``cache`` whose layer ``layer_idx`` is that of another."""
-    twin = cache.copy()
-    twin.layers[layer_idx] = copy.deepcopy(other.layers[layer_idx])
-    return twin
-
-
-@torch.no_grad()
-def measure_text(
-    model: Any,
-    input_ids: Tensor,
-    context_tokens: int,
-    ratios: Sequence[float] = RATIOS,
-    base_ratio: float = BASE_RATIO,
-    selector: Any = "snapkv",
-    on_cell: Callable[[], None] | None = None,
-) -> dict[str, Any]:
-    """Measure every compressible layer of a model on one text, all from one prefill.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A causal language model.
-    input_ids : Tensor
-        ``[1, token]``: context and continuation.
-    context_tokens : int
-        Tokens of the context, which is compressed; the rest is scored.
-    ratios : sequence of float
-        Fractions kept at which each layer is compressed alone.
-    base_ratio : float, default 0.1
-        Fraction kept of all layers while one gets its full cache back.
-    selector : str or Selector, default "snapkv"
-        Token selection method.
-    on_cell : callable, optional
-        Called after each of ``(len(ratios) + 1) * layers`` continuations.
-
-    Returns
-    -------
-    dict
-        ``nll``, ``excess_loss`` and ``divergence`` (``[layer][ratio]``), ``gain_loss`` and ``gain_divergence``
-        (``[layer]``), ``base_excess_loss``, ``base_divergence``, ``ranks``, ``layer_indices``.
-    """
-    context, rest = input_ids[:, :context_tokens], input_ids[:, context_tokens:]
-    prefill, continuation = _Prefill(model, context, selector), _Continuation(model, rest)
-    full = prefill.build_uniform(context_tokens)
-    logits = continuation.remember(full.copy())
-    reference = _Reference.of(logits, rest[0, 1:])
-    continuation.trust_replay(full.copy(), logits)
-    compressed = {
-        ratio: prefill.build_uniform(max(1, round(ratio * context_tokens)))
-        for ratio in sorted({*ratios, base_ratio})
-    }
-
-    def score(cache: RankKVCache, layer_idx: int, other: RankKVCache) -> tuple[float, float]:
-        cell = reference.compare(continuation.run(_mix(cache, layer_idx, other), layer_idx))
-        if on_cell is not None:
-            on_cell()
-        return cell
-
-    alone = [[score(full, layer, compressed[ratio]) for ratio in ratios] for layer in full.layer_indices]
-    base = compressed[base_ratio]
-    base_loss, base_divergence = reference.compare(continuation.remember(base.copy()))
-    back = [score(base, layer, full) for layer in full.layer_indices]
-    return {
-        "layer_indices": list(full.layer_indices),
-        "nll": reference.nll,
-        "base_excess_loss": base_loss,
-        "base_divergence": base_divergence,
-        "excess_loss": [[loss for loss, _ in row] for row in alone],
-        "divergence": [[divergence for _, divergence in row] for row in alone],
-        "gain_loss": [base_loss - loss for loss, _ in back],
-        "gain_divergence": [base_divergence - divergence for _, divergence in back],
-        "ranks": prefill.measure_ranks(),
-    }
 
 
 def calibrate(
@@ -271,7 +62,8 @@ def calibrate(
     name : str, optional
         What to call the model.
     resume_path : str or Path, optional
-        File that takes each piece's measurements as they are made; pieces found in it are not measured again.
+        File that takes each piece's measurements as they are made; pieces found in it are not measured again. One that
+        was begun for another model, with other settings or by another version is refused.
     on_progress : callable, optional
         Called with (continuations done, in all), those of this process.
     share_processes : bool, default False
@@ -286,7 +78,8 @@ def calibrate(
     Raises
     ------
     InputError
-        If no text is long enough, or strings come without a tokenizer.
+        If no text is long enough, strings come without a tokenizer, or the file to go on from belongs to another
+        calibration.
     ConfigError
         If a number is out of range.
 
@@ -302,12 +95,12 @@ def calibrate(
     subject = describe_subject(model, name)
     # Tensor-parallel processes measure each piece together.
     shared = share_processes and find_head_shards(model) is None
-    done = DoneRecords(resume_path, find_place().rank if share_processes else 0)
+    done = DoneRecords(resume_path, settings.describe(subject), find_place().rank if share_processes else 0)
     own = split_samples(pieces) if shared else pieces
     cells = settings.count_cells(subject)
     records = []
     for number, ids in enumerate(own):
-        key = settings.make_key(subject, ids)
+        key = settings.make_key(ids)
         if key not in done:
             counter = itertools.count(number * cells + 1)
             report = None

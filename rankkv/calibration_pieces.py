@@ -1,4 +1,4 @@
-"""Pieces of text that a calibration measures, its settings, and the file from which it goes on."""
+"""Pieces of text that a calibration measures, and its settings."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ._version import __version__
 from .errors import ConfigError, InputError
-from .files import write_text_atomically
 
 #: Fractions kept at which each layer is compressed alone.
 RATIOS = (0.03, 0.05, 0.1, 0.2, 0.4)
@@ -110,81 +109,24 @@ class CalibrationSettings:
         """Count the continuations of one piece."""
         return (len(self.ratios) + 1) * len(subject["layers"])
 
-    def make_key(self, subject: Mapping[str, Any], ids: Sequence[int]) -> str:
-        """Make the name under which a piece's measurements are kept: a digest of all that they depend on."""
-        options = [
-            subject["shape"],
-            subject["sample"],
-            self.context_tokens,
-            list(self.ratios),
-            self.base_ratio,
-            str(self.selector),
-        ]
-        return hashlib.sha256(json.dumps([options, list(ids)], default=str).encode()).hexdigest()
+    def make_key(self, ids: Sequence[int]) -> str:
+        """Make the name under which the measurements of one piece are kept among those of one calibration."""
+        return _digest(list(ids))
+
+    def describe(self, subject: Mapping[str, Any]) -> dict[str, Any]:
+        """Describe what the measurements of every piece depend on, in words and digests, JSON-ready."""
+        return {
+            "model": _digest(subject["shape"]),
+            "weights": _digest(subject["sample"]),
+            "dtype": subject["dtype"],
+            "context_tokens": self.context_tokens,
+            "continuation_tokens": self.continuation_tokens,
+            "ratios": list(self.ratios),
+            "base_ratio": self.base_ratio,
+            "selector": str(self.selector),
+            "rankkv": __version__,
+        }
 
 
-class DoneRecords:
-    """Measurements by piece, kept in a file as they are made; several processes keep one file each and read all.
-
-    Parameters
-    ----------
-    path : str or Path, optional
-        Without it they live in memory only.
-    rank : int, default 0
-        Number of this process; 0 writes to ``path``, others to ``path`` with their number behind it.
-
-    Raises
-    ------
-    InputError
-        If a file is there and holds something else.
-    """
-
-    def __init__(self, path: str | Path | None, rank: int = 0) -> None:
-        self._own = None if path is None else _name_file(Path(path), rank)
-        self._done: dict[str, Any] = {}
-        for file in [] if path is None else _list_files(Path(path)):
-            self._done |= _read(file)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._done
-
-    def __getitem__(self, key: str) -> Any:
-        return self._done[key]
-
-    def add(self, key: str, record: dict[str, Any]) -> None:
-        """Keep the measurements of one more piece."""
-        self._done[key] = record
-        if self._own is not None:
-            write_text_atomically(self._own, json.dumps(self._done))
-
-
-def forget_done(path: str | Path) -> None:
-    """Delete what `DoneRecords` kept, of all processes."""
-    for file in _list_files(Path(path)):
-        file.unlink(missing_ok=True)
-
-
-def _name_file(path: Path, rank: int) -> Path:
-    return path.with_name(f"{path.name}.{rank}") if rank else path
-
-
-def _list_files(path: Path) -> list[Path]:
-    others = path.parent.iterdir() if path.parent.is_dir() else []
-    numbered = sorted(
-        file
-        for file in others
-        if file.name.removeprefix(f"{path.name}.").isdecimal() and file.name != path.name
-    )
-    return [file for file in (path, *numbered) if file.is_file()]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        done = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        done = None
-    if not isinstance(done, dict):
-        raise InputError(
-            f"{str(path)!r} holds no measurements to resume from: delete it, or name another file."
-        )
-    return done
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +56,7 @@ def calibrate(
     main = is_main_process()
     console.quiet = not main
     resume_path = (
-        find_cache_folder() / "profiles" / "unfinished.json"
-        if output is None
-        else output.with_name(f"{output.name}.unfinished")
+        _find_resume_path(model) if output is None else output.with_name(f"{output.name}.unfinished")
     )
     options: dict[str, Any] = {
         "context_tokens": context_tokens,
@@ -90,6 +89,12 @@ def calibrate(
         _keep(console, profile, output, resume_path, push_to, json)
 
 
+def _find_resume_path(model: str) -> Path:
+    """Return where a calibration without an output file keeps its pieces: a file for each model."""
+    digest = hashlib.sha256(model.encode()).hexdigest()[:16]
+    return find_cache_folder() / "profiles" / f"unfinished-{digest}.jsonl"
+
+
 @contextmanager
 def _show_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
     """Show how much is measured: a bar on a terminal, a line every tenth elsewhere."""
@@ -119,7 +124,7 @@ def _keep(
     json: bool,
 ) -> None:
     """Write the profile, upload it where asked to, and say so."""
-    from ..calibration_pieces import forget_done
+    from ..calibration_records import forget_done
     from ..known_profiles import save_known_profile
 
     path = save_known_profile(profile) if output is None else profile.save(output)

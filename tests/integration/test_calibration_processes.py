@@ -8,29 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calibrating import OPTIONS, PIECES, write_model_and_text
 from launching import launch, run
 
 from rankkv import RankProfile
 
-OPTIONS = ["--context-tokens", "96", "--continuation-tokens", "32", "--max-texts", "5"]
-
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> list[str]:
-    """`rankkv calibrate` of a tiny model in a folder, with a tokenizer, on five pieces of text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("calibration")
-    words = {f"w{number}": number for number in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
-    tiny_llama(2).save_pretrained(folder / "model")
-    text = " ".join(f"w{(place * place + place // 7) % 125 + 3}" for place in range(5 * 128))
-    (folder / "text.txt").write_text(text)
-    source = [str(folder / "model"), "--texts", str(folder / "text.txt")]
-    return ["-m", "rankkv", "calibrate", "--model", *source, *OPTIONS]
+    """`rankkv calibrate` of a tiny model in a folder, on five pieces of text."""
+    model, text = write_model_and_text(tmp_path_factory.mktemp("calibration"), tiny_llama(2))
+    return ["-m", "rankkv", "calibrate", "--model", str(model), "--texts", str(text), *OPTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +27,7 @@ def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> RankP
     path = tmp_path_factory.mktemp("alone") / "profile.json"
     run([sys.executable, *command, "-o", str(path)])
     profile = RankProfile.load(path)
-    assert profile.calibration["texts"] == 5
+    assert profile.calibration["texts"] == PIECES
     return profile
 
 

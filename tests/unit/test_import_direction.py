@@ -76,6 +76,8 @@ RANKS = {
     "rankkv.pipeline": 61,
     "rankkv.selfcheck": 61,
     "rankkv.calibration_pieces": 2,
+    "rankkv.calibration_records": 2,
+    "rankkv.calibration_cells": 70,
     "rankkv.calibration": 71,
     # loading knows nothing of compression
     "rankkv._hub": 1,
