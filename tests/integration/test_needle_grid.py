@@ -37,7 +37,8 @@ def test_every_cell_is_there_once(folder):
     rows = read_rows([folder / "rows.parquet"])
     cells = [(row["length"], row["depth"], row["strategy"], row["ratio"]) for row in rows]
     assert len(cells) == len(set(cells)) == 2 * 2 * (3 + 2)
-    assert {row["length"] for row in rows} == {96, 128} and {row["depth"] for row in rows} == {0.1, 0.9}
+    assert {row["length"] for row in rows} == {96, 128}
+    assert {row["depth"] for row in rows} == {0.1, 0.9}
 
 
 def test_a_code_is_told_from_the_full_cache_and_is_not_guessed(folder):
@@ -81,4 +82,5 @@ def test_a_haystack_that_is_too_short_is_one_sentence(tmp_path):
     short.write_text("A few words, and no more of them. " * 4)
     done = run(tmp_path / "out", "--haystack", f"short={short}")
     assert done.returncode == 2
-    assert "too short for 96 tokens" in done.stderr and "Traceback" not in done.stderr
+    assert "too short for 96 tokens" in done.stderr
+    assert "Traceback" not in done.stderr
