@@ -3,14 +3,14 @@
     python experiments/rank_analysis_exp.py --model embedded --dataset python-docs --num_samples 4
 
 Writes `rank_analysis.json` and, under `figures/`, the rank per layer with error bars and the budgets per
-strategy.
+strategy.  Started by `accelerate launch` or `torchrun`, each process analyzes its share of the samples, and the
+first one writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rankkv.cli.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, collect_versions, format_error, write_json
 from rankkv.errors import ConfigError, InputError, RankKVError
+from rankkv.processes import find_own_device, is_main_process, split_samples
 
 # The method's four strategies, then the baselines. "power" with its exponent 1 would be "proportional" again.
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -119,43 +120,45 @@ def label(strategy: str, options: dict[str, Any]) -> str:
     return " ".join([strategy, *(f"({name} {value:g})" for name, value in options.items())])
 
 
-def summarize(values: list[float]) -> tuple[float, float]:
-    """Return mean and sample standard deviation (0 for a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | None:
+    """Analyze the samples, write record and figures, and return the record and all paths written.
 
-
-def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]]:
-    """Analyze the samples, write record and figures, and return the record and all paths written."""
+    Of several processes each does its share, and all but the first return None.
+    """
     for flag in ("num_samples", "max_length"):
         if getattr(arguments, flag) < 1:
             raise ConfigError(f"--{flag} is {getattr(arguments, flag)} but must be at least 1.")
 
     import torch
 
-    from rankkv import RankKVAnalyzer, RankKVConfig, RankKVResult, load_model, load_texts
+    from rankkv import RankKVAnalyzer, RankKVConfig, load_model, load_texts
     from rankkv.budget_plan import BudgetPlan
     from rankkv.plots import plot_layer_ranks, plot_strategy_budgets, save_figure
     from rankkv.plots.style import new_figure
     from rankkv.rank_aggregation import get_aggregation
+    from rankkv.sample_analysis import analyze_samples, summarize_layers
 
     # All that can be wrong with the options shows before a model loads.
     config = RankKVConfig(arguments.compression_ratio, strategy=arguments.strategy, scope=arguments.scope)
     BudgetPlan.check(config)
     get_aggregation(arguments.aggregation)
     new_figure(1, 1)
-    print(f"Loading {arguments.dataset} and {arguments.model} ...", file=sys.stderr)
+    main = is_main_process()
+    if main:
+        print(f"Loading {arguments.dataset} and {arguments.model} ...", file=sys.stderr)
     texts = load_texts(arguments.dataset)
-    model, tokenizer = load_model(arguments.model)
+    model, tokenizer = load_model(arguments.model, device_map=find_own_device())
     torch.manual_seed(arguments.seed)
 
     pieces = cut_samples(tokenizer, texts, arguments.max_length)
     chosen = choose_samples(pieces, arguments.num_samples, arguments.max_length, arguments.seed)
-    print(
-        f"{len(texts)} texts make {len(pieces)} samples of {arguments.max_length} tokens "
-        f"(short texts joined, the rest of a long one dropped); "
-        f"{len(chosen)} of them drawn with seed {arguments.seed}.",
-        file=sys.stderr,
-    )
+    if main:
+        print(
+            f"{len(texts)} texts make {len(pieces)} samples of {arguments.max_length} tokens "
+            f"(short texts joined, the rest of a long one dropped); "
+            f"{len(chosen)} of them drawn with seed {arguments.seed}.",
+            file=sys.stderr,
+        )
     strategy, options = config.resolve_strategy()
     analyzer = RankKVAnalyzer(
         model,
@@ -165,28 +168,26 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]]:
         aggregation=arguments.aggregation,
         strategy_options=options,
     )
-    results: list[RankKVResult] = []
     with tqdm(
-        total=len(chosen),
+        total=len(split_samples(chosen)),
         file=sys.stderr,
         # A line for each redraw is too much where lines cannot be redrawn.
         mininterval=0.2 if sys.stderr.isatty() else 5,
         bar_format="{percentage:3.0f}% {bar:20} {n:.1f}/{total} samples, {elapsed} gone, {remaining} left",
+        disable=not main,
     ) as bar:
+        results = analyze_samples(
+            analyzer,
+            [torch.tensor([pieces[index]]) for index in chosen],
+            arguments.compression_ratio,
+            on_progress=lambda done, _: bar.update(done - bar.n),
+        )
+    if not main:
+        return None
 
-        def advance(done: int, layers: int) -> None:
-            bar.update(len(results) + done / layers - bar.n)
-
-        for index in chosen:
-            ids = torch.tensor([pieces[index]])
-            results.append(
-                analyzer.analyze(ids, compression_ratio=arguments.compression_ratio, on_layer=advance)
-            )
-
+    layers = summarize_layers(results)
     layer_indices = results[0].layer_indices
-    ranks = [summarize([result.layer_ranks[i] for result in results]) for i in range(len(layer_indices))]
-    budgets = [summarize([result.budgets[i] for result in results]) for i in range(len(layer_indices))]
-    mean_ranks = [mean for mean, _ in ranks]
+    mean_ranks = [row["rank_mean"] for row in layers]
     by_strategy = allocate_all(config, mean_ranks, arguments.max_length, layer_indices)
     record = {
         "arguments": {**vars(arguments), "output_dir": str(arguments.output_dir)},
@@ -200,18 +201,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]]:
             "rule": "texts cut into pieces of max_length tokens without overlap, shorter ones joined; "
             "pieces drawn without replacement",
         },
-        "layers": [
-            {
-                "layer": layer,
-                "rank_mean": rank_mean,
-                "rank_std": rank_std,
-                "budget_mean": budget_mean,
-                "budget_std": budget_std,
-            }
-            for layer, (rank_mean, rank_std), (budget_mean, budget_std) in zip(
-                layer_indices, ranks, budgets, strict=True
-            )
-        ],
+        "layers": layers,
         "samples": [
             {"sample": place, "piece": index, **result.to_dict()}
             for place, (index, result) in enumerate(zip(chosen, results, strict=True))
@@ -224,7 +214,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]]:
     drawn = {
         "rank_per_layer": plot_layer_ranks(
             mean_ranks,
-            [std for _, std in ranks],
+            [row["rank_std"] for row in layers],
             layer_indices,
             title=f"Effective rank of each layer: {Path(arguments.model).name}\n"
             f"mean and standard deviation over {source}; {arguments.scope} attention",
@@ -252,13 +242,16 @@ def print_summary(record: dict[str, Any]) -> None:
 def main() -> int:
     arguments = parse_arguments()
     try:
-        record, written = run(arguments)
+        found = run(arguments)
     except RankKVError as error:
         print(format_error(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    if found is None:
+        return 0
+    record, written = found
     print_summary(record)
     print("Written: " + ", ".join(str(path) for path in written), file=sys.stderr)
     return 0

@@ -1,23 +1,29 @@
-"""`rankkv analyze`: rank and budget of every layer for one prompt, without compressing anything."""
+"""`rankkv analyze`: rank and budget of every layer for one or several prompts, without compressing anything."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..processes import find_own_device, is_main_process
 from .common import (
     check_at_least_one,
     check_output,
     get_context_length,
     parse_options,
     print_json,
-    read_prompt,
+    read_prompts,
     reports_errors,
     write_json,
 )
-from .display import make_console, make_layer_table, show_step
+from .display import make_console, make_layer_table, make_spread_table, show_step
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..pipeline import RankKVResult
 
 #: Tokens of a data set that are analyzed where --max-length does not say.
 _DATASET_TOKENS = 2048
@@ -27,7 +33,10 @@ _DATASET_TOKENS = 2048
 def analyze(
     model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or embedded.")] = "embedded",
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file with the prompt.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(help="A UTF-8 text file with a prompt, or a .jsonl file of several; may be repeated."),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="python-docs, wikitext, or a .txt or .jsonl file: its start is the prompt."),
@@ -59,22 +68,26 @@ def analyze(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
 ) -> None:
-    """Show the effective rank and the budget of every layer for one prompt."""
+    """Show the effective rank and the budget of every layer; of several prompts, mean and spread.
+
+    Also under accelerate launch, torchrun: each process analyzes its share of the prompts.
+    """
     console = make_console()
+    console.quiet = not is_main_process()
     check_at_least_one("--max-length", max_length)
     check_at_least_one("--budget", budget)
     check_output(output)
-    text = read_prompt(prompt, prompt_file, dataset, hint=" or --dataset")
+    texts = read_prompts(prompt, prompt_file, dataset)
     options = parse_options(strategy_option, "--strategy-option")
 
     with show_step(console, f"Loading {model}"):
-        from ..budget_allocation import get_strategy
         from ..budget_plan import BudgetPlan
         from ..cache import RankKVCache
         from ..config import RankKVConfig
         from ..models import load_model
         from ..pipeline import RankKVAnalyzer
         from ..rank_aggregation import get_aggregation
+        from ..sample_analysis import analyze_samples, summarize_layers
 
         # Checked here, so that a misspelt name does not wait for the model.
         config = RankKVConfig(
@@ -82,14 +95,15 @@ def analyze(
         )
         BudgetPlan.check(config)
         get_aggregation(aggregation)
-        language_model, tokenizer = load_model(model, dtype, device_map)
+        language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
 
     limit = max_length or (_DATASET_TOKENS if dataset is not None else None)
-    input_ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :limit]
+    samples = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :limit] for text in texts]
+    lengths = [ids.shape[1] for ids in samples]
     context = get_context_length(language_model)
-    if context is not None and input_ids.shape[1] > context:
+    if context is not None and max(lengths) > context:
         console.print(
-            f"Note: the prompt has {input_ids.shape[1]:,} tokens, "
+            f"Note: {'the' if len(samples) == 1 else 'a'} prompt has {max(lengths):,} tokens, "
             f"more than the {context:,} the model was made for.",
             soft_wrap=True,
         )
@@ -97,34 +111,62 @@ def analyze(
     analyzer = RankKVAnalyzer(
         language_model, model, strategy=name, scope=scope, aggregation=aggregation, strategy_options=resolved
     )
-    total_budget = None
-    if budget is not None and input_ids.numel():
+    total_budgets = None
+    if budget is not None and all(lengths):
         layers = RankKVCache(language_model).layer_indices
-        # Raises, before the forward, if the budget lies below the floor.
-        total_budget = BudgetPlan(config, input_ids.shape[1], layers).total_budget
-    with show_step(console, f"Analyzing {input_ids.shape[1]:,} tokens") as step:
-        result = analyzer.analyze(
-            input_ids, compression_ratio=compression_ratio, total_budget=total_budget, on_layer=step.advance
+        # Raises, before any forward, if the budget lies below the floor.
+        total_budgets = [BudgetPlan(config, length, layers).total_budget for length in lengths]
+    many = len(samples) > 1
+    what = f"{len(samples)} prompts, {sum(lengths):,} tokens" if many else f"{lengths[0]:,} tokens"
+    with show_step(console, f"Analyzing {what}") as step:
+        results = analyze_samples(
+            analyzer,
+            samples,
+            compression_ratio,
+            total_budgets,
+            lambda done, count: step.advance(done, count, f"{done:.1f}/{count} prompts"),
         )
-    if output is not None:
-        write_json(output, result.to_dict())
-    if json:
-        print_json(result.to_dict())
+    if not is_main_process():
         return
-    console.print()
+    rows = summarize_layers(results)
+    record = results[0].to_dict()
+    if many:
+        listed = [{"sample": place, **result.to_dict()} for place, result in enumerate(results)]
+        record = {"layers": rows, "samples": listed}
+    if output is not None:
+        write_json(output, record)
+    if json:
+        print_json(record)
+        return
+    _show(console, results, rows)
+    if output is not None:
+        console.print(f"Written: {output}", markup=False, soft_wrap=True)
+
+
+def _show(console: Console, results: list[RankKVResult], rows: list[dict[str, float]]) -> None:
+    """Print a table of all layers, and what the numbers are of."""
+    from ..budget_allocation import get_strategy
+
+    result = results[0]
     ranked = get_strategy(result.strategy).uses_ranks or not result.layer_measures
-    shown = (result.layer_ranks, "rank") if ranked else (result.layer_measures, result.strategy)
-    console.print(make_layer_table(result.layer_indices, shown[0], result.budgets, shown[1]))
+    console.print()
+    if len(results) == 1:
+        shown = (result.layer_ranks, "rank") if ranked else (result.layer_measures, result.strategy)
+        console.print(make_layer_table(result.layer_indices, shown[0], result.budgets, shown[1]))
+        tokens = f"{result.seq_len:,} tokens"
+    else:
+        console.print(make_spread_table(rows, None if ranked else result.strategy))
+        lengths = [one.seq_len for one in results]
+        tokens = f"mean ± standard deviation over {len(results)} prompts of {min(lengths):,} to {max(lengths):,} tokens"
+    kept = sum(one.total_budget for one in results)
+    slots = sum(one.seq_len * len(one.budgets) for one in results)
     listed = ", ".join(f"{option} {value}" for option, value in result.strategy_options.items())
     console.print(
-        f"\n{result.model_name}: {result.seq_len:,} tokens, {result.total_budget:,} of "
-        f"{result.seq_len * len(result.budgets):,} slots kept ({result.compression_ratio:.1%}); "
+        f"\n{result.model_name}: {tokens}, {kept:,} of {slots:,} slots kept ({kept / slots:.1%}); "
         f"strategy {result.strategy}{f' ({listed})' if listed else ''}, scope {result.scope}, "
         f"heads {result.aggregation}",
         markup=False,
         soft_wrap=True,
     )
-    for note in result.notes:
-        console.print(note.strip(), markup=False, soft_wrap=True)
-    if output is not None:
-        console.print(f"Written: {output}", markup=False, soft_wrap=True)
+    for note in dict.fromkeys(note.strip() for one in results for note in one.notes):
+        console.print(note, markup=False, soft_wrap=True)

@@ -96,37 +96,66 @@ def read_text(path: Path) -> str:
         raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}.") from error
 
 
-def read_prompt(
-    prompt: str | None, prompt_file: Path | None, dataset: str | None = None, hint: str = ""
-) -> str:
-    """Return the text that exactly one of the options gives (of a data set: all its texts, joined).
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """Return the text that exactly one of the options gives.
 
     Raises
     ------
     InputError
-        If none or several are given, or the text is blank.
+        If none or both are given, or the text is blank.
+    """
+    _check_one_given({"--prompt": prompt, "--prompt-file": prompt_file})
+    return _read_one(prompt, prompt_file)
+
+
+def read_prompts(prompt: str | None, prompt_files: list[Path] | None, dataset: str | None) -> list[str]:
+    """Return the texts that exactly one of the options gives.
+
+    A prompt is one text, and so is the start of a data set, whose texts are joined; so is each file, but a JSONL file
+    has one a line.
+
+    Raises
+    ------
+    InputError
+        If none or several options are given, or a text is blank.
     RankKVError
         As :func:`rankkv.load_texts`.
     """
-    given = [
-        name
-        for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--dataset", dataset))
-        if value is not None
-    ]
-    known = f"--prompt, --prompt-file{hint}"
+    _check_one_given({"--prompt": prompt, "--prompt-file": prompt_files or None, "--dataset": dataset})
+    if dataset is not None:
+        from ..texts import load_texts
+
+        return ["\n\n".join(text.strip() for text in load_texts(dataset))]
+    if not prompt_files:
+        return [_read_one(prompt, None)]
+    texts = []
+    for path in prompt_files:
+        if path.suffix.lower() == ".jsonl":
+            from ..texts import load_texts
+
+            texts += load_texts(path)
+        else:
+            texts.append(_read_one(None, path))
+    return texts
+
+
+def _check_one_given(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    *names, last = options
+    known = f"{', '.join(names)} or {last}"
     if len(given) != 1:
         raise InputError(
             f"{' and '.join(given)} are given together: give exactly one of {known}."
             if given
             else f"there is no prompt: give exactly one of {known}."
         )
-    if dataset is not None:
-        from ..texts import load_texts
 
-        return "\n\n".join(text.strip() for text in load_texts(dataset))
-    text = prompt if prompt is not None else read_text(prompt_file)  # type: ignore[arg-type]
-    if not text.strip():
-        raise InputError("the prompt is empty: give some text.")
+
+def _read_one(prompt: str | None, path: Path | None) -> str:
+    text = prompt if path is None else read_text(path)
+    if text is None or not text.strip():
+        where = "the prompt" if path is None else repr(str(path))
+        raise InputError(f"{where} is empty: give some text.")
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ class Step:
         self._task = self._progress.add_task(description, total=None, count="")
         self._progress.start()
 
-    def advance(self, done: int, total: int, count: str | None = None) -> None:
+    def advance(self, done: float, total: int, count: str | None = None) -> None:
         """Show how many layers are done; with ``count``, its text in their place, now and then on no terminal too."""
         if self._progress is not None:
             count = count or f"layer {done}/{total}"
@@ -171,6 +171,33 @@ def make_layer_table(
             "-" if rank is None else f"{rank:.2f}" if measure == "rank" else f"{rank:.4g}",
             f"[blue]{draw_bar(rank or 0.0, highest, width)}[/]",
             f"{budget:,}",
+            f"[dark_orange]{draw_bar(budget, widest, width)}[/]",
+        )
+    return table
+
+
+def make_spread_table(rows: Sequence[Mapping[str, float]], measure: str | None = None) -> Table:
+    """Return a table with a line for each layer: mean and deviation of rank, or of ``measure``, and of the budget."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    width, kind = 18, "rank" if measure is None else "measure"
+    table.add_column("layer", justify="right", no_wrap=True)
+    for name in (measure or "rank", "budget"):
+        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True, min_width=width)
+    highest, widest = (
+        max((row[f"{name}_mean"] for row in rows if row[f"{name}_mean"] == row[f"{name}_mean"]), default=0.0)
+        for name in (kind, "budget")
+    )
+    digits = ".2f" if measure is None else ".4g"
+    for row in rows:
+        mean, deviation, budget = row[f"{kind}_mean"], row[f"{kind}_std"], row["budget_mean"]
+        table.add_row(
+            str(row["layer"]),
+            f"{mean:{digits}} ± {deviation:{digits}}",
+            f"[blue]{draw_bar(mean, highest, width)}[/]",
+            f"{budget:,.1f} ± {row['budget_std']:,.1f}",
             f"[dark_orange]{draw_bar(budget, widest, width)}[/]",
         )
     return table

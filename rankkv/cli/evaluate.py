@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..processes import find_own_device, is_main_process
 from .common import (
     check_at_least_one,
     collect_versions,
@@ -72,8 +73,10 @@ def evaluate(
     list_tasks: Annotated[bool, typer.Option("--list", help="List the own tasks and their options.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON to stdout.")] = False,
 ) -> None:
-    """Score tasks with the full cache and compressed ones; the table to stderr."""
+    """Score tasks with the full cache and compressed ones; table to stderr. Also under accelerate launch, torchrun."""
     console = make_console()
+    main = is_main_process()
+    console.quiet = not main
     if list_tasks:
         console.print(_make_task_table())
         return
@@ -111,7 +114,7 @@ def evaluate(
             "settings": settings,
         }
         store = None if output is None else ResultStore(output, config)
-        language_model, tokenizer = load_model(model, dtype, device_map)
+        language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
 
     sampling = {
         "lengths": counts,
@@ -129,6 +132,8 @@ def evaluate(
         if floor:
             check_floor(found, seed=seed)
         rows += found
+    if not main:
+        return
     if store is not None:
         store.join(store.folder / "rows.parquet")
     comparisons = compare_settings(rows, uniform_of, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._hub import require
 from ..errors import InputError, UnknownNameError
+from ..processes import gather, split_samples
 from .display import show_step
 
 if TYPE_CHECKING:
@@ -113,15 +115,19 @@ def _evaluate_harness(
 
 
 def run_units(console: Console, name: str, units: Sequence[Unit], store: Any) -> list[dict[str, Any]]:
-    """Run the units that are not there yet, and return the rows of all."""
-    rows: list[dict[str, Any]] = []
+    """Run the units that are not there yet, and return the rows of all, in their order.
+
+    Each of several launched processes runs its share; all get the rows of all.
+    """
+    own = split_samples(units)
+    rows: list[list[dict[str, Any]]] = []
     with show_step(console, f"{name}, {len(units)} samples" if len(units) > 1 else name) as step:
-        for done, (unit, run) in enumerate(units):
-            step.advance(done, len(units), f"sample {done + 1}/{len(units)}")
+        for done, (unit, run) in enumerate(own):
+            step.advance(done, len(own), f"sample {done + 1}/{len(own)}")
             if store is None:
-                rows += run()
+                rows.append(run())
                 continue
             if not store.is_done(unit):
                 store.write(unit, run())
-            rows += store.read_unit(unit)
-    return rows
+            rows.append(store.read_unit(unit))
+        return list(itertools.chain.from_iterable(gather(rows)))

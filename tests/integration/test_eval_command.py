@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
+from launching import launch, run
 from typer.testing import CliRunner
 
 from rankkv.cli import app
@@ -131,3 +133,25 @@ def test_own_tasks_are_listed():
     result = invoke("--list")
     assert result.exit_code == 0
     assert all(name in result.stderr for name in ("variable_tracking", "hops=4", "2404.06654"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launched_processes_measure_the_same(options, tmp_path, launcher):
+    program = [
+        "-m",
+        "rankkv",
+        "eval",
+        "--tasks",
+        "perplexity,niah_single",
+        *map(str, options),
+        "--json",
+        "-o",
+    ]
+    one = run([sys.executable, *program, str(tmp_path / "one")])
+    two = launch([*program, str(tmp_path / "two")], 2, launcher)
+    # Printed once, every number bit by bit, and nothing measured twice.
+    assert json.loads(two.stdout)["comparisons"] == json.loads(one.stdout)["comparisons"]
+    rows = [read_rows([tmp_path / name / "rows.parquet"]) for name in ("one", "two")]
+    assert rows[0] == rows[1]
+    assert two.stderr.count("perplexity: loss, lower is better; 3 contexts") == 1

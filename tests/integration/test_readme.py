@@ -166,8 +166,9 @@ def test_commands_exist():
         elif program == "rankkv":
             # Parses the options with their types, and runs nothing.
             context = group.commands[rest[0]].make_context(rest[0], rest[1:])
-            if context.params.get("prompt_file"):
-                assert (ROOT / context.params["prompt_file"]).is_file()
+            files = context.params.get("prompt_file") or []
+            for path in files if isinstance(files, list) else [files]:
+                assert (ROOT / path).is_file()
         elif rest[0].endswith(".py"):
             assert (ROOT / rest[0]).is_file()
             experiment.parse_arguments(rest[1:])

@@ -234,7 +234,7 @@ def test_stream_never_splits_a_character(embedded):
     [
         (["generate", "--prompt", ""], "the prompt is empty"),
         (["generate", "--prompt", " \n\t"], "the prompt is empty"),
-        (["generate"], "exactly one of --prompt, --prompt-file"),
+        (["generate"], "exactly one of --prompt or --prompt-file"),
         (
             ["generate", "--prompt", "a", "--prompt-file", "b"],
             "--prompt and --prompt-file are given together",
