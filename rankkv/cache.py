@@ -10,10 +10,10 @@ from typing import Any
 from . import attention, cache_files
 from .budget_plan import BudgetPlan
 from .cache_report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
-from .compat import find_layer_devices
 from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, InputError
 from .observed_cache import ObservedCache
+from .placement import find_layer_devices
 
 
 class RankKVCache(ObservedCache):

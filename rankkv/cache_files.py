@@ -21,6 +21,7 @@ from .cache_layer import ROW_TENSORS, RankKVLayer
 from .config import RankKVConfig
 from .errors import CacheStateError, InputError
 from .parallel import take_local
+from .placement import list_weights, read_weight
 from .query_buffer import QueryBuffer
 from .selection import Selector, get_selector
 
@@ -47,9 +48,12 @@ def compute_model_fingerprint(model: Any) -> str:
     dtype = str(model.get_input_embeddings().weight.dtype)
     digest = hashlib.sha256(json.dumps([type(model).__name__, dtype, shape], default=str).encode())
     # Every weight: an adapter or a fine-tune changes those in the middle.
-    for parameter in model.parameters():
-        flat = take_local(parameter.detach()).reshape(-1)
-        if not flat.is_meta and flat.numel():
+    for name in list_weights(model):
+        weight = read_weight(model, name)
+        if weight is None:
+            continue
+        flat = take_local(weight).reshape(-1)
+        if flat.numel():
             sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
             digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

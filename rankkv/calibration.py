@@ -18,6 +18,7 @@ from .calibration_pieces import BASE_RATIO, RATIOS, CalibrationSettings
 from .calibration_records import DoneRecords
 from .known_profiles import describe_shape, sample_weights
 from .parallel import find_head_shards
+from .placement import find_input_device
 from .processes import find_place, gather, split_samples
 from .rank_profile import RankProfile
 
@@ -129,7 +130,7 @@ def measure_piece(
     on_cell: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Measure one piece, given as token ids, by `measure_text`."""
-    input_ids = torch.tensor([list(ids)], device=model.device)
+    input_ids = torch.tensor([list(ids)], device=find_input_device(model))
     return measure_text(
         model,
         input_ids,

@@ -92,13 +92,18 @@ class _Continuation:
     @contextmanager
     def _replay(self, first: int) -> Iterator[None]:
         replaced = list(zip(self._layers[:first], self._outputs, strict=False))
+        # Accelerate, for one, puts a function of its own there, which moves arguments and fetches weights.
+        own = [vars(layer).get("forward") for layer, _ in replaced]
         try:
             for layer, output in replaced:
                 layer.forward = lambda *_args, _output=output, **_options: _output
             yield
         finally:
-            for layer, _ in replaced:
-                del layer.forward
+            for (layer, _), forward in zip(replaced, own, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
 
 
 def _find_layers(model: Any) -> list[nn.Module]:

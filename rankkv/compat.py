@@ -76,14 +76,3 @@ def find_eager_homes(model: Any) -> list[ModuleType]:
     names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     homes = (sys.modules.get(name) for name in sorted(names))
     return [home for home in homes if hasattr(home, "eager_attention_forward")]  # type: ignore[misc]
-
-
-def find_layer_devices(model: Any) -> dict[int, Any]:
-    """Find the device of each layer's attention, by layer index."""
-    devices: dict[int, Any] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        parameter = next(module.parameters(), None)
-        if isinstance(index, int) and parameter is not None:
-            devices[index] = parameter.device
-    return devices

@@ -15,6 +15,7 @@ from .cache import RankKVCache
 from .cache_report import compute_cache_bytes, count_slots
 from .compat import accepts_argument, cache_argument
 from .errors import InputError
+from .placement import find_input_device
 
 
 def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
@@ -65,7 +66,7 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
     Tensor
         Logits after the last token, ``[batch, vocabulary]``.
     """
-    input_ids = input_ids.to(model.device)
+    input_ids = input_ids.to(find_input_device(model))
     options: dict[str, Any] = {"use_cache": True, **cache_argument(cache)}
     if accepts_argument(model, "logits_to_keep"):
         options["logits_to_keep"] = 1

@@ -86,6 +86,8 @@ def watch_hidden_states(cache: ChangeTaker, model: nn.Module, layer_indices: Ite
             if before is None or cache is None:
                 return
             attended = output if isinstance(output, Tensor) else output[0]
+            # A layer may be called from another device; accelerate moves its arguments inside the call.
+            before = before.to(attended.device)
             if attended.shape != before.shape:
                 raise UnsupportedModelError(
                     f"layer {layer_idx} is called with hidden states of shape {tuple(before.shape)} and its attention "

@@ -16,6 +16,7 @@ from .config import PROFILE_USERS, RankKVConfig
 from .errors import ProfileError, RankKVError
 from .files import find_cache_folder
 from .parallel import sample_parameter
+from .placement import list_weights, read_weight
 from .rank_profile import RankProfile, compute_shape_key
 
 #: Entries of a model's configuration that say which profile can belong to it.
@@ -57,16 +58,17 @@ def sample_weights(model: Any) -> list[float]:
     Returns
     -------
     list of float
-        Values of up to 16 parameters, 4 each; of those that are not in memory or not floating-point, none.
+        Values of up to 16 parameters, 4 each, fetched where they are offloaded; of those that are kept nowhere or not
+        floating-point, none.
     """
-    parameters = list(model.parameters())
-    count = min(_SAMPLED_PARAMETERS, len(parameters))
-    places = [round(i * (len(parameters) - 1) / max(1, count - 1)) for i in range(count)]
+    names = list(list_weights(model))
+    count = min(_SAMPLED_PARAMETERS, len(names))
+    places = [round(i * (len(names) - 1) / max(1, count - 1)) for i in range(count)]
     sample: list[float] = []
     for place in places:
-        parameter = parameters[place]
-        if not parameter.is_meta and parameter.is_floating_point() and parameter.numel():
-            sample += sample_parameter(parameter, _SAMPLED_VALUES).to("cpu", torch.float32).tolist()
+        weight = read_weight(model, names[place])
+        if weight is not None and weight.is_floating_point() and weight.numel():
+            sample += sample_parameter(weight, _SAMPLED_VALUES).to("cpu", torch.float32).tolist()
     return sample
 
 

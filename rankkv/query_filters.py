@@ -13,6 +13,7 @@ from .errors import ConfigError, InputError
 from .files import dump_json, write_text_atomically
 from .generation import check_input_ids, run_prefill
 from .observation import Observation
+from .placement import find_input_device
 from .query_moments import compute_query_moments, merge_moments
 from .selection import Selector
 from .selection.qfilter import FORMAT, compute_filter, load_query_filters
@@ -78,7 +79,7 @@ def compute_query_filters(
 
     watch = Selector("query moments", score, "queries", "control")
     for text in texts:
-        ids = _read_ids(text, tokenizer)[:, :max_tokens].to(model.get_input_embeddings().weight.device)
+        ids = _read_ids(text, tokenizer)[:, :max_tokens].to(find_input_device(model))
         run_prefill(model, RankKVCache(model, 1.0, selector=watch, strategy="uniform"), ids)
     if not moments:
         raise InputError("there is no text to compute query filters from: give at least one.")

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from .compat import accepts_argument, cache_argument
 from .errors import UnsupportedModelError
+from .placement import find_input_device
 
 _SHIFT = 5
 _TOKENS = 6
@@ -111,7 +112,7 @@ def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotat
 
 def _states_at(model: Any, start: int) -> tuple[list[Any], list[Any]]:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    device = model.get_input_embeddings().weight.device
+    device = find_input_device(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     input_ids = (torch.arange(_TOKENS, device=device) * 7 + 3)[None] % vocabulary
     position_ids = torch.arange(start, start + _TOKENS, device=device)[None]
@@ -183,7 +184,7 @@ class PackedPositions:
     def note_frequencies(self, position: int) -> None:
         """Remember the frequencies that tokens from ``position`` on were turned with."""
         now = self.rotation.frequencies
-        if not self.epochs or not torch.equal(self.epochs[-1][1], now):
+        if not self.epochs or not torch.equal(self.epochs[-1][1].to(now.device), now):
             self.epochs = [epoch for epoch in self.epochs if epoch[0] < position]
             self.epochs.append((position, now.clone()))
 
@@ -222,7 +223,7 @@ class PackedPositions:
 
     def _frequencies_at(self, positions: Tensor) -> Tensor:
         starts = torch.tensor([start for start, _ in self.epochs], device=positions.device)
-        table = torch.stack([frequencies for _, frequencies in self.epochs]).to(positions.device)
+        table = torch.stack([frequencies.to(positions.device) for _, frequencies in self.epochs])
         if len(starts) == 1:
             return table[0].expand(*positions.shape, -1)
         # Dynamic scaling begins an epoch at every step.

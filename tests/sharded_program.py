@@ -15,6 +15,7 @@ import torch
 
 from rankkv import RankKVCache, RankProfile
 from rankkv.compat import cache_argument
+from rankkv.placement import find_input_device
 from rankkv.processes import find_place
 
 
@@ -62,14 +63,19 @@ def run(model: Any, case: dict[str, Any]) -> dict[str, Any]:
         cache = RankKVCache(model, **options)
     except ValueError as error:
         return {"error": str(error)}
-    ids = torch.tensor(case["input_ids"])
-    more = {"attention_mask": torch.tensor(case["attention_mask"])} if "attention_mask" in case else {}
+    ids = torch.tensor(case["input_ids"], device=find_input_device(model))
+    more = (
+        {"attention_mask": torch.tensor(case["attention_mask"], device=ids.device)}
+        if "attention_mask" in case
+        else {}
+    )
+    # What is sampled is the same in every process, and in every run.
+    torch.manual_seed(0)
     output = model.generate(
         ids,
-        do_sample=False,
         **cache_argument(cache),
         **more,
-        **{"max_new_tokens": 4, **case.get("generate", {})},
+        **{"do_sample": False, "max_new_tokens": 4, **case.get("generate", {})},
     )
     return {"text": output[:, ids.shape[1] :].tolist(), **describe(cache)}
 

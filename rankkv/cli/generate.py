@@ -77,6 +77,7 @@ def generate(
         from ..config import RankKVConfig
         from ..generation import analyze_generation
         from ..models import load_model
+        from ..placement import find_input_device
         from ..selection import get_selector
 
         # Checked here, so that a misspelt name does not wait for the model.
@@ -91,7 +92,7 @@ def generate(
         BudgetPlan.check(config)
         language_model, tokenizer = load_model(model, dtype, device_map)
 
-    input_ids = build_question_prompt(tokenizer, text, question).to(language_model.device)
+    input_ids = build_question_prompt(tokenizer, text, question).to(find_input_device(language_model))
     context = get_context_length(language_model)
     if context is not None and input_ids.shape[1] + max_new_tokens > context:
         console.print(

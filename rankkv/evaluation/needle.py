@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, InputError
+from ..placement import find_input_device
 from .perplexity import predict_tokens
 from .shared_prefill import PrefillRecord, record_prefill
 
@@ -138,7 +139,7 @@ def _ask(
     record: PrefillRecord, follow: list[int], answered: int, options: Mapping[str, Any] | None
 ) -> tuple[bool, float]:
     cache = record.build_full_cache() if options is None else record.build_cache(**options)
-    ids = torch.tensor(follow, device=record.model.device)[None]
+    ids = torch.tensor(follow, device=find_input_device(record.model))[None]
     first = max(len(follow) - answered, 1)
     predicted, wanted = predict_tokens(record.model, cache, ids)[first - 1 : -1], ids[0, first:]
     loss = -predicted.gather(-1, wanted[:, None])[:, 0]

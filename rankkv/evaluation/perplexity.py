@@ -12,6 +12,7 @@ from torch import Tensor
 from ..compat import cache_argument
 from ..errors import InputError
 from ..generation import check_input_ids
+from ..placement import find_input_device
 from .shared_prefill import PrefillRecord
 
 
@@ -151,7 +152,9 @@ def predict_tokens(model: Any, cache: Any, input_ids: Tensor) -> Tensor:
         ``[token, vocabulary]`` float32.
     """
     with torch.no_grad():
-        output = model(input_ids=input_ids.to(model.device), use_cache=True, **cache_argument(cache))
+        output = model(
+            input_ids=input_ids.to(find_input_device(model)), use_cache=True, **cache_argument(cache)
+        )
     return output.logits[0].float().log_softmax(dim=-1)
 
 

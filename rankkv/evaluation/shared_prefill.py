@@ -21,6 +21,7 @@ from ..generation import check_input_ids, run_prefill
 from ..hidden_states import watch_hidden_states
 from ..observation import Observation
 from ..observing import observe
+from ..placement import find_input_device
 from ..selection import Selector
 
 
@@ -228,7 +229,7 @@ def record_prefill(model: Any, input_ids: Tensor, attention_mask: Tensor | None 
     >>> [sum(record.build_cache(compression_ratio=ratio).budgets) for ratio in (0.5, 0.8)]
     [60, 96]
     """
-    input_ids = check_input_ids(input_ids, attention_mask).to(model.device)
+    input_ids = check_input_ids(input_ids, attention_mask).to(find_input_device(model))
     attention.check_observable(model)
     cache = _RecordingCache(model)
     attention.watch_for(cache, model)

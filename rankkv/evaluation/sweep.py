@@ -15,6 +15,7 @@ import torch
 from ..compat import cache_argument
 from ..errors import ConfigError, RankKVError
 from ..models import load_model
+from ..placement import find_input_device
 from ..processes import Place, find_own_device, find_place
 from ..texts import load_texts
 from .portrait import describe_cells
@@ -245,7 +246,9 @@ class ModelSweep:
 def _forward(record: PrefillRecord, ids: torch.Tensor) -> None:
     with torch.no_grad():
         record.model(
-            input_ids=ids.to(record.model.device), use_cache=True, **cache_argument(record.build_full_cache())
+            input_ids=ids.to(find_input_device(record.model)),
+            use_cache=True,
+            **cache_argument(record.build_full_cache()),
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..cache_report import count_slots
 from ..compat import cache_argument
 from ..errors import ConfigError
+from ..placement import find_input_device
 from .perplexity import predict_tokens
 from .shared_prefill import PrefillRecord, record_prefill
 from .tasks import Prompt, Sample
@@ -196,7 +197,7 @@ def _compute_divergence(full: _Outcome, other: _Outcome) -> float:
 def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _Outcome:
     """Feed question and right answer for the likelihood; where that is not what greedy decoding says, decode."""
     model = record.model
-    follow = torch.tensor(prompt.question_ids + prompt.answer_ids, device=model.device)[None]
+    follow = torch.tensor(prompt.question_ids + prompt.answer_ids, device=find_input_device(model))[None]
     # With neither question nor continuation before it, the first token is predicted before any cache is read.
     first = max(len(prompt.question_ids), 1)
     spare = copy.deepcopy(cache) if prompt.answers else None
@@ -215,7 +216,7 @@ def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _
 def _decode(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> list[int]:
     """Return the greedy output of the ordinary ``generate()`` after context and question."""
     model, budget = record.model, len(prompt.answer_ids) + EXTRA_TOKENS
-    asked = torch.tensor(prompt.question_ids, dtype=torch.long, device=model.device)[None]
+    asked = torch.tensor(prompt.question_ids, dtype=torch.long, device=find_input_device(model))[None]
     given = torch.cat([record.input_ids, asked], dim=1)
     said: list[int] = []
     if asked.shape[1] == 0:

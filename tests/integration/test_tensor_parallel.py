@@ -4,58 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sharded_program
-import torch
+from generation_cases import make_cases
 from launching import launch
 
-from rankkv.budget_strategies import STRATEGIES
-from rankkv.rank_aggregation import AGGREGATIONS
-from rankkv.selection import SELECTORS
-
-PROMPT_TOKENS = 150
 PROGRAM = str(Path(sharded_program.__file__))
-EVERY_STRATEGY = sorted(set(STRATEGIES) - {"profile", "blend"})
-
-
-def make_cases() -> dict[str, dict[str, Any]]:
-    """Return options by name: every selector, strategy, scope, way to join heads, and way to generate."""
-    generator = torch.Generator().manual_seed(5)
-    prompt = torch.randint(3, 96, (2, PROMPT_TOKENS), generator=generator)
-    common: dict[str, Any] = {"compression_ratio": 0.3, "min_budget": 8, "window_size": 16, "profile": None}
-
-    def case(rows: int = 1, generate: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-        made = {"options": {**common, **options}, "input_ids": prompt[:rows].tolist()}
-        return made if generate is None else {**made, "generate": generate}
-
-    # Long enough for texts to part where caches do.
-    longer = {"max_new_tokens": 24}
-    padded = case(rows=2)
-    padded["attention_mask"] = [[1] * PROMPT_TOKENS, [0] * 40 + [1] * (PROMPT_TOKENS - 40)]
-    return {
-        **{f"selector {name}": case(selector=name) for name in SELECTORS},
-        **{f"strategy {name}": case(strategy=name) for name in EVERY_STRATEGY},
-        **{
-            f"{scope} {name}": case(strategy="power", scope=scope, aggregation=name)
-            for scope in ("evictable", "window", "full")
-            for name in AGGREGATIONS
-        },
-        "snapkv text": case(selector="snapkv", generate=longer),
-        "h2o text": case(selector="h2o", generate=longer),
-        "padded": padded,
-        "beams": case(rows=2, generate={"num_beams": 3}),
-        "bounded": case(decode="bounded", generate=longer),
-        "periodic": case(decode="periodic", decode_interval=4, generate=longer),
-        "packed": case(positions="packed"),
-        "int8": case(storage="int8"),
-        "merging": case(merging="values"),
-        "lookup": case(generate={"prompt_lookup_num_tokens": 3}),
-        "all kept": case(compression_ratio=1.0),
-        "head budgets": case(head_budgets="adaptive"),
-    }
 
 
 CASES = make_cases()
@@ -70,6 +28,7 @@ QUICK = [
     *(f"evictable {name}" for name in ("mean", "median", "mass_normalized")),
     *("snapkv text", "h2o text", "padded", "beams", "head budgets"),
 ]
+EMBEDDED_TOKENS = 600
 #: Refused with a reason where heads are split.
 REFUSED = {"head budgets": "tensor parallelism keeps them in"}
 
@@ -147,3 +106,45 @@ def test_two_processes_decide_as_one(alone: Any, shared_out: Any, name: str) -> 
 @pytest.mark.parametrize("name", CASES)
 def test_three_processes_decide_as_one(alone: Any, shared_out: Any, name: str) -> None:
     check_case(alone, shared_out, name, processes=3, quick=False)
+
+
+# -- the embedded model: three kv heads, one in each of three processes ------------------------------------------------
+
+EMBEDDED_OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "default without a profile": {"profile": None},
+    "snapkv": {"selector": "snapkv", "strategy": "power", "profile": None},
+    "h2o": {"selector": "h2o", "profile": None},
+}
+
+
+@pytest.fixture(scope="module")
+def embedded_cases(embedded: Any, python_docs: str) -> dict[str, dict[str, Any]]:
+    _, tokenizer = embedded
+    ids = tokenizer(python_docs[20_000:], return_tensors="pt", verbose=False)["input_ids"][
+        :, :EMBEDDED_TOKENS
+    ]
+    return {
+        name: {"options": {"compression_ratio": 0.2, **options}, "input_ids": ids.tolist()}
+        for name, options in EMBEDDED_OPTIONS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def embedded_shares(
+    embedded: Any, embedded_cases: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
+    """What each of three processes keeps and says, by case."""
+    folder = tmp_path_factory.mktemp("embedded")
+    embedded[0].save_pretrained(folder / "model")
+    records = start(folder / "model", list(embedded_cases.values()), 3, folder / "records")
+    shutil.rmtree(folder / "model")
+    return dict(zip(embedded_cases, zip(*records, strict=True), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EMBEDDED_OPTIONS)
+def test_the_embedded_models_heads_keep_the_same(
+    embedded: Any, embedded_cases: dict[str, Any], embedded_shares: dict[str, Any], name: str
+) -> None:
+    check(embedded_shares[name], sharded_program.run(embedded[0], embedded_cases[name]))

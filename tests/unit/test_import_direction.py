@@ -24,6 +24,7 @@ RANKS = {
     "rankkv.compat": 1,
     "rankkv.processes": 1,
     "rankkv.parallel": 2,
+    "rankkv.placement": 1,
     # rank and budget: two pure lines that know nothing of each other
     "rankkv.rank_kernels": 10,
     "rankkv.rank_aggregation": 11,
@@ -75,6 +76,7 @@ RANKS = {
     "rankkv.query_filters": 61,
     "rankkv.pipeline": 61,
     "rankkv.selfcheck": 61,
+    "rankkv.sample_analysis": 62,
     "rankkv.calibration_pieces": 2,
     "rankkv.calibration_records": 2,
     "rankkv.calibration_cells": 70,
