@@ -18,7 +18,7 @@ OPTIONS = [
 ]
 
 
-def write_model_and_text(folder: Path, model: Any) -> tuple[Path, Path]:
+def write_model_and_text(folder: Path, model: Any, pieces: int = PIECES) -> tuple[Path, Path]:
     """Write a model of the vocabulary 128 with a tokenizer of words, and a text of so many pieces; return the paths."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -28,7 +28,7 @@ def write_model_and_text(folder: Path, model: Any) -> tuple[Path, Path]:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
     model.save_pretrained(folder / "model")
-    count = PIECES * (CONTEXT_TOKENS + CONTINUATION_TOKENS)
+    count = pieces * (CONTEXT_TOKENS + CONTINUATION_TOKENS)
     text = " ".join(f"w{(place * place + place // 7) % 125 + 3}" for place in range(count))
     (folder / "text.txt").write_text(text)
     return folder / "model", folder / "text.txt"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ConfigError, UnknownNameError
 from ..files import find_cache_folder
-from ..processes import find_own_device, is_main_process
+from ..processes import find_own_device, find_place, is_main_process
 from .common import check_at_least_one, check_output, print_json, reports_errors
 from .display import make_console, show_step
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..rank_profile import RankProfile
+
+#: This process and those of accelerate launch or torchrun, or workers that Ray starts.
+ENGINES = ("local", "ray")
 
 
 @reports_errors
@@ -44,6 +48,21 @@ def calibrate(
     device_map: Annotated[
         str | None, typer.Option(help="Where the model goes, such as auto or cuda; needs accelerate.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray for workers of Ray (extra ray): here, or a cluster's.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster: host:6379, ray://host:10001 or auto.", show_default="this machine"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Most pieces that Ray measures at once.", show_default="one a GPU, or a CPU"),
+    ] = None,
+    gpus_per_worker: Annotated[
+        int | None,
+        typer.Option(help="GPUs that a worker of Ray takes.", show_default="1 where there are any"),
+    ] = None,
     push_to: Annotated[
         str | None, typer.Option(help="Also upload the profile to this repository of the hub.")
     ] = None,
@@ -53,6 +72,7 @@ def calibrate(
     console = make_console()
     check_at_least_one("--max-texts", max_texts)
     check_output(output)
+    _check_engine(engine, {"address": address, "workers": workers, "gpus-per-worker": gpus_per_worker})
     main = is_main_process()
     console.quiet = not main
     resume_path = (
@@ -70,23 +90,53 @@ def calibrate(
 
         # One text a source, so that each source gives pieces in proportion to its length.
         documents = ["\n\n".join(load_texts(source)) for source in texts]
-    with show_step(console, f"Loading {model}"):
-        from ..calibration import calibrate as run
-        from ..models import load_model
+    if engine == "ray":
+        from ..calibration_ray import calibrate_on_ray
 
-        language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
-    with _show_progress(console) as on_progress:
-        profile = run(
-            language_model,
-            tokenizer,
-            documents,
-            name=model,
-            on_progress=on_progress,
-            share_processes=True,
-            **options,
-        )
+        console.print("Starting Ray ..." if address is None else f"Joining the Ray cluster {address} ...")
+        with _show_progress(console) as on_progress:
+            profile = calibrate_on_ray(
+                model,
+                documents,
+                dtype=dtype,
+                device_map=device_map,
+                address=address,
+                workers=workers,
+                gpus_per_worker=gpus_per_worker,
+                on_progress=on_progress,
+                on_loss=lambda sentence: console.print(sentence, markup=False, soft_wrap=True),
+                **options,
+            )
+    else:
+        with show_step(console, f"Loading {model}"):
+            from ..calibration import calibrate as run
+            from ..models import load_model
+
+            language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
+        with _show_progress(console) as on_progress:
+            profile = run(
+                language_model,
+                tokenizer,
+                documents,
+                name=model,
+                on_progress=on_progress,
+                share_processes=True,
+                **options,
+            )
     if main:
         _keep(console, profile, output, resume_path, push_to, json)
+
+
+def _check_engine(engine: str, given: dict[str, Any]) -> None:
+    if engine not in ENGINES:
+        raise UnknownNameError.of("engine", engine, ENGINES)
+    named = [f"--{name}" for name, value in given.items() if value is not None]
+    if engine != "ray" and named:
+        raise ConfigError(f"{', '.join(named)}: only Ray takes this, so give --engine ray too.")
+    if engine == "ray" and find_place().size > 1:
+        raise ConfigError(
+            "--engine ray starts workers itself: run it as one process, without accelerate launch or torchrun."
+        )
 
 
 def _find_resume_path(model: str) -> Path:

@@ -131,6 +131,13 @@ class Selector:
             return min(window_size, budget // 2), sinks
         return min(max(1, int(self.recent_fraction * budget)), budget - sinks), sinks
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A view of a mapping cannot be sent to another process, as Ray sends selectors to its workers.
+        return {**vars(self), "options": dict(self.options)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, options=MappingProxyType(state["options"]))
+
     def __str__(self) -> str:
         options = dict(self.options)
         if self.recent_fraction is not None:

@@ -23,6 +23,7 @@ RANKS = {
     "rankkv.config": 3,
     "rankkv.compat": 1,
     "rankkv.processes": 1,
+    "rankkv.ray_cluster": 1,
     "rankkv.parallel": 2,
     "rankkv.placement": 1,
     # rank and budget: two pure lines that know nothing of each other
@@ -81,6 +82,7 @@ RANKS = {
     "rankkv.calibration_records": 2,
     "rankkv.calibration_cells": 70,
     "rankkv.calibration": 71,
+    "rankkv.calibration_ray": 72,
     # loading knows nothing of compression
     "rankkv._hub": 1,
     "rankkv._checkpoints": 1,
