@@ -15,6 +15,7 @@ from .budget_allocation import (
     compute_weights,
     get_strategy,
 )
+from .budget_heads import join_heads
 from .budget_profile import allocate_by_distortion, compute_curve
 from .budget_strategies import PROFILE_STRATEGIES
 from .budget_weights import Limits
@@ -68,6 +69,8 @@ class BudgetPlan:
         self.strategy, self.strategy_options = config.resolve_strategy()
         self._strategy = get_strategy(self.strategy)
         self._profile = find_used_profile(config, self.strategy, self.layer_indices)
+        if self._profile is not None and config.head_budgets == "profile":
+            self._profile = join_heads(self._profile)
         # Least total distortion gives budgets directly; every other strategy gives weights.
         self._by_distortion = self.strategy == "profile" and self.strategy_options.get("exponent") is None
         self._allocated: dict[int, np.ndarray] = {}

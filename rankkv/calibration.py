@@ -34,6 +34,7 @@ def calibrate(
     ratios: Sequence[float] = RATIOS,
     base_ratio: float = BASE_RATIO,
     selector: Any = "snapkv",
+    heads: bool = True,
     name: str | None = None,
     resume_path: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -60,6 +61,9 @@ def calibrate(
         Fraction kept of all layers while one gets its full cache back.
     selector : str or Selector, default "snapkv"
         Token selection method.
+    heads : bool, default True
+        Whether each key/value head gets its full cache back alone, too: what ``head_budgets="profile"`` needs, at one
+        more continuation a head.
     name : str, optional
         What to call the model.
     resume_path : str or Path, optional
@@ -90,7 +94,7 @@ def calibrate(
     differs is run once, so that they cost about half of as many forwards.
     """
     settings = CalibrationSettings(
-        context_tokens, continuation_tokens, max_texts, tuple(ratios), base_ratio, selector
+        context_tokens, continuation_tokens, max_texts, tuple(ratios), base_ratio, selector, heads
     )
     pieces = settings.cut(tokenizer, texts)
     subject = describe_subject(model, name)
@@ -138,6 +142,7 @@ def measure_piece(
         settings.ratios,
         settings.base_ratio,
         settings.selector,
+        settings.heads,
         on_cell,
     )
 
@@ -197,11 +202,17 @@ def join_records(
         divergence=average("divergence"),
         gain_loss=average("gain_loss"),
         gain_divergence=average("gain_divergence"),
+        head_gain_divergence=_average_heads([record["head_gain_divergence"] for record in records]),
         base_ratio=base_ratio,
         ranks=ranks,
         calibration={**calibration, **told},
         name=name,
     )
+
+
+def _average_heads(tables: Sequence[Sequence[Sequence[float]]]) -> Any:
+    """Return means over the texts, ``[layer][kv_head]``; layers may have different numbers of heads."""
+    return [_round(torch.tensor(rows, dtype=torch.float64).mean(0)) for rows in zip(*tables, strict=True)]
 
 
 def _round(values: Tensor) -> Any:

@@ -152,10 +152,22 @@ class _Prefill:
         return self.build(budget=budget, min_budget=1, strategy="uniform")
 
 
-def _mix(cache: RankKVCache, layer_idx: int, other: RankKVCache) -> RankKVCache:
-    """Return a copy of ``cache`` whose layer ``layer_idx`` is that of another."""
+def _mix(cache: RankKVCache, layer_idx: int, layer: Any) -> RankKVCache:
+    """Return a copy of ``cache`` with another layer in one place."""
     twin = cache.copy()
-    twin.layers[layer_idx] = copy.deepcopy(other.layers[layer_idx])
+    twin.layers[layer_idx] = copy.deepcopy(layer)
+    return twin
+
+
+def _give_head_back(layer: Any, kept: Any, head: int) -> Any:
+    """Return a copy of a full layer of which all heads but one see only what another layer kept."""
+    twin = copy.deepcopy(layer)
+    heads = twin.keys.shape[1]
+    seen = torch.zeros(1, heads, twin.seen, dtype=torch.bool, device=twin.keys.device)
+    seen.scatter_(-1, kept.compute_positions().expand(-1, heads, -1), True)
+    seen[:, head] = True
+    twin.kept_positions = torch.arange(twin.seen, device=twin.keys.device)[None, None]
+    twin.kept_valid, twin.compressed_at = seen, twin.seen
     return twin
 
 
@@ -167,6 +179,7 @@ def measure_text(
     ratios: Sequence[float] = RATIOS,
     base_ratio: float = BASE_RATIO,
     selector: Any = "snapkv",
+    heads: bool = True,
     on_cell: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Measure every compressible layer of a model on one text, all from one prefill.
@@ -185,14 +198,17 @@ def measure_text(
         Fraction kept of all layers while one gets its full cache back.
     selector : str or Selector, default "snapkv"
         Token selection method.
+    heads : bool, default True
+        Whether each key/value head gets its full cache back alone, too.
     on_cell : callable, optional
-        Called after each of ``(len(ratios) + 1) * layers`` continuations.
+        Called ``(len(ratios) + 1) * layers`` times, after a continuation each, and once more a layer with ``heads``.
 
     Returns
     -------
     dict
         ``nll``, ``excess_loss`` and ``divergence`` (``[layer][ratio]``), ``gain_loss`` and ``gain_divergence``
-        (``[layer]``), ``base_excess_loss``, ``base_divergence``, ``ranks``, ``layer_indices``.
+        (``[layer]``), ``head_gain_divergence`` (``[layer][kv_head]``, empty without ``heads``), ``base_excess_loss``,
+        ``base_divergence``, ``ranks``, ``layer_indices``.
     """
     context, rest = input_ids[:, :context_tokens], input_ids[:, context_tokens:]
     prefill, continuation = _Prefill(model, context, selector), _Continuation(model, rest)
@@ -205,8 +221,11 @@ def measure_text(
         for ratio in sorted({*ratios, base_ratio})
     }
 
+    def compare(cache: RankKVCache, layer_idx: int, layer: Any) -> tuple[float, float]:
+        return reference.compare(continuation.run(_mix(cache, layer_idx, layer), layer_idx))
+
     def score(cache: RankKVCache, layer_idx: int, other: RankKVCache) -> tuple[float, float]:
-        cell = reference.compare(continuation.run(_mix(cache, layer_idx, other), layer_idx))
+        cell = compare(cache, layer_idx, other.layers[layer_idx])
         if on_cell is not None:
             on_cell()
         return cell
@@ -215,6 +234,16 @@ def measure_text(
     base = compressed[base_ratio]
     base_loss, base_divergence = reference.compare(continuation.remember(base.copy()))
     back = [score(base, layer, full) for layer in full.layer_indices]
+
+    def score_heads(layer_idx: int) -> list[float]:
+        whole, kept = full.layers[layer_idx], base.layers[layer_idx]
+        count = whole.keys.shape[1]
+        given = [_give_head_back(whole, kept, head) for head in range(count)] if count > 1 else [whole]
+        gains = [base_divergence - compare(base, layer_idx, layer)[1] for layer in given]
+        if on_cell is not None:
+            on_cell()
+        return gains
+
     return {
         "layer_indices": list(full.layer_indices),
         "nll": reference.nll,
@@ -224,5 +253,6 @@ def measure_text(
         "divergence": [[divergence for _, divergence in row] for row in alone],
         "gain_loss": [base_loss - loss for loss, _ in back],
         "gain_divergence": [base_divergence - divergence for _, divergence in back],
+        "head_gain_divergence": [score_heads(layer) for layer in full.layer_indices] if heads else [],
         "ranks": prefill.measure_ranks(),
     }

@@ -33,6 +33,8 @@ class CalibrationSettings:
         Fraction kept of all layers while one gets its full cache back.
     selector : str or Selector
         Token selection method.
+    heads : bool
+        Whether each key/value head gets its full cache back alone, too.
 
     Raises
     ------
@@ -51,6 +53,7 @@ class CalibrationSettings:
     ratios: tuple[float, ...] = RATIOS
     base_ratio: float = BASE_RATIO
     selector: Any = "snapkv"
+    heads: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("context_tokens", 64), ("continuation_tokens", 2), ("max_texts", 1)):
@@ -106,8 +109,8 @@ class CalibrationSettings:
         return [pieces[int((place + 0.5) * len(pieces) / count)].tolist() for place in range(count)]
 
     def count_cells(self, subject: Mapping[str, Any]) -> int:
-        """Count the continuations of one piece."""
-        return (len(self.ratios) + 1) * len(subject["layers"])
+        """Count the steps of progress of one piece: a continuation each, the heads of a layer together one."""
+        return (len(self.ratios) + 1 + self.heads) * len(subject["layers"])
 
     def make_key(self, ids: Sequence[int]) -> str:
         """Make the name under which the measurements of one piece are kept among those of one calibration."""
@@ -124,6 +127,7 @@ class CalibrationSettings:
             "ratios": list(self.ratios),
             "base_ratio": self.base_ratio,
             "selector": str(self.selector),
+            "heads": self.heads,
             "rankkv": __version__,
         }
 

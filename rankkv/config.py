@@ -26,6 +26,8 @@ DEFAULT_STRATEGY_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 PROFILED_STRATEGY = "blend"
 #: Strategies that use a profile.
 PROFILE_USERS = ("profile", "blend")
+#: Ways to spread a layer's budget over its key/value heads.
+HEAD_BUDGETS = ("adaptive", "profile")
 
 #: No layer is compressed below this many tokens unless `min_budget` says so.
 FLOOR_TOKENS = 16
@@ -129,13 +131,14 @@ class RankKVConfig:
         user's cache folder, unless ``strategy`` or its options are given; None never uses calibration.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
-    head_budgets : {None, "adaptive"}, default None
-        ``None``: all kv heads of a layer keep the same number of tokens.  ``"adaptive"``: their tokens compete for the
-        layer's budget (Ada-KV, arXiv:2407.11550).  The memory stays the same, since only the tokens kept are held;
-        they are padded for each attention call, which makes a decode step slower.  For those whom the memory limits,
-        on texts where it has been seen to help.
+    head_budgets : {None, "adaptive", "profile"}, default None
+        ``None``: all kv heads of a layer keep the same number of tokens.  ``"profile"``: each head keeps what the
+        profile says it counts for, and a layer with a profile's strategy what its heads count for together.
+        ``"adaptive"``: their tokens compete for the layer's budget (Ada-KV, arXiv:2407.11550).  The memory stays the
+        same, since only the tokens kept are held; they are padded for each attention call, which makes a decode step
+        slower.  For those whom the memory limits.
     head_floor : float, default 0.2
-        Fraction of the layer's budget that every head keeps with ``head_budgets="adaptive"``.
+        Fraction of the layer's budget that every head keeps where heads differ.
     protect : sequence of (int, int), optional
         Spans ``(start, stop)`` of real tokens that every layer keeps: a system prompt, instructions.
 
@@ -195,7 +198,7 @@ class RankKVConfig:
                     "decode='bounded' evicts a single one at a time; use decode='grow' or 'periodic'."
                 )
         if self.head_budgets is not None:
-            _check_choice("head_budgets", self.head_budgets, ("adaptive",))
+            _check_choice("head_budgets", self.head_budgets, HEAD_BUDGETS)
         _check_floor(self.head_floor)
         _check_int(
             "decode_interval", self.decode_interval, 1, "the tokens between two compressions while decoding"
@@ -214,15 +217,18 @@ class RankKVConfig:
 
     def _check_profile(self) -> None:
         object.__setattr__(self, "profile", check_profile(self.profile))
-        uses_profile = self.strategy in PROFILE_USERS
+        uses_profile = self.strategy in PROFILE_USERS or self.head_budgets == "profile"
         if isinstance(self.profile, RankProfile) and self.strategy is not None and not uses_profile:
             raise ConfigError(
                 f"strategy={self.strategy!r} uses no profile, but one is given: leave one of them out, or use strategy "
                 f"{' or '.join(map(repr, PROFILE_USERS))}."
             )
         if self.profile is None and uses_profile:
+            user = (
+                f"strategy={self.strategy!r}" if self.strategy in PROFILE_USERS else "head_budgets='profile'"
+            )
             raise ConfigError(
-                f"strategy={self.strategy!r} needs a profile, but profile=None forbids one: use profile='auto', or "
+                f"{user} needs a profile, but profile=None forbids one: use profile='auto', or "
                 "give a RankProfile."
             )
 

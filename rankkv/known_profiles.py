@@ -135,14 +135,15 @@ def resolve_profile(config: RankKVConfig, model: Any, layer_indices: list[int]) 
     Raises
     ------
     ProfileError
-        If a profile given belongs to another model, or a strategy needs one and none is known.
+        If a profile given belongs to another model, or one is needed and none is known.
     """
     if not layer_indices or config.profile is None:
         return config
     if isinstance(config.profile, RankProfile):
         config.profile.check_model(describe_shape(model), sample_weights(model), layer_indices)
         return config
-    wanted = config.strategy in PROFILE_USERS
+    by_heads = config.head_budgets == "profile"
+    wanted = by_heads or config.strategy in PROFILE_USERS
     # Options without a strategy are those of the uncalibrated default.
     if not wanted and (config.strategy is not None or config.strategy_options is not None):
         return config
@@ -150,8 +151,9 @@ def resolve_profile(config: RankKVConfig, model: Any, layer_indices: list[int]) 
     if profile is not None:
         return replace(config, profile=profile)
     if wanted:
+        user = "head_budgets='profile'" if by_heads else f"strategy={config.strategy!r}"
         raise ProfileError(
-            f"strategy={config.strategy!r} needs a profile, and none is known of {type(model).__name__} "
+            f"{user} needs a profile, and none is known of {type(model).__name__} "
             f"{model.config._name_or_path or '(no name)'!r}: measure one with rankkv calibrate, or give "
             "profile=RankProfile.load(path)."
         )

@@ -105,7 +105,7 @@ def check_head_budgets(backend: str | None) -> None:
     """
     if backend is not None and backend.startswith("flash"):
         raise UnsupportedModelError(
-            f"head_budgets='adaptive' needs a mask for each head, which {backend} does not take; use "
+            f"head_budgets needs a mask for each head, which {backend} does not take; use "
             "attn_implementation='sdpa', or head_budgets=None."
         )
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from . import attention
 from .attention_call import AttentionCall
+from .budget_heads import compute_head_weights
 from .budget_plan import BudgetPlan
 from .budget_strategies import get_strategy
 from .cache_layer import RankKVLayer, SlotMap, release_hidden
@@ -69,6 +70,8 @@ class ObservedCache(DynamicCache):
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
         self.config = resolve_profile(config, model, self.layer_indices)
+        if self.config.head_budgets == "profile":
+            self._weigh_heads()
         self._strategy = get_strategy(self.config.resolve_strategy()[0])
         self._backend_of = text_config
         rotations = self._find_rotations(model)
@@ -78,8 +81,8 @@ class ObservedCache(DynamicCache):
         shards = find_head_shards(model)
         if shards is not None and config.head_budgets is not None:
             raise ConfigError(
-                f"head_budgets={config.head_budgets!r} lets all heads of a layer compete, and tensor parallelism keeps "
-                f"them in {shards.size} processes: use head_budgets=None with this model."
+                f"head_budgets={config.head_budgets!r} spreads a layer's budget over all its heads, and tensor "
+                f"parallelism keeps them in {shards.size} processes: use head_budgets=None with this model."
             )
         self._flow = Flow(self.config, self.selector, self.layer_indices, rotations, shards)
         # The keys each layer's attention was last given, for layers that attend to those of another.
@@ -112,6 +115,12 @@ class ObservedCache(DynamicCache):
         if self.config.head_budgets is not None:
             return RaggedLayer(storage, self.config.head_floor)
         return RankKVLayer() if storage == "full" else RestingLayer(storage)
+
+    def _weigh_heads(self) -> None:
+        if not self.layer_indices:
+            return
+        for index, weights in zip(self.layer_indices, compute_head_weights(self.config.profile), strict=True):
+            self.layers[index].head_weights = weights.tolist()
 
     # -- what transformers asks ---------------------------------------------------------------------------------
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .budget_heads import allocate_head_budgets
+from .observation import Observation
 from .packed_storage import PackedStorage, SlotLayout
 from .resting_layer import RestingLayer
-from .selection import CASCADE_SLACK, select_tokens_across_heads
+from .selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
 from .storage import STORAGES
 
 
@@ -35,6 +37,9 @@ class RaggedLayer(RestingLayer):
             name: PackedStorage(STORAGES[storage]) for name in ("keys", "values")
         }
         self._head_floor = head_floor
+        #: What each key/value head counts for; None lets the heads' tokens compete.
+        self.head_weights: Sequence[float] | None = None
+        self._room: list[list[int]] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -70,6 +75,13 @@ class RaggedLayer(RestingLayer):
         later = self.width - layout.shape[-1]
         return [[count + later for count in row] for row in layout.counts]
 
+    def begin_compression(
+        self, scores: Tensor, observation: Observation, lasting: Tensor | None = None
+    ) -> None:
+        """Take the scores by which the layer may shrink, and note how many tokens each head has."""
+        super().begin_compression(scores, observation, lasting)
+        self._room = None
+
     def shrink(self, *args: Any, **kwargs: Any) -> None:
         """Keep as many tokens as the budgets say, spread over the heads, and release the rest."""
         super().shrink(*args, **kwargs)
@@ -91,11 +103,36 @@ class RaggedLayer(RestingLayer):
     def _select(
         self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
     ) -> Tensor:
+        if self.head_weights is not None and len(self.head_weights) > 1:
+            return self._select_by_weights(scores, real_index, budgets, keep, **how)
         if scores.shape[1] == 1:
             return super()._select(scores, real_index, budgets, keep, **how)
         return select_tokens_across_heads(
             scores, real_index, self._lengths, budgets, keep=keep, head_floor=self._head_floor, **how
         )
+
+    def _select_by_weights(
+        self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
+    ) -> Tensor:
+        """Select each head's tokens as if it were a row of its own, with the budget that its weight gives it."""
+        weights = self.head_weights or ()
+        batch, heads, keys = scores.shape[0], len(weights), scores.shape[-1]
+        scores, real_index = (
+            tensor.expand(-1, heads, -1).reshape(batch * heads, 1, keys) for tensor in (scores, real_index)
+        )
+        counts = (real_index >= 0).sum(-1).view(batch, heads).tolist()
+        if self._room is None:
+            self._room = counts
+        own, kept = [], []
+        for budget, some, room, there in zip(budgets, keep, self._room, counts, strict=True):
+            final = some <= budget
+            share = allocate_head_budgets(weights, budget, room, self._head_floor, final).tolist()
+            own += share
+            kept += [min(count + (not final), left) for count, left in zip(share, there, strict=True)]
+        lengths = [length for length in self._lengths for _ in range(heads)]
+        if how.get("protect_before") is not None:
+            how["protect_before"] = [length for length in how["protect_before"] for _ in range(heads)]
+        return select_tokens(scores, real_index, lengths, own, keep=kept, **how).view(batch, heads, -1)
 
     def _find_valid(self, empty: Tensor, keep: list[int]) -> Tensor | None:
         return super()._find_valid(empty, keep) if bool((empty == empty[:, :1]).all()) else ~empty

@@ -55,6 +55,9 @@ class RankProfile:
         How it was measured: number of texts, tokens, selector, version.
     name : str
         What the model was called.
+    head_gain_divergence : sequence of sequence of float
+        ``[layer][kv_head]``: as ``gain_divergence``, when this head alone gets its full cache back; empty if
+        not measured.
 
     Raises
     ------
@@ -82,6 +85,7 @@ class RankProfile:
     ranks: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    head_gain_divergence: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -89,7 +93,7 @@ class RankProfile:
             object.__setattr__(self, "layer_indices", tuple(int(index) for index in self.layer_indices))
             for name in ("weight_sample", "ratios", "gain_loss", "gain_divergence"):
                 object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-            for name in ("excess_loss", "divergence"):
+            for name in ("excess_loss", "divergence", "head_gain_divergence"):
                 rows = tuple(tuple(float(value) for value in row) for row in getattr(self, name))
                 object.__setattr__(self, name, rows)
             object.__setattr__(self, "base_ratio", float(self.base_ratio))
@@ -122,8 +126,14 @@ class RankProfile:
                 raise ProfileError(
                     f"{name} needs {len(ratios)} numbers a layer, one a ratio; calibrate again."
                 )
+        if self.head_gain_divergence and len(self.head_gain_divergence) != count:
+            raise ProfileError(
+                f"head_gain_divergence has {len(self.head_gain_divergence)} entries for {count} layers; the file is "
+                "damaged, calibrate again."
+            )
         numbers = [*self.gain_loss, *self.gain_divergence, *self.weight_sample]
-        numbers += [value for rows in (self.excess_loss, self.divergence) for row in rows for value in row]
+        tables = (self.excess_loss, self.divergence, self.head_gain_divergence)
+        numbers += [value for rows in tables for row in rows for value in row]
         if not all(map(math.isfinite, numbers)):
             raise ProfileError(
                 "a number of the profile is not finite; calibrate again, in float32 or bfloat16."

@@ -13,7 +13,11 @@ from ..selection import get_selector
 #: Budgets that every other strategy is compared with.
 UNIFORM = "uniform"
 #: Names that stand for a combination of options; any other name is a strategy with its own options.
-NAMED_STRATEGIES: dict[str, dict[str, Any]] = {"auto": {}, "default": {"profile": None}}
+NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "default": {"profile": None},
+    "heads": {"head_budgets": "profile"},
+}
 
 
 def build_settings(
@@ -29,7 +33,7 @@ def build_settings(
         Token selection methods.
     strategies : iterable of str
         Budget strategies; ``"auto"`` is what :class:`~rankkv.RankKVCache` does by itself, ``"default"`` the same
-        without calibration.
+        without calibration, ``"heads"`` with budgets for each head from the profile.
 
     Returns
     -------

@@ -1,0 +1,283 @@
+"""Heads' budgets from a profile: each head keeps what it counts for, in every way that a cache is used."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from rankkv import RankKVCache, RankKVConfig, RankProfile
+from rankkv.budget_heads import allocate_head_budgets, compute_head_weights, join_heads
+from rankkv.budget_plan import BudgetPlan
+from rankkv.calibration import calibrate
+from rankkv.errors import ConfigError, ProfileError
+from rankkv.known_profiles import describe_shape, sample_weights
+from rankkv.selection import SELECTORS
+
+PROMPT, SHORT = oracles.random_prompt(90, seed=1), oracles.random_prompt(33, seed=2)
+#: One head of each layer counts for much.
+GAINS = ((0.001, 0.2), (0.05, 0.0), (0.01, 0.03))
+KEEP = {"compression_ratio": 0.3, "min_budget": 3, "window_size": 8, "head_budgets": "profile"}
+HEADS, HEAD_DIM = 2, 16
+WAYS = [
+    {},
+    {"decode": "bounded"},
+    {"decode": "periodic", "decode_interval": 3},
+    {"recompress_turns": True},
+    {"prefill": "streaming"},
+]
+
+
+def make_profile(model, gains=GAINS, layers=3, **changes) -> RankProfile:
+    return RankProfile(
+        **{
+            "model": describe_shape(model),
+            "weight_sample": sample_weights(model),
+            "layer_indices": range(layers),
+            "ratios": (0.1, 0.4),
+            "excess_loss": [(0.2, 0.1)] * layers,
+            "divergence": [(0.2, 0.1)] * layers,
+            "gain_loss": [0.1] * layers,
+            "gain_divergence": [0.1] * layers,
+            "base_ratio": 0.1,
+            "head_gain_divergence": [gains[place % len(gains)] for place in range(layers)],
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def keep(model):
+    return {**KEEP, "profile": make_profile(model)}
+
+
+@pytest.fixture(params=[1, 2], ids=["single", "padded"])
+def batch(request):
+    return oracles.left_pad([PROMPT, SHORT][: request.param])
+
+
+def count_tokens(cache: RankKVCache) -> int:
+    return sum(count for layer in cache.kept_per_head for row in layer for count in row)
+
+
+# -- the allocation ------------------------------------------------------------------------------------------------
+
+
+@given(
+    weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8),
+    room=st.integers(1, 400),
+    budgets=st.lists(st.integers(0, 400), min_size=2, max_size=2),
+    head_floor=st.floats(0.0, 1.0),
+)
+def test_heads_share_the_budget_and_never_want_more_when_it_shrinks(weights, room, budgets, head_floor):
+    smaller, larger = sorted(min(budget, room) for budget in budgets)
+    upper = [room] * len(weights)
+    final = allocate_head_budgets(weights, smaller, upper, head_floor)
+    assert final.sum() == smaller * len(weights)
+    assert (final >= int(head_floor * smaller)).all()
+    assert (final <= room).all()
+    assert (final <= allocate_head_budgets(weights, larger, upper, head_floor, final=False)).all()
+    order = np.argsort(weights, kind="stable")
+    assert (np.diff(final[order]) >= -1).all()
+
+
+def test_a_layer_counts_for_its_heads_together(model):
+    profile = make_profile(model)
+    weights = compute_head_weights(profile)
+    floors = [[max(gain, 0.001) ** 0.75 for gain in row] for row in GAINS]
+    assert [row.tolist() for row in weights] == [pytest.approx(row) for row in floors]
+    assert join_heads(profile).gain_divergence == pytest.approx([sum(row) for row in floors])
+
+
+# -- what is kept --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_every_head_keeps_what_its_weight_gives(model, keep, batch, selector):
+    cache = oracles.prefill(model, *batch, selector=selector, **keep)
+    weights = compute_head_weights(keep["profile"])
+    lengths = batch[1].sum(-1).tolist()
+    for place, layer in enumerate(cache.kept_per_head):
+        for row, heads in enumerate(layer):
+            budget, room = cache.budgets_per_row[row][place], [lengths[row]] * HEADS
+            assert heads == allocate_head_budgets(weights[place], budget, room, 0.2).tolist()
+            assert sum(heads) == HEADS * budget
+            assert heads == [len(head) for head in oracles.kept_positions(cache, place)[row]]
+    assert cache.kept_per_head[0][0][1] > cache.kept_per_head[0][0][0]
+    assert cache.cache_bytes() == 2 * count_tokens(cache) * HEAD_DIM * 4
+    assert "its heads now hold" in cache.summary()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("head_floor", [0.0, 0.3, 0.95])
+@pytest.mark.parametrize("strategy", [None, "power", "profile"])
+def test_cascade_equals_one_decision(tiny_llama, monkeypatch, selector, head_floor, strategy):
+    model = tiny_llama(6)
+    given = {"selector": selector, "head_floor": head_floor, "strategy": strategy, "min_budget": 1}
+    options = {**KEEP, **given, "profile": make_profile(model, layers=6)}
+    for seed, lengths in enumerate(((100,), (110, 20, 63))):
+        ids, mask = oracles.left_pad([oracles.random_prompt(n, seed + n) for n in lengths])
+        cascade = oracles.prefill(model, ids, mask, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(BudgetPlan, "compute_ceilings", lambda plan: [plan.length] * plan._added)
+            once = oracles.prefill(model, ids, mask, **options)
+        assert cascade.kept_per_head == once.kept_per_head
+        for index in cascade.layer_indices:
+            assert oracles.kept_positions(cascade, index) == oracles.kept_positions(once, index)
+
+
+def test_equal_heads_keep_what_layers_without_head_budgets_keep(model, batch):
+    profile = make_profile(model, gains=[(0.1, 0.1)] * 3)
+    spread = oracles.prefill(model, *batch, **KEEP, profile=profile)
+    plain = oracles.prefill(model, *batch, **{**KEEP, "head_budgets": None}, profile=profile)
+    assert spread.budgets_per_row == plain.budgets_per_row
+    for index in plain.layer_indices:
+        assert oracles.kept_positions(spread, index) == oracles.kept_positions(plain, index)
+
+
+# -- it equals the full cache with the rest masked -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("selector", ["snapkv", "h2o", "streaming_llm"])
+def test_every_step_equals_the_masked_full_cache(model, keep, batch, selector, options):
+    ids, mask = batch
+    cache = RankKVCache(model, selector=selector, **options, **keep)
+    twin, full = copy.deepcopy(model), DynamicCache(config=model.config)
+    twin.set_attn_implementation(oracles.MASKED_ORACLE)
+    sizes = (30, 30, 30) if "prefill" in options else (90,)
+    chunks = [*ids.split(sizes, dim=1), *oracles.next_chunks(len(ids), (1, 1, 6, 1, 1, 1, 1, 1))]
+    mask = torch.cat([mask, mask.new_ones(len(ids), 13)], dim=-1)
+    differ = 0
+    for chunk in chunks:
+        past = cache.seen_tokens
+        for layer_idx, module in oracles.attention_modules(twin).items() if past else ():
+            kept = oracles.kept_positions(cache, layer_idx)
+            evicted = torch.ones(len(ids), HEADS, past, dtype=torch.bool)
+            for row, heads in enumerate(kept):
+                for head, positions in enumerate(heads):
+                    evicted[row, head, positions] = False
+                differ += len({len(positions) for positions in heads}) > 1
+            module.oracle_evicted = evicted
+        so_far = mask[:, : past + chunk.shape[1]]
+        ours, theirs = (oracles.forward(m, c, chunk, so_far) for m, c in ((model, cache), (twin, full)))
+        is_real = so_far[:, past:].bool()
+        torch.testing.assert_close(ours[is_real], theirs[is_real], atol=1e-4, rtol=1e-4)
+    assert differ
+    if options.get("decode") == "bounded":
+        for place, layer in enumerate(cache.kept_per_head):
+            for row, heads in enumerate(layer):
+                assert sum(heads) <= HEADS * cache.budgets_per_row[row][place]
+
+
+@pytest.mark.parametrize("decode", ["grow", "bounded", "periodic"])
+@pytest.mark.parametrize("positions", ["original", "packed"])
+def test_rows_are_treated_as_if_alone(model, keep, decode, positions):
+    prompts = [PROMPT, SHORT, oracles.random_prompt(60, 3)]
+    oracles.assert_batch_invariant(
+        model, prompts, decode=decode, decode_interval=3, positions=positions, **keep
+    )
+
+
+def test_everything_kept_changes_no_token(model, keep, batch):
+    oracles.assert_identity(model, *batch, **{**keep, "compression_ratio": 1.0})
+
+
+@pytest.mark.parametrize("storage", ["full", "int8", "offload"])
+def test_saved_and_loaded(model, keep, batch, tmp_path, storage):
+    ids, mask = batch
+    cache = oracles.prefill(model, ids, mask, storage=storage, decode="bounded", **keep)
+    loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), model)
+    assert loaded.kept_per_head == cache.kept_per_head
+    chunks = oracles.next_chunks(len(ids), (1, 1, 1), seed=7)
+    for ours, theirs in zip(
+        oracles.feed(model, loaded, chunks, mask), oracles.feed(model, cache, chunks, mask), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert loaded.kept_per_head == cache.kept_per_head
+
+
+def test_beams_copies_and_turns(model, keep):
+    ids, mask = oracles.left_pad([PROMPT, SHORT])
+    text = oracles.generate(model, ids, RankKVCache(model, **keep), mask=mask, num_beams=3)
+    for row, prompt in enumerate((PROMPT, SHORT)):
+        alone = oracles.generate(model, prompt, RankKVCache(model, **keep), num_beams=3)
+        assert torch.equal(text[row], alone[0])
+    cache = RankKVCache(model, recompress_turns=True, **keep)
+    asked = PROMPT
+    for turn in range(3):
+        answer = oracles.generate(model, asked, cache, new_tokens=5)
+        twin = cache.copy()
+        asked = torch.cat([asked, answer, oracles.random_prompt(7, seed=turn)], 1)
+        assert torch.equal(oracles.generate(model, asked, twin), oracles.generate(model, asked, cache.copy()))
+
+
+def test_merged_tokens_stay_within_their_head(model, keep):
+    cache = oracles.prefill(model, PROMPT, merging="values", **keep)
+    plain = oracles.prefill(model, PROMPT, **keep)
+    assert cache.kept_per_head == plain.kept_per_head
+
+
+# -- measuring, and what is refused --------------------------------------------------------------------------------
+
+
+def test_calibration_measures_heads_as_the_masked_full_cache_does(tiny_llama):
+    """With one head given back, the model predicts what the full cache does with only the others' tokens hidden."""
+    model = tiny_llama()
+    ids = oracles.random_prompt(96, seed=5)[0]
+    sizes = {"context_tokens": 80, "continuation_tokens": 16, "ratios": [0.3], "base_ratio": 0.3}
+    profile = calibrate(model, None, [ids], **sizes)
+    base = oracles.prefill(model, ids[None, :80], budget=24, min_budget=1, strategy="uniform")
+    full = oracles.forward(model, DynamicCache(config=model.config), ids[None])[0, 80:-1].log_softmax(-1)
+
+    def compute_divergence(back: tuple[int, int] | None) -> float:
+        twin, cache = copy.deepcopy(model), DynamicCache(config=model.config)
+        oracles.forward(twin, cache, ids[None, :80])
+        twin.set_attn_implementation(oracles.MASKED_ORACLE)
+        for layer_idx, module in oracles.attention_modules(twin).items():
+            evicted = torch.ones(1, HEADS, 80, dtype=torch.bool)
+            for head, positions in enumerate(oracles.kept_positions(base, layer_idx)[0]):
+                evicted[0, head, positions] = False
+            if back is not None and back[0] == layer_idx:
+                evicted[0, back[1]] = False
+            module.oracle_evicted = evicted
+        other = oracles.forward(twin, cache, ids[None, 80:])[0, :-1].log_softmax(-1)
+        return float((full.exp() * (full - other)).sum(-1).mean())
+
+    whole = compute_divergence(None)
+    for layer, gains in enumerate(profile.head_gain_divergence):
+        expected = [whole - compute_divergence((layer, head)) for head in range(HEADS)]
+        assert gains == pytest.approx(expected, abs=1e-5)
+
+
+def test_calibration_without_heads_is_refused_where_heads_are_wanted(model, keep, tmp_path):
+    with pytest.raises(ProfileError, match=r"needs a profile whose heads were measured.*rankkv calibrate"):
+        RankKVCache(model, **{**keep, "profile": make_profile(model, head_gain_divergence=())})
+    path = keep["profile"].save(tmp_path / "profile.json")
+    assert RankProfile.load(path) == keep["profile"]
+    assert RankKVCache(model, **{**keep, "profile": path}).config.profile == keep["profile"]
+
+
+def test_heads_without_a_profile_are_refused(model, monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match="head_budgets='profile' needs a profile, but profile=None"):
+        RankKVConfig(head_budgets="profile", profile=None)
+    monkeypatch.setenv("RANKKV_CACHE", str(tmp_path))
+    with pytest.raises(ProfileError, match="head_budgets='profile' needs a profile, and none is known"):
+        RankKVCache(model, head_budgets="profile")
+
+
+def test_any_strategy_may_spread_layers_by_heads(model, keep):
+    cache = oracles.prefill(model, PROMPT, strategy="uniform", **keep)
+    assert len(set(cache.budgets)) == 1
+    assert all(len(set(layer[0])) > 1 for layer in cache.kept_per_head)
