@@ -63,7 +63,7 @@ def calibrate(
         Token selection method.
     heads : bool, default True
         Whether each key/value head gets its full cache back alone, too: what ``head_budgets="profile"`` needs, at one
-        more continuation a head.
+        more continuation a head. Not under tensor parallelism, where a process has some of them only.
     name : str, optional
         What to call the model.
     resume_path : str or Path, optional
@@ -90,16 +90,23 @@ def calibrate(
 
     Notes
     -----
-    One prefill a piece, then ``(len(ratios) + 1) * layers`` continuations; what lies below the first layer that
-    differs is run once, so that they cost about half of as many forwards.
+    One prefill a piece, then ``(len(ratios) + 1) * layers`` continuations, and one a head; what lies below the first
+    layer that differs is run once, so that they cost about half of as many forwards.
     """
+    sharded = find_head_shards(model) is not None
     settings = CalibrationSettings(
-        context_tokens, continuation_tokens, max_texts, tuple(ratios), base_ratio, selector, heads
+        context_tokens,
+        continuation_tokens,
+        max_texts,
+        tuple(ratios),
+        base_ratio,
+        selector,
+        heads and not sharded,
     )
     pieces = settings.cut(tokenizer, texts)
     subject = describe_subject(model, name)
     # Tensor-parallel processes measure each piece together.
-    shared = share_processes and find_head_shards(model) is None
+    shared = share_processes and not sharded
     done = DoneRecords(resume_path, settings.describe(subject), find_place().rank if share_processes else 0)
     own = split_samples(pieces) if shared else pieces
     cells = settings.count_cells(subject)

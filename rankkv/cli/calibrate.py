@@ -41,6 +41,9 @@ def calibrate(
     context_tokens: Annotated[int, typer.Option(help="Tokens of a piece that are compressed.")] = 1024,
     continuation_tokens: Annotated[int, typer.Option(help="Tokens after them that are scored.")] = 256,
     selector: Annotated[str, typer.Option(help="Token selection method.")] = "snapkv",
+    heads: Annotated[
+        bool, typer.Option(help="Also measure each key/value head, for head_budgets='profile'.")
+    ] = True,
     dtype: Annotated[
         str | None,
         typer.Option(help="Weights' dtype, such as bfloat16.", show_default="the checkpoint's own"),
@@ -83,6 +86,7 @@ def calibrate(
         "continuation_tokens": continuation_tokens,
         "max_texts": max_texts,
         "selector": selector,
+        "heads": heads,
         "resume_path": resume_path,
     }
     with show_step(console, "Reading the texts"):

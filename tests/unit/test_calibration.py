@@ -32,14 +32,14 @@ def test_it_goes_on_after_an_interruption(tiny_llama, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         RankProfile.calibrate(model, texts=texts, resume_path=path, on_progress=interrupt, **options)
-    assert seen == [(done, 18) for done in range(1, 10)]
+    assert seen == [(done, 24) for done in range(1, 10)]
     assert len(path.read_text().splitlines()) == 2
     seen.clear()
     resumed = RankProfile.calibrate(
         model, texts=texts, resume_path=path, on_progress=lambda *step: seen.append(step), **options
     )
     # The first piece was there already, the second had begun and starts anew.
-    assert seen == [(done, 18) for done in range(7, 19)]
+    assert seen == [(done, 24) for done in range(9, 25)]
     assert resumed == whole
     with pytest.raises(InputError, match=r"of another calibration \(other weights\)"):
         RankProfile.calibrate(tiny_llama(2, seed=1), texts=texts, resume_path=path, **options)
