@@ -117,8 +117,8 @@ def _is_alive(process: psutil.Process) -> bool:
 def make_watched(folder: Path, deadly_call: int | None = None, victim: str = "worker") -> Selector:
     """SnapKV that notes in whose process each call was made.
 
-    At a worker's so many-th call it kills the ``"worker"``, once, or ``"each"`` that comes so far; or, once, with it what
-    started it, and both are the ``"machine"`` as far as Ray knows.
+    At a worker's so many-th call it kills the ``"worker"``, once, or ``"each"`` that comes so far; or, once, the worker
+    and what started it, which are the ``"machine"`` as far as Ray knows.
     """
     snapkv = get_selector("snapkv")
     folder.mkdir(exist_ok=True)
