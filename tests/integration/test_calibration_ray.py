@@ -163,11 +163,12 @@ def read_measured(path: Path) -> dict[str, Any]:
 
 
 class Alone(NamedTuple):
-    """What one process measured, and how many calls of the selector each piece took."""
+    """What one process measured; how many calls of the selector, and steps of progress, each piece took."""
 
     profile: RankProfile
     measured: dict[str, Any]
     calls: int
+    cells: int
 
 
 @pytest.fixture
@@ -176,14 +177,21 @@ def alone(source: tuple[Path, Path], tmp_path: Path) -> Alone:
     model, tokenizer = load_model(folder)
     path = tmp_path / "alone.unfinished"
     selector = make_watched(tmp_path / "alone")
-    texts = [text.read_text()]
+    steps: list[int] = []
     profile = calibrate(
-        model, tokenizer, texts, selector=selector, name=str(folder), resume_path=path, **SIZES
+        model,
+        tokenizer,
+        [text.read_text()],
+        selector=selector,
+        name=str(folder),
+        resume_path=path,
+        on_progress=lambda done, _: steps.append(done),
+        **SIZES,
     )
     calls, rest = divmod(count_calls(tmp_path / "alone")[os.getpid()], PIECES)
     assert calls > 2
     assert rest == 0
-    return Alone(profile, read_measured(path), calls)
+    return Alone(profile, read_measured(path), calls, steps[-1] // PIECES)
 
 
 def test_what_a_killed_worker_had_is_measured_by_another(
@@ -222,8 +230,7 @@ def test_what_a_killed_worker_had_is_measured_by_another(
     assert sum(made.values()) == (PIECES - 1) * calls
     assert len(losses) == 1
     assert "another measures that piece again (attempt 2 of 6)" in losses[0]
-    cells = 12
-    assert steps == [(number * cells, PIECES * cells) for number in range(PIECES + 1)]
+    assert steps == [(number * alone.cells, PIECES * alone.cells) for number in range(PIECES + 1)]
 
 
 @pytest.mark.slow
