@@ -67,8 +67,8 @@ def check_measures(measures: Any, strategy: str, scalar: bool) -> FloatArray:
         ) from error
     if values.ndim == 0 or values.size == 0:
         raise DegenerateAttentionError("layer_ranks is empty: there is no layer to give a budget to.")
-    wrong = [i for i, value in enumerate(values) if not np.isfinite(value).all() or (value < 0).any()]
-    if wrong:
+    wrong = np.flatnonzero(~((values >= 0) & (values < np.inf)).reshape(len(values), -1).all(axis=1))
+    if len(wrong):
         raise DegenerateAttentionError(
             f"layer {wrong[0]}: a measure of {strategy!r} is not a finite number >= 0; look at that layer's attention."
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from .budget_profile import allocate_by_distortion, fit_decreasing
-from .budget_shares import FloatArray
+from .budget_shares import FloatArray, IntArray
 from .budget_weights import Limits, check_number
 
 #: The smallest budget tried, and how much larger each next one is.
@@ -71,14 +73,21 @@ def weigh_distortion(
     layers = len(errors)
     length = limits.length or round(_FIRST * _STEP ** errors.shape[1])
     floor = min(limits.floor, length)
-    tried = make_budget_grid(length)
-    # Where a layer holds fewer tokens than the row has seen, a budget beyond them costs nothing.
-    errors = np.pad(errors[:, : len(tried)], [(0, 0), (0, max(0, len(tried) - errors.shape[1]) + 1)])
-    grid = [budget for budget in tried if budget > floor]
-    budgets = np.array([floor, *grid, length] if floor < length else [length])
-    # Linear in the logarithm between the measured budgets, as damage is.
-    measured = np.log([*tried, length])
-    curves = [(budgets, np.interp(np.log(budgets), measured, fit_decreasing(row))) for row in errors]
+    curves = [_fit_curve(tuple(row), length, floor) for row in errors.tolist()]
     total = max(limits.total_budget, floor * layers)
     low, high = np.full(layers, floor), np.full(layers, length)
     return allocate_by_distortion(curves, min(total, length * layers), low, high).astype(np.float64)
+
+
+# A layer's curve is asked for again with each layer that arrives after it.
+@functools.lru_cache(maxsize=1024)
+def _fit_curve(errors: tuple[float, ...], length: int, floor: int) -> tuple[IntArray, FloatArray]:
+    """Return the budgets from floor to length at which one layer was tried, and the errors fitted to them."""
+    tried = make_budget_grid(length)
+    # Where a layer holds fewer tokens than the row has seen, a budget beyond them costs nothing.
+    known = np.zeros(len(tried) + 1)
+    known[: min(len(errors), len(tried))] = errors[: len(tried)]
+    inside = [budget for budget in tried if budget > floor]
+    budgets = np.array([floor, *inside, length] if floor < length else [length])
+    # Linear in the logarithm between the measured budgets, as damage is.
+    return budgets, np.interp(np.log(budgets), np.log([*tried, length]), fit_decreasing(known))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,9 +38,12 @@ def fit_decreasing(values: ArrayLike) -> FloatArray:
     >>> fit_decreasing([3.0, 1.0, 2.0, 0.5]).tolist()
     [3.0, 1.5, 1.5, 0.5]
     """
+    given = np.asarray(values, dtype=np.float64)
+    if (given[1:] <= given[:-1]).all():
+        return given.copy()
     pools: list[tuple[float, int]] = []
-    for value in np.asarray(values, dtype=np.float64):
-        total, count = float(value), 1
+    for value in given.tolist():
+        total, count = value, 1
         while pools and pools[-1][0] / pools[-1][1] < total / count:
             earlier_total, earlier_count = pools.pop()
             total, count = total + earlier_total, count + earlier_count
@@ -67,7 +71,8 @@ def compute_hull(budgets: ArrayLike, values: ArrayLike) -> IntArray:
     >>> compute_hull([0, 1, 2, 3], [9.0, 8.0, 1.0, 0.0]).tolist()
     [0, 2, 3]
     """
-    x, y = np.asarray(budgets, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    # Lists: single numbers of an array are slow to read.
+    x, y = (np.asarray(line, dtype=np.float64).tolist() for line in (budgets, values))
     kept: list[int] = []
     for i in range(len(x)):
         while len(kept) > 1:
@@ -125,16 +130,13 @@ def allocate_by_distortion(
         )
     steps = []
     for layer, (budgets, values) in enumerate(curves):
-        x, y = np.asarray(budgets, dtype=np.int64), np.asarray(values, dtype=np.float64)
-        hull = compute_hull(x, y)
-        slopes = np.diff(y[hull]) / np.diff(x[hull])
-        steps += [
-            (slope, layer, place, width)
-            for place, (slope, width) in enumerate(zip(slopes, np.diff(x[hull]), strict=True))
-        ]
+        x, y = np.asarray(budgets, dtype=np.int64).tolist(), np.asarray(values, dtype=np.float64).tolist()
+        for place, (one, other) in enumerate(itertools.pairwise(compute_hull(x, y).tolist())):
+            width = x[other] - x[one]
+            steps.append(((y[other] - y[one]) / width, layer, place, width))
     result = low.copy()
     for _, layer, _, width in sorted(steps):
-        taken = min(left, int(width))
+        taken = min(left, width)
         result[layer] += taken
         left -= taken
         if left == 0:

@@ -107,7 +107,7 @@ def compute_measures(observation: Observation, measure: str, **options: Any) -> 
     known = inspect.signature(function).parameters
     taken = {name: value for name, value in options.items() if name in known}
     key = (measure, repr(sorted(taken.items())))
-    memory = observation.memory if "limits" not in taken else None
+    memory = observation.memory
     if memory is not None and key in memory:
         return memory[key]
     measured = function(observation, **taken).to("cpu", torch.float64)

@@ -248,6 +248,19 @@ def test_a_row_of_nothing_but_padding_does_not_stop_the_others(model, name):
     torch.testing.assert_close(measured[0], alone, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("floor", [8, 20, 45, 60])
+def test_what_is_tried_above_a_floor_is_what_is_tried_without_one(model, floor):
+    tried = (8, 11, 16, 23, 32, 45)
+    # The last one that is not above the floor says where the curve comes from.
+    first = max(place for place, budget in enumerate(tried) if budget <= floor)
+    for layer in observe(model, PROMPT):
+        errors = compute_measures(layer, "distortion", limits=[replace(LIMITS, floor=floor)])[0]
+        torch.testing.assert_close(
+            errors[first:], measure(layer, "distortion")[0, first:], rtol=1e-5, atol=1e-9
+        )
+        assert errors[:first].tolist() == [float(errors.max())] * first
+
+
 def test_errors_are_relative_to_attention_that_learned_sinks_take_from(model):
     """Sinks that take nearly everything leave nearly nothing to lose; the few keys kept are not blown up to all."""
     layer = observe(model, PROMPT)[0]
