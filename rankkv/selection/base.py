@@ -209,11 +209,16 @@ def select_tokens(
         protect=protect,
         protect_before=protect_before,
     )
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
     if min(keep) < width:
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
         rank = torch.arange(width, device=order.device)
         order = order.masked_fill(rank >= torch.tensor(keep, device=order.device).view(-1, 1, 1), -1)
-    return order.sort(dim=-1).values
+        return order.sort(dim=-1).values
+    # Nothing has to be sorted to find what lies above the least score that is kept, and the first of those at it.
+    least = scores.topk(width, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, level = scores > least, scores == least
+    is_kept = above | (level & (level.cumsum(dim=-1) <= width - above.sum(dim=-1, keepdim=True)))
+    return is_kept.nonzero()[:, -1].view(*scores.shape[:-1], width)
 
 
 def raise_protected(
