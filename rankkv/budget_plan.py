@@ -92,7 +92,8 @@ class BudgetPlan:
         if not bounded:
             total = min(total, length * count)
         minimum = max(FLOOR_TOKENS, total // count // 2) if config.min_budget is None else config.min_budget
-        spanned = count_spanned(config.protect, length)
+        #: Tokens in spans that the options protect.
+        self.spanned = spanned = count_spanned(config.protect, length)
         # Protected spans come on top of what a layer needs for its sinks and newest tokens.
         minimum = max(minimum, spanned + FLOOR_TOKENS) if spanned else minimum
         self.floor = minimum if bounded else min(length, minimum)

@@ -63,8 +63,6 @@ class RankKVLayer(DynamicLayer):
 
     is_sliding = False
     is_croppable = True
-    #: Tokens beyond a budget that may still shrink, so that the smaller one finds all it would select.
-    cascade_slack = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,6 +194,13 @@ class RankKVLayer(DynamicLayer):
     def kept_length(self) -> int:
         """Tokens that a head keeps: of the row that keeps most, and an average where heads differ."""
         return self.width
+
+    def count_slack(self, protection_settled: bool) -> int:
+        """Return the tokens beyond a budget that may still shrink, so that the smaller one finds all it would select.
+
+        ``protection_settled``: the smaller one will protect as many of the newest and of the first tokens.
+        """
+        return 0 if protection_settled else 1
 
     @property
     def kept_per_head(self) -> list[list[int]]:

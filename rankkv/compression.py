@@ -207,9 +207,12 @@ class Compressor:
         self, layers: Sequence[RankKVLayer], done: list[int], ceilings: list[list[int]]
     ) -> None:
         """Shrink the layers with most to release until what is held fits the total, and no further."""
-        slack = layers[done[0]].cascade_slack
-        widths = [max(row[place] for row in ceilings) + slack for place in range(len(done))]
-        excess = {place: layers[index].kept_length - widths[place] for place, index in enumerate(done)}
+        excess = {}
+        for place, index in enumerate(done):
+            budgets = [row[place] for row in ceilings]
+            excess[place] = (
+                layers[index].kept_length - max(budgets) - self._count_slack(layers[index], budgets)
+            )
         total = max(plan.total_budget for plan in self._open)
         limit = total + _CASCADE_SLACK * (total + layers[done[-1]].seen)
         over = sum(layers[index].kept_length for index in done) - limit
@@ -227,8 +230,21 @@ class Compressor:
         place: int,
         final: bool = False,
     ) -> None:
-        layer = layers[done[place]]
-        self._shrink_layer(layer, [row[place] for row in budgets], slack=0 if final else layer.cascade_slack)
+        layer, own = layers[done[place]], [row[place] for row in budgets]
+        self._shrink_layer(layer, own, slack=0 if final else self._count_slack(layer, own))
+
+    def _count_slack(self, layer: RankKVLayer, budgets: list[int]) -> int:
+        """Count the tokens that a layer keeps beyond ``budgets``, one a row, while these may still shrink."""
+        window, sinks = self.config.window_size, self.config.sink_size
+        settled = True
+        for plan, budget in zip(self._open, budgets, strict=True):
+            # What is protected grows with a budget, so that what the smallest and this one protect tells for all.
+            least, most = (
+                self.selector.count_protected(max(0, count - plan.spanned), window, sinks)
+                for count in (min(plan.floor, budget), budget)
+            )
+            settled = settled and least == most
+        return layer.count_slack(settled)
 
     def _shrink_layer(
         self, layer: RankKVLayer, budgets: list[int], slack: int, protect_before: list[int] | None = None

@@ -29,8 +29,6 @@ class RaggedLayer(RestingLayer):
         Fraction of the budget that every head keeps.
     """
 
-    cascade_slack = CASCADE_SLACK
-
     def __init__(self, storage: str, head_floor: float) -> None:
         super().__init__(storage)
         self._stores: Mapping[str, PackedStorage] = {
@@ -65,6 +63,10 @@ class RaggedLayer(RestingLayer):
         if self._layout is None:
             return self.width
         return max(-(-sum(row) // len(row)) for row in self.kept_per_head)
+
+    def count_slack(self, protection_settled: bool) -> int:
+        """Return the tokens a head beyond a budget that may still shrink."""
+        return CASCADE_SLACK
 
     @property
     def kept_per_head(self) -> list[list[int]]:

@@ -124,6 +124,22 @@ def test_peak_is_the_total_and_one_layer(tiny_llama, strategy, ratio):
     assert peak + 400 <= 1.05 * (sum(cache.budgets) + 400)
 
 
+@pytest.mark.parametrize(("min_budget", "spare"), [(64, 0), (16, 1)])
+def test_no_token_is_held_beyond_a_budget_that_protects_what_the_smallest_does(tiny_llama, min_budget, spare):
+    model, prompt, held = tiny_llama(8), oracles.random_prompt(200), []
+    cache = RankKVCache(model, budget=80, min_budget=min_budget, strategy="uniform")
+    hook = oracles.attention_modules(model)[0].register_forward_hook(
+        lambda *_: held.append(cache.kept_lengths[0])
+    )
+    try:
+        oracles.forward(model, cache, prompt)
+    finally:
+        hook.remove()
+    # Half of a budget below 64 protects fewer than 32 of the newest tokens, so one more has to wait for it.
+    assert held == [80 + spare]
+    assert cache.kept_lengths[0] == 80
+
+
 def test_static_strategies_release_every_layer_at_once(tiny_llama):
     model, prompt = tiny_llama(8), oracles.random_prompt(200)
     cache = RankKVCache(model, 0.2, strategy="pyramid")
