@@ -31,6 +31,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "lava": {"strategy": "lava"},
     "RankKV": {"profile": None},
     "RankKV, profile": {},
+    "RankKV, heads": {"head_budgets": "profile"},
 }
 SELECTORS = (
     "snapkv", "h2o", "streaming_llm", "tova", "knorm", "keydiff", "expected_attention", "lagkv", "qfilter", "cur",

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 def test_every_cell_is_there_once(folder):
     rows = read_rows([folder / "rows.parquet"])
     cells = [(row["length"], row["depth"], row["strategy"], row["ratio"]) for row in rows]
-    assert len(cells) == len(set(cells)) == 2 * 2 * (3 + 2)
+    assert len(cells) == len(set(cells)) == 2 * 2 * (4 + 2)
     assert {row["length"] for row in rows} == {96, 128}
     assert {row["depth"] for row in rows} == {0.1, 0.9}
 
