@@ -278,7 +278,8 @@ def test_the_shipped_profile_belongs_to_the_embedded_model_alone(embedded):
     profile = RankKVCache(model).config.profile
     assert isinstance(profile, RankProfile)
     assert profile.model == describe_shape(model)
-    assert len(profile.ratios) >= 5
+    assert len(profile.ratios) >= 4
+    assert {len(row) for row in profile.head_gain_divergence} == {model.config.num_key_value_heads}
     assert RankKVCache(model, profile=None).config.profile is None
     with torch.random.fork_rng():
         stranger = type(model)._from_config(model.config, dtype=torch.bfloat16)
