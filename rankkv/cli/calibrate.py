@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,7 +99,8 @@ def calibrate(
         from ..calibration_ray import calibrate_on_ray
 
         console.print("Starting Ray ..." if address is None else f"Joining the Ray cluster {address} ...")
-        with _show_progress(console) as on_progress:
+        # Ray prints what it knows of a dead worker to stdout, which is for results.
+        with _show_progress(console) as on_progress, redirect_stdout(sys.stderr):
             profile = calibrate_on_ray(
                 model,
                 documents,

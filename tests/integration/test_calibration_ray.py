@@ -353,6 +353,35 @@ def test_a_killed_command_goes_on_without_ray(tiny_llama: Any, tmp_path: Path, f
 
 
 @pytest.mark.slow
+def test_a_dead_worker_is_told_beside_the_results(tiny_llama: Any, tmp_path: Path, family: Family) -> None:
+    pieces = 40
+    folder, text = write_model_and_text(tmp_path, tiny_llama(4), pieces)
+    command = [sys.executable, "-m", "rankkv", "calibrate", "--model", str(folder), "--texts", str(text)]
+    command += [*OPTIONS[:-1], str(pieces), "-o", str(tmp_path / "profile.json"), "--json"]
+    command += ["--engine", "ray", "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        workers: list[psutil.Process] = []
+        while not workers:
+            assert running.poll() is None, running.stderr.read()
+            family.look()
+            # Ray names a process after the task that it runs.
+            workers = [process for process in family.seen.values() if _read_name(process) == "ray::_measure"]
+            time.sleep(0.01)
+        workers[0].kill()
+        shown, told = running.communicate(timeout=300)
+    assert running.returncode == 0
+    assert json.loads(shown)["calibration"]["texts"] == pieces
+    assert "another measures that piece again (attempt 2 of 6)" in told
+
+
+def _read_name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+@pytest.mark.slow
 def test_what_a_dead_machine_had_is_measured_by_another(
     source: tuple[Path, Path], alone: Alone, tmp_path: Path, family: Family
 ) -> None:
