@@ -209,7 +209,8 @@ def select_tokens(
         protect=protect,
         protect_before=protect_before,
     )
-    if min(keep) < width:
+    # On a GPU the host would wait to learn where the kept tokens stand, which sorting needs not know.
+    if min(keep) < width or scores.device.type != "cpu":
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
         rank = torch.arange(width, device=order.device)
         order = order.masked_fill(rank >= torch.tensor(keep, device=order.device).view(-1, 1, 1), -1)
