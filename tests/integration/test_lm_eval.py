@@ -171,6 +171,7 @@ def restored_logging():
     root.handlers[:], root.level = before
 
 
+@pytest.mark.slow
 def test_command_line_gives_the_numbers_of_the_python_api(
     restored_logging, small, small_folder, folder, tmp_path
 ):

@@ -66,6 +66,7 @@ def test_a_row_is_what_the_library_says_of_that_needle(folder, embedded):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(folder):
     whole = read_rows([folder / "rows.parquet"])
     sorted((folder / "parts").glob("*.parquet"))[0].unlink()

@@ -325,6 +325,7 @@ for load, name in ((rankkv.load_model, "HuggingFaceTB/SmolLM2-135M"), (rankkv.lo
     assert "Retrying" not in run.stderr
 
 
+@pytest.mark.slow
 def test_hub_cache_serves_when_the_hub_is_unreachable(
     tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
