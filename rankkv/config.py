@@ -206,6 +206,11 @@ class RankKVConfig:
         if not isinstance(self.recompress_turns, bool):
             raise ConfigError(f"recompress_turns={self.recompress_turns!r} must be True or False.")
         object.__setattr__(self, "protect", check_spans(self.protect))
+        if self.protect and self.head_budgets == "profile":
+            raise ConfigError(
+                f"protect={list(self.protect)} with head_budgets='profile' would need more tokens than a head with a small "
+                "budget has; use head_budgets=None or 'adaptive' with protected spans."
+            )
         self._check_profile()
         if self.prefill == "chunked" and self.scope == "full":
             raise ConfigError(
