@@ -208,8 +208,8 @@ class RankKVConfig:
         object.__setattr__(self, "protect", check_spans(self.protect))
         if self.protect and self.head_budgets == "profile":
             raise ConfigError(
-                f"protect={list(self.protect)} with head_budgets='profile' would need more tokens than a head with a small "
-                "budget has; use head_budgets=None or 'adaptive' with protected spans."
+                f"protect={list(self.protect)} with head_budgets='profile' needs more tokens than a small head "
+                "may have; use head_budgets=None or 'adaptive' with protected spans."
             )
         self._check_profile()
         if self.prefill == "chunked" and self.scope == "full":
