@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .cache import RankKVCache
-from .calibration_cells import measure_text
+from .calibration_cells import can_measure_heads, measure_text
 from .calibration_pieces import BASE_RATIO, RATIOS, CalibrationSettings
 from .calibration_records import DoneRecords
 from .known_profiles import describe_shape, sample_weights
@@ -63,7 +63,8 @@ def calibrate(
         Token selection method.
     heads : bool, default True
         Whether each key/value head gets its full cache back alone, too: what ``head_budgets="profile"`` needs, at one
-        more continuation a head. Not under tensor parallelism, where a process has some of them only.
+        more continuation a head. Not under tensor parallelism, where a process has some of them only, nor on flash
+        attention, whose mask is one for all of them: there the profile holds layers only.
     name : str, optional
         What to call the model.
     resume_path : str or Path, optional
@@ -93,20 +94,13 @@ def calibrate(
     One prefill a piece, then ``(len(ratios) + 1) * layers`` continuations, and one a head; what lies below the first
     layer that differs is run once, so that they cost about half of as many forwards.
     """
-    sharded = find_head_shards(model) is not None
     settings = CalibrationSettings(
-        context_tokens,
-        continuation_tokens,
-        max_texts,
-        tuple(ratios),
-        base_ratio,
-        selector,
-        heads and not sharded,
+        context_tokens, continuation_tokens, max_texts, tuple(ratios), base_ratio, selector, heads
     )
     pieces = settings.cut(tokenizer, texts)
     subject = describe_subject(model, name)
     # Tensor-parallel processes measure each piece together.
-    shared = share_processes and not sharded
+    shared = share_processes and find_head_shards(model) is None
     done = DoneRecords(resume_path, settings.describe(subject), find_place().rank if share_processes else 0)
     own = split_samples(pieces) if shared else pieces
     cells = settings.count_cells(subject)
@@ -129,6 +123,7 @@ def describe_subject(model: Any, name: str | None = None) -> dict[str, Any]:
         "shape": describe_shape(model),
         "sample": sample_weights(model),
         "layers": list(RankKVCache(model, profile=None).layer_indices),
+        "heads": can_measure_heads(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "name": name or model.config._name_or_path or "",
     }
@@ -149,7 +144,7 @@ def measure_piece(
         settings.ratios,
         settings.base_ratio,
         settings.selector,
-        settings.heads,
+        settings.heads and can_measure_heads(model),
         on_cell,
     )
 

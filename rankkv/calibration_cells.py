@@ -16,6 +16,8 @@ from .calibration_pieces import BASE_RATIO, RATIOS
 from .compat import cache_argument
 from .errors import UnsupportedModelError
 from .generation import run_prefill
+from .masks import can_mask_heads
+from .parallel import find_head_shards
 
 #: Scope and aggregation of the ranks that a profile records.
 RANKS = (
@@ -157,6 +159,12 @@ def _mix(cache: RankKVCache, layer_idx: int, layer: Any) -> RankKVCache:
     twin = cache.copy()
     twin.layers[layer_idx] = copy.deepcopy(layer)
     return twin
+
+
+def can_measure_heads(model: Any) -> bool:
+    """Return whether a head alone can get its cache back: all heads are here, and attention masks each apart."""
+    backend = model.config.get_text_config(decoder=True)._attn_implementation
+    return find_head_shards(model) is None and can_mask_heads(backend)
 
 
 def _give_head_back(layer: Any, kept: Any, head: int) -> Any:

@@ -110,7 +110,10 @@ class CalibrationSettings:
 
     def count_cells(self, subject: Mapping[str, Any]) -> int:
         """Count the steps of progress of one piece: a continuation each, the heads of a layer together one."""
-        return (len(self.ratios) + 1 + self.heads) * len(subject["layers"])
+        return (len(self.ratios) + 1 + self._measures_heads(subject)) * len(subject["layers"])
+
+    def _measures_heads(self, subject: Mapping[str, Any]) -> bool:
+        return bool(self.heads and subject["heads"])
 
     def make_key(self, ids: Sequence[int]) -> str:
         """Make the name under which the measurements of one piece are kept among those of one calibration."""
@@ -127,7 +130,7 @@ class CalibrationSettings:
             "ratios": list(self.ratios),
             "base_ratio": self.base_ratio,
             "selector": str(self.selector),
-            "heads": self.heads,
+            "heads": self._measures_heads(subject),
             "rankkv": __version__,
         }
 

@@ -133,7 +133,8 @@ class RankKVConfig:
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
     head_budgets : {None, "adaptive", "profile"}, default None
         ``None``: all kv heads of a layer keep the same number of tokens.  ``"profile"``: each head keeps what the
-        profile says it counts for, and a layer with a profile's strategy what its heads count for together.
+        profile says it counts for, and a layer what its heads count for together (with ``blend``, the default then, or
+        ``profile`` with an exponent; other strategies give layers what they give them without).
         ``"adaptive"``: their tokens compete for the layer's budget (Ada-KV, arXiv:2407.11550).  The memory stays the
         same, since only the tokens kept are held; they are padded for each attention call, which makes a decode step
         slower.  For those whom the memory limits.
@@ -206,11 +207,6 @@ class RankKVConfig:
         if not isinstance(self.recompress_turns, bool):
             raise ConfigError(f"recompress_turns={self.recompress_turns!r} must be True or False.")
         object.__setattr__(self, "protect", check_spans(self.protect))
-        if self.protect and self.head_budgets == "profile":
-            raise ConfigError(
-                f"protect={list(self.protect)} with head_budgets='profile' needs more tokens than a small head "
-                "may have; use head_budgets=None or 'adaptive' with protected spans."
-            )
         self._check_profile()
         if self.prefill == "chunked" and self.scope == "full":
             raise ConfigError(
@@ -226,7 +222,7 @@ class RankKVConfig:
         if isinstance(self.profile, RankProfile) and self.strategy is not None and not uses_profile:
             raise ConfigError(
                 f"strategy={self.strategy!r} uses no profile, but one is given: leave one of them out, or use strategy "
-                f"{' or '.join(map(repr, PROFILE_USERS))}."
+                f"{' or '.join(map(repr, PROFILE_USERS))}, or head_budgets='profile'."
             )
         if self.profile is None and uses_profile:
             user = (
@@ -239,7 +235,9 @@ class RankKVConfig:
 
     def resolve_strategy(self) -> tuple[str, dict[str, Any]]:
         """Return the strategy's name and options, with the defaults filled in."""
-        if self.strategy is None and isinstance(self.profile, RankProfile):
+        if self.strategy is None and (
+            isinstance(self.profile, RankProfile) or self.head_budgets == "profile"
+        ):
             return PROFILED_STRATEGY, dict(self.strategy_options or {})
         if self.strategy is None:
             return DEFAULT_STRATEGY, {**DEFAULT_STRATEGY_OPTIONS, **(self.strategy_options or {})}

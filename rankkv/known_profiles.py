@@ -91,7 +91,7 @@ def save_known_profile(profile: RankProfile) -> Path:
     return profile.save(_own_folder() / f"{profile.key}-{digest}.json")
 
 
-def find_profile(model: Any, layer_indices: list[int]) -> RankProfile | None:
+def find_profile(model: Any, layer_indices: list[int], with_heads: bool = False) -> RankProfile | None:
     """Find the known profile of a model; None where there is none.
 
     Weights are looked at only where a profile of the same shape is known.
@@ -102,8 +102,11 @@ def find_profile(model: Any, layer_indices: list[int]) -> RankProfile | None:
         A causal language model.
     layer_indices : list of int
         Its compressible layers.
+    with_heads : bool, default False
+        Go on from profiles that hold layers only, as long as one with heads is known.
     """
     shape = describe_shape(model)
+    first = None
     for path in list_known_profiles(compute_shape_key(shape)):
         try:
             profile = _load(path, path.stat().st_mtime_ns)
@@ -111,8 +114,10 @@ def find_profile(model: Any, layer_indices: list[int]) -> RankProfile | None:
         except (RankKVError, OSError):
             # A damaged file, or one of another model of this shape, is no reason to fail where none was asked for.
             continue
-        return profile
-    return None
+        if profile.head_gain_divergence or not with_heads:
+            return profile
+        first = first or profile
+    return first
 
 
 @functools.lru_cache(maxsize=8)
@@ -147,7 +152,7 @@ def resolve_profile(config: RankKVConfig, model: Any, layer_indices: list[int]) 
     # Options without a strategy are those of the uncalibrated default.
     if not wanted and (config.strategy is not None or config.strategy_options is not None):
         return config
-    profile = find_profile(model, layer_indices)
+    profile = find_profile(model, layer_indices, with_heads=by_heads)
     if profile is not None:
         return replace(config, profile=profile)
     if wanted:

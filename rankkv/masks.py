@@ -95,6 +95,11 @@ def project_mask(
     return block_masks.build_block_mask(is_visible(mask)) if flex else mask
 
 
+def can_mask_heads(backend: str | None) -> bool:
+    """Return whether a backend's masks can hide other slots in every head."""
+    return backend is None or not backend.startswith("flash")
+
+
 def check_head_budgets(backend: str | None) -> None:
     """Check that a backend's masks can hide other slots in every head.
 
@@ -103,7 +108,7 @@ def check_head_budgets(backend: str | None) -> None:
     UnsupportedModelError
         For flash attention, whose mask is one for all heads.
     """
-    if backend is not None and backend.startswith("flash"):
+    if not can_mask_heads(backend):
         raise UnsupportedModelError(
             f"head_budgets needs a mask for each head, which {backend} does not take; use "
             "attn_implementation='sdpa', or head_budgets=None."

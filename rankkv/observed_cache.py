@@ -69,6 +69,12 @@ class ObservedCache(DynamicCache):
         self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, RankKVLayer)]
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
+        shards = find_head_shards(model)
+        if shards is not None and config.head_budgets is not None:
+            raise ConfigError(
+                f"head_budgets={config.head_budgets!r} spreads a layer's budget over all its heads, and tensor "
+                f"parallelism keeps them in {shards.size} processes: use head_budgets=None with this model."
+            )
         self.config = resolve_profile(config, model, self.layer_indices)
         if self.config.head_budgets == "profile":
             self._weigh_heads()
@@ -78,12 +84,6 @@ class ObservedCache(DynamicCache):
         self._packers = build_packers(rotations) if self.config.positions == "packed" else {}
         # Weak: a cache must not keep a model alive, and copies of it must not copy the model.
         self._model = weakref.ref(model)
-        shards = find_head_shards(model)
-        if shards is not None and config.head_budgets is not None:
-            raise ConfigError(
-                f"head_budgets={config.head_budgets!r} spreads a layer's budget over all its heads, and tensor "
-                f"parallelism keeps them in {shards.size} processes: use head_budgets=None with this model."
-            )
         self._flow = Flow(self.config, self.selector, self.layer_indices, rotations, shards)
         # The keys each layer's attention was last given, for layers that attend to those of another.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}

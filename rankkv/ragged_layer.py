@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from .budget_heads import allocate_head_budgets
+from .errors import ProfileError
 from .observation import Observation
 from .packed_storage import PackedStorage, SlotLayout
 from .resting_layer import RestingLayer
 from .selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
+from .spans import count_spanned
 from .storage import STORAGES
 
 
@@ -105,6 +107,11 @@ class RaggedLayer(RestingLayer):
     def _select(
         self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
     ) -> Tensor:
+        if self.head_weights is not None and len(self.head_weights) != self.keys.shape[1]:
+            raise ProfileError(
+                f"the profile weighs {len(self.head_weights)} heads of a layer that has {self.keys.shape[1]} key/value "
+                "heads: it is damaged or of another model; calibrate this one (rankkv calibrate)."
+            )
         if self.head_weights is not None and len(self.head_weights) > 1:
             return self._select_by_weights(scores, real_index, budgets, keep, **how)
         if scores.shape[1] == 1:
@@ -125,10 +132,17 @@ class RaggedLayer(RestingLayer):
         counts = (real_index >= 0).sum(-1).view(batch, heads).tolist()
         if self._room is None:
             self._room = counts
+        spanned_in = how.get("protect_before") or self._lengths
         own, kept = [], []
-        for budget, some, room, there in zip(budgets, keep, self._room, counts, strict=True):
+        for budget, some, room, there, length in zip(
+            budgets, keep, self._room, counts, spanned_in, strict=True
+        ):
             final = some <= budget
-            share = allocate_head_budgets(weights, budget, room, self._head_floor, final).tolist()
+            # Every head keeps the protected spans; what is left of the budget goes by weight.
+            spanned = min(count_spanned(how.get("protect", ()), length), budget)
+            left_room = [max(0, count - spanned) for count in room]
+            shares = allocate_head_budgets(weights, budget - spanned, left_room, self._head_floor, final)
+            share = (shares + spanned).tolist()
             own += share
             kept += [min(count + (not final), left) for count, left in zip(share, there, strict=True)]
         lengths = [length for length in self._lengths for _ in range(heads)]

@@ -126,10 +126,10 @@ class RankProfile:
                 raise ProfileError(
                     f"{name} needs {len(ratios)} numbers a layer, one a ratio; calibrate again."
                 )
-        if self.head_gain_divergence and len(self.head_gain_divergence) != count:
+        heads = [len(row) for row in self.head_gain_divergence]
+        if heads and (len(heads) != count or 0 in heads):
             raise ProfileError(
-                f"head_gain_divergence has {len(self.head_gain_divergence)} entries for {count} layers; the file is "
-                "damaged, calibrate again."
+                f"head_gain_divergence has {heads} heads for {count} layers; the file is damaged, calibrate again."
             )
         numbers = [*self.gain_loss, *self.gain_divergence, *self.weight_sample]
         tables = (self.excess_loss, self.divergence, self.head_gain_divergence)

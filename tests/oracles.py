@@ -258,6 +258,34 @@ def assert_equals_masked_oracle(
 # -- O3 batch invariance --------------------------------------------------------------------------------
 
 
+def assert_every_step_equals_masked(model, cache, ids, mask) -> int:
+    """Check a prompt of 90 tokens and eight chunks against a full cache that hides what each forward evicted.
+
+    A streaming cache gets the prompt in three parts.  Returns how often the heads of a layer kept different numbers.
+    """
+    twin, full = copy.deepcopy(model), DynamicCache(config=model.config)
+    twin.set_attn_implementation(MASKED_ORACLE)
+    sizes = (30, 30, 30) if cache.config.prefill == "streaming" else (90,)
+    chunks = [*ids.split(sizes, dim=1), *next_chunks(len(ids), (1, 1, 6, 1, 1, 1, 1, 1))]
+    mask = torch.cat([mask, mask.new_ones(len(ids), 13)], dim=-1)
+    differ = 0
+    for chunk in chunks:
+        past = cache.seen_tokens
+        for layer_idx, module in attention_modules(twin).items() if past else ():
+            kept = kept_positions(cache, layer_idx)
+            evicted = torch.ones(len(ids), len(kept[0]), past, dtype=torch.bool)
+            for row, heads in enumerate(kept):
+                for head, positions in enumerate(heads):
+                    evicted[row, head, positions] = False
+                differ += len({len(positions) for positions in heads}) > 1
+            module.oracle_evicted = evicted
+        so_far = mask[:, : past + chunk.shape[1]]
+        ours, theirs = (forward(m, c, chunk, so_far) for m, c in ((model, cache), (twin, full)))
+        is_real = so_far[:, past:].bool()
+        torch.testing.assert_close(ours[is_real], theirs[is_real], atol=1e-4, rtol=1e-4)
+    return differ
+
+
 def assert_batch_invariant(
     model: Any, prompts: Sequence[Tensor], new_tokens: int = 8, **options: Any
 ) -> None:

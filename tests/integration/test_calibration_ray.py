@@ -233,12 +233,8 @@ def test_what_a_killed_worker_had_is_measured_by_another(
     assert steps == [(number * alone.cells, PIECES * alone.cells) for number in range(PIECES + 1)]
 
 
-@pytest.mark.slow
-def test_the_command_measures_the_same_profile_as_without_ray(
-    source: tuple[Path, Path], tmp_path: Path, family: Family
-) -> None:
-    folder, text = source
-    command = [
+def make_command(folder: Path, text: Path) -> list[str]:
+    return [
         sys.executable,
         "-m",
         "rankkv",
@@ -249,6 +245,14 @@ def test_the_command_measures_the_same_profile_as_without_ray(
         str(text),
         *OPTIONS,
     ]
+
+
+@pytest.mark.slow
+def test_the_command_measures_the_same_profile_as_without_ray(
+    source: tuple[Path, Path], tmp_path: Path, family: Family
+) -> None:
+    folder, text = source
+    command = make_command(folder, text)
     path = tmp_path / "profile.json"
     done = run([*command, "-o", str(path), "--engine", "ray", "--workers", "2", "--json"])
     assert [item.name for item in tmp_path.iterdir()] == ["profile.json"]
@@ -425,17 +429,7 @@ def test_a_cluster_is_joined_from_outside(source: tuple[Path, Path], tmp_path: P
     options = {"num_cpus": 1, "include_dashboard": False, "ray_client_server_port": port}
     cluster = Cluster(initialize_head=True, head_node_args=options)
     path = tmp_path / "profile.json"
-    command = [
-        sys.executable,
-        "-m",
-        "rankkv",
-        "calibrate",
-        "--model",
-        str(folder),
-        "--texts",
-        str(text),
-        *OPTIONS,
-    ]
+    command = make_command(folder, text)
     try:
         address = f"ray://127.0.0.1:{port}"
         done = run([*command, "-o", str(path), "--engine", "ray", "--address", address])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import conformance
 import families
 import oracles
 import pytest
 import torch
-from transformers import DynamicCache
 
 from rankkv import RankKVCache, RankKVConfig, compress
 from rankkv.budget_plan import BudgetPlan
@@ -143,29 +140,9 @@ def test_equals_the_masked_full_cache_on_other_rotary_parts(tiny_neox, batch):
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_every_step_equals_the_masked_full_cache(tiny_llama, batch, backend, selector, options):
     """Whatever a forward evicted is hidden from the next one of the full cache too."""
-    model, (ids, mask) = tiny_llama(attn_implementation=backend), batch
+    model = tiny_llama(attn_implementation=backend)
     cache = RankKVCache(model, selector=selector, **options, **KEEP)
-    twin, full = copy.deepcopy(model), DynamicCache(config=model.config)
-    twin.set_attn_implementation(oracles.MASKED_ORACLE)
-    sizes = (30, 30, 30) if "prefill" in options else (90,)
-    chunks = [*ids.split(sizes, dim=1), *oracles.next_chunks(len(ids), (1, 1, 6, 1, 1, 1, 1, 1))]
-    mask = torch.cat([mask, mask.new_ones(len(ids), 13)], dim=-1)
-    differ = 0
-    for chunk in chunks:
-        past = cache.seen_tokens
-        for layer_idx, module in oracles.attention_modules(twin).items() if past else ():
-            kept = oracles.kept_positions(cache, layer_idx)
-            evicted = torch.ones(len(ids), HEADS, past, dtype=torch.bool)
-            for row, heads in enumerate(kept):
-                for head, positions in enumerate(heads):
-                    evicted[row, head, positions] = False
-                differ += len({len(positions) for positions in heads}) > 1
-            module.oracle_evicted = evicted
-        so_far = mask[:, : past + chunk.shape[1]]
-        ours, theirs = (oracles.forward(m, c, chunk, so_far) for m, c in ((model, cache), (twin, full)))
-        is_real = so_far[:, past:].bool()
-        torch.testing.assert_close(ours[is_real], theirs[is_real], atol=1e-4, rtol=1e-4)
-    assert differ
+    assert oracles.assert_every_step_equals_masked(model, cache, *batch)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from transformers import DynamicCache
 from rankkv import RankKVCache, RankKVConfig, RankProfile
 from rankkv.budget_heads import allocate_head_budgets, compute_head_weights, join_heads
 from rankkv.budget_plan import BudgetPlan
-from rankkv.calibration import calibrate
+from rankkv.calibration import calibrate, describe_subject
+from rankkv.calibration_pieces import CalibrationSettings
 from rankkv.errors import ConfigError, ProfileError
-from rankkv.known_profiles import describe_shape, sample_weights
+from rankkv.known_profiles import describe_shape, sample_weights, save_known_profile
 from rankkv.selection import SELECTORS
 
 PROMPT, SHORT = oracles.random_prompt(90, seed=1), oracles.random_prompt(33, seed=2)
@@ -121,10 +122,12 @@ def test_every_head_keeps_what_its_weight_gives(model, keep, batch, selector):
 
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("head_floor", [0.0, 0.3, 0.95])
-@pytest.mark.parametrize("strategy", [None, "power", "profile"])
-def test_cascade_equals_one_decision(tiny_llama, monkeypatch, selector, head_floor, strategy):
+@pytest.mark.parametrize(
+    "more", [{}, {"strategy": "power"}, {"strategy": "profile"}, {"protect": [(6, 17), (50, 55)]}], ids=str
+)
+def test_cascade_equals_one_decision(tiny_llama, monkeypatch, selector, head_floor, more):
     model = tiny_llama(6)
-    given = {"selector": selector, "head_floor": head_floor, "strategy": strategy, "min_budget": 1}
+    given = {"selector": selector, "head_floor": head_floor, "min_budget": 1, **more}
     options = {**KEEP, **given, "profile": make_profile(model, layers=6)}
     for seed, lengths in enumerate(((100,), (110, 20, 63))):
         ids, mask = oracles.left_pad([oracles.random_prompt(n, seed + n) for n in lengths])
@@ -152,33 +155,39 @@ def test_equal_heads_keep_what_layers_without_head_budgets_keep(model, batch):
 @pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("selector", ["snapkv", "h2o", "streaming_llm"])
 def test_every_step_equals_the_masked_full_cache(model, keep, batch, selector, options):
-    ids, mask = batch
     cache = RankKVCache(model, selector=selector, **options, **keep)
-    twin, full = copy.deepcopy(model), DynamicCache(config=model.config)
-    twin.set_attn_implementation(oracles.MASKED_ORACLE)
-    sizes = (30, 30, 30) if "prefill" in options else (90,)
-    chunks = [*ids.split(sizes, dim=1), *oracles.next_chunks(len(ids), (1, 1, 6, 1, 1, 1, 1, 1))]
-    mask = torch.cat([mask, mask.new_ones(len(ids), 13)], dim=-1)
-    differ = 0
-    for chunk in chunks:
-        past = cache.seen_tokens
-        for layer_idx, module in oracles.attention_modules(twin).items() if past else ():
-            kept = oracles.kept_positions(cache, layer_idx)
-            evicted = torch.ones(len(ids), HEADS, past, dtype=torch.bool)
-            for row, heads in enumerate(kept):
-                for head, positions in enumerate(heads):
-                    evicted[row, head, positions] = False
-                differ += len({len(positions) for positions in heads}) > 1
-            module.oracle_evicted = evicted
-        so_far = mask[:, : past + chunk.shape[1]]
-        ours, theirs = (oracles.forward(m, c, chunk, so_far) for m, c in ((model, cache), (twin, full)))
-        is_real = so_far[:, past:].bool()
-        torch.testing.assert_close(ours[is_real], theirs[is_real], atol=1e-4, rtol=1e-4)
-    assert differ
+    assert oracles.assert_every_step_equals_masked(model, cache, *batch)
     if options.get("decode") == "bounded":
         for place, layer in enumerate(cache.kept_per_head):
             for row, heads in enumerate(layer):
                 assert sum(heads) <= HEADS * cache.budgets_per_row[row][place]
+
+
+@pytest.mark.parametrize("decode", ["grow", "bounded"])
+@pytest.mark.parametrize("selector", ["snapkv", "h2o"])
+def test_protected_tokens_stand_in_every_head(model, keep, batch, selector, decode):
+    """A head that counts for little keeps the spans, and its newest tokens besides."""
+    span = (6, 27)
+    cache = oracles.prefill(model, *batch, selector=selector, decode=decode, protect=[span], **keep)
+    for step in (0, 1, 2):
+        for place in cache.layer_indices:
+            for row, heads in enumerate(oracles.kept_tokens(cache, batch[1])[place]):
+                budget, length = cache.budgets_per_row[row][place], int(batch[1][row].sum()) + step
+                kept = min(budget, length) if decode == "bounded" else budget + step
+                assert sum(map(len, heads)) == HEADS * kept
+                for head in heads:
+                    assert {*range(*span), length - 1} <= set(head)
+        mask = torch.cat([batch[1], batch[1].new_ones(len(batch[1]), step)], dim=-1)
+        oracles.feed(model, cache, oracles.next_chunks(len(batch[0]), (1,), seed=step), mask)
+
+
+def test_spans_are_on_top_of_what_weights_divide(model, keep):
+    cache = oracles.prefill(model, PROMPT, protect=[(6, 27)], **keep)
+    for weights, budget, (heads,) in zip(
+        compute_head_weights(keep["profile"]), cache.budgets, cache.kept_per_head, strict=True
+    ):
+        left = allocate_head_budgets(weights, budget - 21, [90 - 21] * HEADS, 0.2)
+        assert heads == [21 + count for count in left.tolist()]
 
 
 @pytest.mark.parametrize("decode", ["grow", "bounded", "periodic"])
@@ -281,3 +290,36 @@ def test_any_strategy_may_spread_layers_by_heads(model, keep):
     cache = oracles.prefill(model, PROMPT, strategy="uniform", **keep)
     assert len(set(cache.budgets)) == 1
     assert all(len(set(layer[0])) > 1 for layer in cache.kept_per_head)
+
+
+@pytest.mark.parametrize("counts", [1, 3])
+def test_a_profile_of_other_heads_is_refused(model, keep, counts):
+    profile = make_profile(model, gains=[(0.1,) * counts])
+    with pytest.raises(ProfileError, match=f"weighs {counts} heads of a layer that has 2 key/value heads"):
+        oracles.prefill(model, PROMPT, **{**keep, "profile": profile})
+    with pytest.raises(ProfileError, match="the file is damaged"):
+        make_profile(model, gains=[()])
+
+
+def test_a_profile_of_layers_only_does_not_hide_one_with_heads(model, keep, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANKKV_CACHE", str(tmp_path))
+    folder = save_known_profile(keep["profile"]).parent
+    layers_only = make_profile(model, head_gain_divergence=())
+    layers_only.save(folder / f"0-{layers_only.key}.json")
+    assert RankKVCache(model, head_budgets="profile").config.profile == keep["profile"]
+    assert RankKVCache(model).config.profile == layers_only
+
+
+def test_options_are_those_of_the_strategy_that_runs(model, keep):
+    cache = RankKVCache(model, strategy_options={"profile_exponent": 0.5}, **keep)
+    assert cache.config.resolve_strategy() == ("blend", {"profile_exponent": 0.5})
+    with pytest.raises(ConfigError, match="strategy 'blend' has no option 'exponent'"):
+        RankKVCache(model, head_budgets="profile", strategy_options={"exponent": 2})
+
+
+def test_heads_that_no_mask_tells_apart_are_not_measured(tiny_llama):
+    model = tiny_llama()
+    settings = CalibrationSettings(heads=True)
+    assert settings.count_cells(describe_subject(model)) == 7 * 3
+    model.config._attn_implementation = "flash_attention_2"
+    assert settings.count_cells(describe_subject(model)) == 6 * 3
