@@ -22,6 +22,7 @@ from allocation_ablation import cut_contexts, describe, finish, main, read_texts
 from tqdm import tqdm
 
 from rankkv.errors import ConfigError
+from rankkv.evaluation.settings import NAMED_STRATEGIES
 
 #: Ways to spread the budget over layers; what is left out takes its default.
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -29,9 +30,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "pyramid": {"strategy": "pyramid"},
     "cake": {"strategy": "cake"},
     "lava": {"strategy": "lava"},
-    "RankKV": {"profile": None},
-    "RankKV, profile": {},
-    "RankKV, heads": {"head_budgets": "profile"},
+    "RankKV": NAMED_STRATEGIES["default"],
+    "RankKV, profile": NAMED_STRATEGIES["auto"],
+    "RankKV, heads": NAMED_STRATEGIES["heads"],
 }
 SELECTORS = (
     "snapkv", "h2o", "streaming_llm", "tova", "knorm", "keydiff", "expected_attention", "lagkv", "qfilter", "cur",
