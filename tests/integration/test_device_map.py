@@ -14,6 +14,7 @@ import torch
 from calibrating import write_model_and_text
 from generation_cases import VOCAB_SIZE, make_cases
 from split_devices import SplitDevices, dispatch
+from transformers import DynamicCache
 
 import rankkv
 from rankkv import RankKVAnalyzer, RankKVCache, load_model
@@ -87,11 +88,26 @@ def offloaded(request: pytest.FixtureRequest, folder: Path, build: Callable[...,
     ).eval()
 
 
+def skip_if_it_cannot_run(model: Any) -> None:
+    try:
+        oracles.forward(model, DynamicCache(config=model.config), PROMPT)
+    except KeyError:
+        if not oracles.OLD_GENERATE:
+            raise
+        pytest.skip("older transformers lose a tied weight that is offloaded: the plain forward fails too")
+
+
+@pytest.fixture(scope="module")
+def running(offloaded: Any) -> Any:
+    skip_if_it_cannot_run(offloaded)
+    return offloaded
+
+
 # Where the embeddings are offloaded, transformers' own prompt lookup sends the ids to the meta device.
 @pytest.mark.parametrize("name", [name for name in QUICK if name != "lookup"])
-def test_offloaded_weights_change_nothing(offloaded: Any, alone: Any, name: str) -> None:
-    assert any(parameter.is_meta for parameter in offloaded.parameters())
-    assert sharded_program.run(offloaded, CASES[name]) == alone(name)
+def test_offloaded_weights_change_nothing(running: Any, alone: Any, name: str) -> None:
+    assert any(parameter.is_meta for parameter in running.parameters())
+    assert sharded_program.run(running, CASES[name]) == alone(name)
 
 
 def test_offloaded_weights_are_known(offloaded: Any, whole: Any) -> None:
@@ -109,28 +125,27 @@ def test_offloaded_weights_are_known(offloaded: Any, whole: Any) -> None:
 
 @pytest.mark.parametrize("positions", ["original", "packed"])
 def test_a_cache_saved_from_the_whole_model_goes_on(
-    offloaded: Any, whole: Any, tmp_path: Path, positions: str
+    running: Any, whole: Any, tmp_path: Path, positions: str
 ) -> None:
     cache = rankkv.compress(whole, PROMPT, compression_ratio=0.4, positions=positions)
-    loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), offloaded)
+    loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), running)
     more = torch.cat([PROMPT, PROMPT[:, :5]], dim=1)
-    assert oracles.generate(offloaded, more, loaded).equal(oracles.generate(whole, more, cache))
+    assert oracles.generate(running, more, loaded).equal(oracles.generate(whole, more, cache))
 
 
-def test_a_prompt_is_analyzed_and_measured_alike(offloaded: Any, whole: Any) -> None:
+def test_a_prompt_is_analyzed_and_measured_alike(running: Any, whole: Any) -> None:
     from rankkv.evaluation import record_prefill
 
-    one, other = (RankKVAnalyzer(model, "it").analyze(PROMPT) for model in (whole, offloaded))
+    one, other = (RankKVAnalyzer(model, "it").analyze(PROMPT) for model in (whole, running))
     assert other == one
-    caches = [
-        record_prefill(model, PROMPT).build_cache(compression_ratio=0.4) for model in (whole, offloaded)
-    ]
+    caches = [record_prefill(model, PROMPT).build_cache(compression_ratio=0.4) for model in (whole, running)]
     assert oracles.kept_tokens(caches[0]) == oracles.kept_tokens(caches[1])
 
 
 def test_load_model_takes_a_map_by_hand(whole: Any, alone: Any, tmp_path: Path) -> None:
     folder, _ = write_model_and_text(tmp_path, whole)
     model, _ = load_model(folder, device_map=make_map("model.embed_tokens", "model.layers.2", "lm_head"))
+    skip_if_it_cannot_run(model)
     assert sharded_program.run(model, CASES["strategy distortion"]) == alone("strategy distortion")
 
 
@@ -212,6 +227,8 @@ def test_mixing_devices_is_noticed(two_gpus: None) -> None:
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
 )
 def test_split_layers_keep_and_say_the_same(split: Any, alone: Any, two_gpus: None, name: str) -> None:
+    if name == "lookup" and oracles.OLD_GENERATE:
+        pytest.skip("older transformers' prompt lookup fails by itself where there is no end token")
     assert sharded_program.run(split, CASES[name]) == alone(name)
 
 
