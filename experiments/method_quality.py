@@ -32,7 +32,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "lava": {"strategy": "lava"},
     "RankKV": NAMED_STRATEGIES["default"],
     "RankKV, profile": NAMED_STRATEGIES["auto"],
-    "RankKV, heads": NAMED_STRATEGIES["heads"],
+    "RankKV, layers": NAMED_STRATEGIES["layers"],
 }
 SELECTORS = (
     "snapkv", "h2o", "streaming_llm", "tova", "knorm", "keydiff", "expected_attention", "lagkv", "qfilter", "cur",

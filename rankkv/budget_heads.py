@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -61,6 +62,42 @@ def join_heads(profile: RankProfile) -> RankProfile:
         As `compute_head_weights`.
     """
     return replace(profile, gain_divergence=tuple(float(row.sum()) for row in compute_head_weights(profile)))
+
+
+class HeadSplit(Protocol):
+    """How a layer's budget is split over its key/value heads."""
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads of the layer."""
+
+    def split(self, budget: int, room: Sequence[int], final: bool = True) -> IntArray:
+        """Split the budget, see :func:`allocate_head_budgets`."""
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """Splits a layer's budget by fixed weights.
+
+    Parameters
+    ----------
+    weights : sequence of float
+        ``[kv_head]``, positive.
+    head_floor : float
+        Fraction of the budget that every head keeps, in [0, 1].
+    """
+
+    weights: Sequence[float]
+    head_floor: float
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads of the layer."""
+        return len(self.weights)
+
+    def split(self, budget: int, room: Sequence[int], final: bool = True) -> IntArray:
+        """Split the budget, see :func:`allocate_head_budgets`."""
+        return allocate_head_budgets(self.weights, budget, room, self.head_floor, final)
 
 
 def allocate_head_budgets(

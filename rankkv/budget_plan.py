@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from .budget_allocation import (
     compute_weights,
     get_strategy,
 )
-from .budget_heads import join_heads
+from .budget_head_curves import HeadCurves, allocate_by_head_curves, fit_head_curves
+from .budget_heads import HeadSplit, HeadWeights, compute_head_weights, join_heads
 from .budget_profile import allocate_by_distortion, compute_curve
 from .budget_strategies import PROFILE_STRATEGIES
 from .budget_weights import Limits
@@ -69,13 +72,20 @@ class BudgetPlan:
         self.strategy, self.strategy_options = config.resolve_strategy()
         self._strategy = get_strategy(self.strategy)
         self._profile = find_used_profile(config, self.strategy, self.layer_indices)
+        self._head_splits = _weigh_heads(config, self._profile)
         if self._profile is not None and config.head_budgets == "profile":
             self._profile = join_heads(self._profile)
         # Least total distortion gives budgets directly; every other strategy gives weights.
         self._by_distortion = self.strategy == "profile" and self.strategy_options.get("exponent") is None
+        #: Whether each head is measured, and keeps what its own errors ask for.
+        self.measures_heads = config.head_budgets == "distortion"
+        # Then least distortion divides the budget over all heads of all layers, and a layer has what its heads have.
+        self._by_heads = self.measures_heads and self.strategy == "distortion"
+        #: What more tokens are worth to the heads of each layer, where heads are measured.
+        self.head_curves: list[HeadCurves] = []
         self._allocated: dict[int, np.ndarray] = {}
         #: What the strategy measures of each layer; None if nothing.
-        self.measure = self._strategy.measure
+        self.measure = "head_distortion" if self._by_heads else self._strategy.measure
         self.notes: list[str] = []
         #: What was measured of each layer; after `finish`, of several numbers a layer, the weight they gave it.
         self.layer_measures: list[Any] = []
@@ -111,6 +121,10 @@ class BudgetPlan:
             total = least
         self.total_budget = total
         self.limits = Limits(total, length, config.window_size, self.floor)
+        # What every head keeps, where heads are measured.
+        head_floor = max(1, min(self.floor, int(config.head_floor * total / count)))
+        #: The limits of single heads, whose floor is lower than that of their layer.
+        self.head_limits = replace(self.limits, floor=head_floor)
         self._bounded = bounded
         self._lower = np.full(count, self.floor, dtype=np.int64)
         self._upper = np.full(count, total if bounded else length, dtype=np.int64)
@@ -144,7 +158,13 @@ class BudgetPlan:
         """Whether a layer's measure arrives only after its attention."""
         return self._strategy.needs == "hidden states"
 
-    def add_layer(self, measured: Any, available: int | None = None, rank: float | None = None) -> None:
+    def add_layer(
+        self,
+        measured: Any,
+        available: int | None = None,
+        rank: float | None = None,
+        head_errors: Any = None,
+    ) -> None:
         """Take what was measured of the next layer (None where the strategy measures nothing).
 
         A measure that is not finite gives the layer its uniform share, with a warning that names it.
@@ -157,6 +177,8 @@ class BudgetPlan:
             Tokens the layer still holds, where earlier ones were evicted.
         rank : float, optional
             The layer's effective rank, where the strategy reads it beside another measure.
+        head_errors : array, optional
+            ``[kv_head, budget]`` what evicting costs each head, where heads are measured.
         """
         if available is not None and available < self.length and not self._bounded:
             self._upper[self._added] = available
@@ -183,6 +205,9 @@ class BudgetPlan:
             self.layer_measures.append(measured)
         if rank is not None:
             self.ranks.append(rank)
+        if self.measures_heads:
+            errors = np.nan_to_num(measured if self._by_heads else head_errors, posinf=0.0)
+            self.head_curves.append(fit_head_curves(errors, self.length, self.head_limits.floor))
         self._added += 1
 
     def compute_ceilings(self) -> list[int]:
@@ -201,12 +226,20 @@ class BudgetPlan:
         count = len(self._lower)
         self.total_budget = min(self.total_budget, int(self._upper.sum()))
         shares = self._compute_shares(count)
-        weights = self._compute_weights(count)
+        weights = shares if self._by_heads else self._compute_weights(count)
         budgets = allocate_integers(shares, self.total_budget, self._lower, self._upper, weights)
         self.budgets = budgets.tolist()
         if not self._strategy.scalar:
             self.layer_measures = weights.tolist()
         return list(self.budgets)
+
+    def find_head_split(self, place: int) -> HeadSplit | None:
+        """Return how a layer's budget is split over its heads, the layer's place among the compressible ones given.
+
+        None where heads keep the same number of tokens, or their tokens compete.
+        """
+        splits = self.head_curves if self.measures_heads else self._head_splits
+        return splits[place] if place < len(splits) else None
 
     def _compute_weights(self, count: int) -> np.ndarray:
         options: dict[str, Any] = {
@@ -222,6 +255,9 @@ class BudgetPlan:
     def _compute_shares(self, count: int) -> np.ndarray:
         if self._by_distortion and self._profile is not None:
             return self._allocate_by_distortion(self._profile, count)
+        if self._by_heads:
+            bounds = self._lower[:count], self._upper[:count]
+            return allocate_by_head_curves(self.head_curves[:count], self.total_budget, *bounds)
         return allocate_shares(
             self._compute_weights(count),
             self.total_budget,
@@ -266,6 +302,14 @@ def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[i
             "another model; calibrate this one."
         )
     return profile
+
+
+def _weigh_heads(config: RankKVConfig, profile: RankProfile | None) -> Sequence[HeadSplit]:
+    """Return how each layer's budget is split by what a profile says of its heads; nothing if it is not asked."""
+    used = profile if profile is not None else config.profile
+    if config.head_budgets != "profile" or not isinstance(used, RankProfile):
+        return []
+    return [HeadWeights(row.tolist(), config.head_floor) for row in compute_head_weights(used)]
 
 
 def _stack(measures: list[Any]) -> Any:

@@ -100,7 +100,7 @@ class RankKVCache(ObservedCache):
         merging: str | None = None,
         profile: Any = "auto",
         min_budget: int | None = None,
-        head_budgets: str | None = None,
+        head_budgets: str | None = "auto",
         head_floor: float = 0.2,
         protect: Any = None,
         config: RankKVConfig | None = None,

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from .budget_head_curves import HeadCurves
 from .budget_plan import BudgetPlan
 from .cache_layer import ROW_TENSORS, RankKVLayer
 from .config import RankKVConfig
@@ -222,11 +223,13 @@ def restore_selector(record: Mapping[str, Any]) -> Selector:
 
 def _plan_record(plan: BudgetPlan) -> dict[str, Any]:
     names = ("length", "total_budget", "budgets", "layer_measures", "ranks", "notes")
-    return {name: getattr(plan, name) for name in names}
+    record = {name: getattr(plan, name) for name in names}
+    return {**record, "head_curves": [curves.to_dict() for curves in plan.head_curves]}
 
 
 def _restore_plan(cache: Any, record: dict[str, Any]) -> BudgetPlan:
     plan = BudgetPlan(cache.config, record["length"], cache.layer_indices)
     for name, value in record.items():
         setattr(plan, name, value)
+    plan.head_curves = [HeadCurves.from_dict(curves) for curves in record.get("head_curves", [])]
     return plan

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .budget_heads import HeadSplit
 from .errors import CacheStateError
 from .merging import fold_evicted
 from .observation import Observation
@@ -89,6 +90,8 @@ class RankKVLayer(DynamicLayer):
         #: What of the scores is carried on, where that is not what tokens are selected by.
         self._lasting: Tensor | None = None
         self._real_index: Tensor | None = None
+        #: How each row's budget is split over the heads; None where they keep the same number, or compete.
+        self.head_splits: Sequence[HeadSplit | None] = []
         self._lengths: list[int] = []
         self._available: list[int] = []
 

@@ -32,7 +32,7 @@ def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation:
     measured = compute_measures(
         observation,
         plan.measure,
-        limits=[row.limits for row in plans],
+        limits=[row.head_limits if plan.measure == "head_distortion" else row.limits for row in plans],
         layers=len(plan.layer_indices),
         **options,
     )
@@ -48,6 +48,14 @@ def measure_ranks(
     return list(
         compute_measures(observation, "rank", scope=config.scope, aggregation=config.aggregation).tolist()
     )
+
+
+def measure_heads(plans: Sequence[BudgetPlan], observation: Observation) -> list[Any]:
+    """Measure a layer's heads, ``[kv_head, budget]`` a row, where they are split by it and the layers are not."""
+    if not plans[0].measures_heads or plans[0].measure == "head_distortion":
+        return [None] * len(plans)
+    limits = [row.head_limits for row in plans]
+    return list(compute_measures(observation, "head_distortion", limits=limits).numpy())
 
 
 class Compressor:
@@ -132,10 +140,11 @@ class Compressor:
             observation = replace(observation, changes=layers[layer_idx].token_changes)
         rows = measure_rows(self._open, config, observation)
         ranks = measure_ranks(self._open, config, observation)
-        for plan, measured, available, rank in zip(
-            self._open, rows, observation.available, ranks, strict=True
+        heads = measure_heads(self._open, observation)
+        for plan, measured, available, rank, errors in zip(
+            self._open, rows, observation.available, ranks, heads, strict=True
         ):
-            plan.add_layer(measured, available, rank)
+            plan.add_layer(measured, available, rank, errors)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):
             if config.merging is not None:
@@ -165,6 +174,7 @@ class Compressor:
         if all(count <= budget for count, budget in zip(observation.available, budgets, strict=True)):
             return
         layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
+        layer.head_splits = [plan.find_head_split(place) for plan in self.plans]
         self._shrink_layer(layer, budgets, slack=0, protect_before=[plan.length for plan in self.plans])
         layer.end_compression(keep_scores=self.selector.step != "rescore")
 
@@ -231,6 +241,7 @@ class Compressor:
         final: bool = False,
     ) -> None:
         layer, own = layers[done[place]], [row[place] for row in budgets]
+        layer.head_splits = [plan.find_head_split(place) for plan in self._open]
         self._shrink_layer(layer, own, slack=0 if final else self._count_slack(layer, own))
 
     def _count_slack(self, layer: RankKVLayer, budgets: list[int]) -> int:

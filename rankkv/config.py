@@ -26,8 +26,8 @@ DEFAULT_STRATEGY_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 PROFILED_STRATEGY = "blend"
 #: Strategies that use a profile.
 PROFILE_USERS = ("profile", "blend")
-#: Ways to spread a layer's budget over its key/value heads.
-HEAD_BUDGETS = ("adaptive", "profile")
+#: Ways to spread a layer's budget over its key/value heads; "auto" takes the one that measured best where it can.
+HEAD_BUDGETS = ("auto", "adaptive", "distortion", "profile")
 
 #: No layer is compressed below this many tokens unless `min_budget` says so.
 FLOOR_TOKENS = 16
@@ -174,7 +174,7 @@ class RankKVConfig:
     merging: str | None = None
     profile: Any = "auto"
     min_budget: int | None = None
-    head_budgets: str | None = None
+    head_budgets: str | None = "auto"
     head_floor: float = 0.2
     protect: Any = None
 
@@ -235,9 +235,8 @@ class RankKVConfig:
 
     def resolve_strategy(self) -> tuple[str, dict[str, Any]]:
         """Return the strategy's name and options, with the defaults filled in."""
-        if self.strategy is None and (
-            isinstance(self.profile, RankProfile) or self.head_budgets == "profile"
-        ):
+        calibrated = isinstance(self.profile, RankProfile) or self.head_budgets == "profile"
+        if self.strategy is None and calibrated and self.head_budgets != "distortion":
             return PROFILED_STRATEGY, dict(self.strategy_options or {})
         if self.strategy is None:
             return DEFAULT_STRATEGY, {**DEFAULT_STRATEGY_OPTIONS, **(self.strategy_options or {})}

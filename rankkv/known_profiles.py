@@ -148,11 +148,12 @@ def resolve_profile(config: RankKVConfig, model: Any, layer_indices: list[int]) 
         config.profile.check_model(describe_shape(model), sample_weights(model), layer_indices)
         return config
     by_heads = config.head_budgets == "profile"
+    prefers_heads = config.head_budgets in ("profile", "auto")
     wanted = by_heads or config.strategy in PROFILE_USERS
     # Options without a strategy are those of the uncalibrated default.
     if not wanted and (config.strategy is not None or config.strategy_options is not None):
         return config
-    profile = find_profile(model, layer_indices, with_heads=by_heads)
+    profile = find_profile(model, layer_indices, with_heads=prefers_heads)
     if profile is not None:
         return replace(config, profile=profile)
     if wanted:
@@ -163,6 +164,30 @@ def resolve_profile(config: RankKVConfig, model: Any, layer_indices: list[int]) 
             "profile=RankProfile.load(path)."
         )
     return config
+
+
+def resolve_head_budgets(config: RankKVConfig, can_spread: bool) -> RankKVConfig:
+    """Return the options with a way to spread budgets over heads in the place of ``head_budgets="auto"``.
+
+    Where ``strategy`` is not given either it is what measured best: by the heads of the profile, where one with heads
+    is used, else by what evicting costs each head in the prompt.  A profile of layers only, and a strategy that was
+    asked for, leave the heads of a layer equal.
+
+    Parameters
+    ----------
+    config : RankKVConfig
+        All options, their profile resolved.
+    can_spread : bool
+        Whether the heads of a layer may keep different numbers of tokens.
+    """
+    if config.head_budgets != "auto":
+        return config
+    way = None
+    if can_spread and config.strategy is None:
+        profile = config.profile
+        by_profile = isinstance(profile, RankProfile)
+        way = "distortion" if not by_profile else "profile" if profile.head_gain_divergence else None
+    return replace(config, head_budgets=way)
 
 
 def _own_folder() -> Path:

@@ -79,6 +79,30 @@ def compute_head_ranks(observation: Observation) -> Tensor:
     return round_ranks(per_head.cpu())  # type: ignore[union-attr]
 
 
+def compute_group_ranks(observation: Observation) -> Tensor:
+    """Compute the effective rank of every key/value head's evictable attention, its query heads side by side.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries, keys and mask.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_head]`` float64 on the CPU, rounded as :func:`compute_layer_ranks` rounds; 0 where nothing can be
+        evicted.
+    """
+    window = _cut_evictable(observation.window_attention, observation)
+    batch, heads, queries, keys = window.shape
+    groups = observation.kv_heads
+    if keys == 0:
+        return torch.zeros(batch, groups, dtype=torch.float64)
+    grouped = window.reshape(batch * groups, heads // groups, queries, keys)
+    ranks, _ = compute_aggregated_rank(grouped, "concat")
+    return round_ranks(ranks.cpu()).view(batch, groups)
+
+
 def _cut_evictable(window: Tensor, observation: Observation) -> Tensor:
     sinks, recent = observation.sink_size, observation.window_size
     if {*observation.lengths, *observation.available} == {observation.key_length}:

@@ -22,9 +22,9 @@ from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, UnsupportedModelError
 from .flow import Flow
 from .hidden_states import watch_hidden_states
-from .known_profiles import resolve_profile
+from .known_profiles import resolve_head_budgets, resolve_profile
 from .layer_measures import get_measure
-from .masks import check_head_budgets, project_mask
+from .masks import can_mask_heads, check_head_budgets, project_mask
 from .parallel import find_head_shards
 from .ragged_layer import RaggedLayer
 from .resting_layer import RestingLayer
@@ -62,22 +62,26 @@ class ObservedCache(DynamicCache):
         if self._strategy.measure is not None:
             get_measure(self._strategy.measure)
         text_config = model.config.get_text_config(decoder=True)
-        if config.head_budgets is not None:
+        if config.head_budgets not in (None, "auto"):
             check_head_budgets(text_config._attn_implementation)
         super().__init__(config=text_config)
-        self.layers = [self._build_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
-        self.layer_indices = [i for i, layer in enumerate(self.layers) if isinstance(layer, RankKVLayer)]
+        self.layer_indices = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
         shards = find_head_shards(model)
-        if shards is not None and config.head_budgets is not None:
+        if shards is not None and config.head_budgets not in (None, "auto"):
             raise ConfigError(
                 f"head_budgets={config.head_budgets!r} spreads a layer's budget over all its heads, and tensor "
                 f"parallelism keeps them in {shards.size} processes: use head_budgets=None with this model."
             )
-        self.config = resolve_profile(config, model, self.layer_indices)
-        if self.config.head_budgets == "profile":
-            self._weigh_heads()
+        config = resolve_profile(config, model, self.layer_indices)
+        one_head = getattr(text_config, "num_key_value_heads", None) == 1
+        can_spread = shards is None and not one_head and can_mask_heads(text_config._attn_implementation)
+        self.config = config = resolve_head_budgets(config, can_spread)
+        for index in self.layer_indices:
+            self.layers[index] = self._build_layer()
+        if self.config.head_budgets == "profile" and self.layer_indices:
+            compute_head_weights(self.config.profile)
         self._strategy = get_strategy(self.config.resolve_strategy()[0])
         self._backend_of = text_config
         rotations = self._find_rotations(model)
@@ -115,12 +119,6 @@ class ObservedCache(DynamicCache):
         if self.config.head_budgets is not None:
             return RaggedLayer(storage, self.config.head_floor)
         return RankKVLayer() if storage == "full" else RestingLayer(storage)
-
-    def _weigh_heads(self) -> None:
-        if not self.layer_indices:
-            return
-        for index, weights in zip(self.layer_indices, compute_head_weights(self.config.profile), strict=True):
-            self.layers[index].head_weights = weights.tolist()
 
     # -- what transformers asks ---------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .budget_heads import allocate_head_budgets
+from .budget_heads import HeadSplit
 from .errors import ProfileError
 from .observation import Observation
 from .packed_storage import PackedStorage, SlotLayout
@@ -37,8 +37,6 @@ class RaggedLayer(RestingLayer):
             name: PackedStorage(STORAGES[storage]) for name in ("keys", "values")
         }
         self._head_floor = head_floor
-        #: What each key/value head counts for; None lets the heads' tokens compete.
-        self.head_weights: Sequence[float] | None = None
         self._room: list[list[int]] | None = None
 
     def update(
@@ -107,25 +105,32 @@ class RaggedLayer(RestingLayer):
     def _select(
         self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
     ) -> Tensor:
-        if self.head_weights is not None and len(self.head_weights) != self.keys.shape[1]:
+        heads = self.keys.shape[1]
+        splits = [split for split in self.head_splits if split is not None]
+        if splits and splits[0].heads != heads:
             raise ProfileError(
-                f"the profile weighs {len(self.head_weights)} heads of a layer that has {self.keys.shape[1]} key/value "
+                f"the profile weighs {splits[0].heads} heads of a layer that has {heads} key/value "
                 "heads: it is damaged or of another model; calibrate this one (rankkv calibrate)."
             )
-        if self.head_weights is not None and len(self.head_weights) > 1:
-            return self._select_by_weights(scores, real_index, budgets, keep, **how)
+        if splits and heads > 1:
+            return self._select_by_heads(splits, scores, real_index, budgets, keep, **how)
         if scores.shape[1] == 1:
             return super()._select(scores, real_index, budgets, keep, **how)
         return select_tokens_across_heads(
             scores, real_index, self._lengths, budgets, keep=keep, head_floor=self._head_floor, **how
         )
 
-    def _select_by_weights(
-        self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
+    def _select_by_heads(
+        self,
+        splits: Sequence[HeadSplit],
+        scores: Tensor,
+        real_index: Tensor,
+        budgets: Sequence[int],
+        keep: list[int],
+        **how: Any,
     ) -> Tensor:
-        """Select each head's tokens as if it were a row of its own, with the budget that its weight gives it."""
-        weights = self.head_weights or ()
-        batch, heads, keys = scores.shape[0], len(weights), scores.shape[-1]
+        """Select each head's tokens as if it were a row of its own, with the budget that it is given."""
+        batch, heads, keys = scores.shape[0], splits[0].heads, scores.shape[-1]
         scores, real_index = (
             tensor.expand(-1, heads, -1).reshape(batch * heads, 1, keys) for tensor in (scores, real_index)
         )
@@ -134,15 +139,14 @@ class RaggedLayer(RestingLayer):
             self._room = counts
         spanned_in = how.get("protect_before") or self._lengths
         own, kept = [], []
-        for budget, some, room, there, length in zip(
-            budgets, keep, self._room, counts, spanned_in, strict=True
+        for split, budget, some, room, there, length in zip(
+            splits, budgets, keep, self._room, counts, spanned_in, strict=True
         ):
             final = some <= budget
-            # Every head keeps the protected spans; what is left of the budget goes by weight.
+            # Every head keeps the protected spans; what is left of the budget is split.
             spanned = min(count_spanned(how.get("protect", ()), length), budget)
             left_room = [max(0, count - spanned) for count in room]
-            shares = allocate_head_budgets(weights, budget - spanned, left_room, self._head_floor, final)
-            share = (shares + spanned).tolist()
+            share = (split.split(budget - spanned, left_room, final) + spanned).tolist()
             own += share
             kept += [min(count + (not final), left) for count, left in zip(share, there, strict=True)]
         lengths = [length for length in self._lengths for _ in range(heads)]

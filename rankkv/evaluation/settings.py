@@ -16,7 +16,8 @@ UNIFORM = "uniform"
 NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
     "auto": {},
     "default": {"profile": None},
-    "heads": {"head_budgets": "profile"},
+    "layers": {"profile": None, "head_budgets": None},
+    "layers-profile": {"head_budgets": None},
 }
 
 
@@ -33,7 +34,8 @@ def build_settings(
         Token selection methods.
     strategies : iterable of str
         Budget strategies; ``"auto"`` is what :class:`~rankkv.RankKVCache` does by itself, ``"default"`` the same
-        without calibration, ``"heads"`` with budgets for each head from the profile.
+        without calibration; ``"layers"`` and ``"layers-profile"`` leave the heads of a layer equal, without
+        calibration and with.
 
     Returns
     -------

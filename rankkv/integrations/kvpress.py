@@ -125,6 +125,8 @@ class _RankKVPress:
             window_size=self.window_size,
             sink_size=self.sink_size,
             min_budget=self.min_budget,
+            # kvpress' pipeline takes back layers whose heads keep the same number of tokens.
+            head_budgets=None,
         )
 
     @contextmanager

@@ -15,7 +15,7 @@ from ..observation import Observation
 from ..rank_kernels import round_ranks
 from ..registry import add_entry, remove_entry
 from .cake import compute_layer_preference
-from .distortion import compute_eviction_errors
+from .distortion import compute_eviction_errors, compute_head_errors
 from .dynamickv import compute_best_scores
 from .lava import compute_layer_entropy
 from .squeezeattention import compute_layer_change
@@ -31,6 +31,7 @@ MEASURES: dict[str, Callable[..., Tensor]] = {
     "dynamickv": compute_best_scores,
     "squeezeattention": compute_layer_change,
     "distortion": compute_eviction_errors,
+    "head_distortion": compute_head_errors,
 }
 
 _BUILT_IN = frozenset(MEASURES)

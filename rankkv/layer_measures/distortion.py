@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..budget_distortion import make_budget_grid
-from ..budget_weights import Limits
+from ..budget_weights import Limits, check_number
+from ..layer_rank import compute_group_ranks
 from ..observation import Observation
 from ..output_projection import compute_projection_matrix, find_output_projection
 from ..rank_kernels import round_ranks
@@ -40,23 +41,65 @@ def compute_eviction_errors(observation: Observation, limits: Sequence[Limits] |
         ``[batch, budget]`` float64, rounded to 6 significant digits; zeros at the end of a shorter row, and for fewer
         than 2 queries.
     """
+    return round_ranks(_measure_rows(observation, limits, _join_heads))
+
+
+def compute_head_errors(
+    observation: Observation, limits: Sequence[Limits] | None = None, rank_exponent: float = 2.0
+) -> Tensor:
+    """Compute how wrong each key/value head makes a layer's attention output when it keeps only so many tokens.
+
+    As :func:`compute_eviction_errors`, but head by head: ``d_h(b) = rank_h ** rank_exponent * ||W_h (o_h kept - o_h
+    all)||^2 / ||W_o o_all||^2``, where W_h are the columns of the output projection that read the query heads of this
+    key/value head, and rank_h the effective rank of their evictable attention, side by side.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries, keys and values.
+    limits : sequence of Limits, optional
+        Says the floor of each row's heads; see :func:`compute_eviction_errors`.
+    rank_exponent : float, default 2
+        Of the head's effective rank; 0 leaves it out.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_head, budget]`` float64, rounded to 6 significant digits; zeros as in
+        :func:`compute_eviction_errors`.
+    """
+    check_number("rank_exponent", rank_exponent, 0.0, 8.0)
+    errors = _measure_rows(observation, limits, _split_heads)
+    if rank_exponent:
+        errors = errors * compute_group_ranks(observation)[..., None] ** rank_exponent
+    return round_ranks(errors)
+
+
+#: From what fewer tokens change in the heads' outputs, ``[budget + 1, row, width]`` with the whole outputs as the last,
+#: to errors ``[budget]`` or ``[kv_head, budget]``.
+_Reduction = Callable[[Observation, Tensor, int], Tensor]
+
+
+def _measure_rows(
+    observation: Observation, limits: Sequence[Limits] | None, reduction: _Reduction
+) -> Tensor:
     whole = {*observation.lengths, *observation.available} == {observation.key_length}
     count = len(observation.lengths)
     rows = [observation] if count == 1 and whole else [observation.take_row(row) for row in range(count)]
     floors = [1] * count if limits is None else [row.floor for row in limits]
-    curves = [_compute_row(row, floor) for row, floor in zip(rows, floors, strict=True)]
-    widest = max(len(curve) for curve in curves)
-    table = torch.stack([functional.pad(curve, (0, widest - len(curve))) for curve in curves])
-    return round_ranks(table)
+    curves = [_compute_row(row, floor, reduction) for row, floor in zip(rows, floors, strict=True)]
+    widest = max(curve.shape[-1] for curve in curves)
+    return torch.stack([functional.pad(curve, (0, widest - curve.shape[-1])) for curve in curves])
 
 
-def _compute_row(observation: Observation, floor: int) -> Tensor:
-    """Return the errors of one row without padding, ``[budget]`` float64 on the CPU."""
+def _compute_row(observation: Observation, floor: int, reduction: _Reduction) -> Tensor:
+    """Return the errors of one row without padding, ``[budget]`` or ``[kv_head, budget]`` float64 on the CPU."""
     length, queries = observation.key_length, observation.query_length
     grid = make_budget_grid(length)
     held_out = min(observation.window_size, queries // 2)
     if held_out == 0 or not grid:
-        return torch.zeros(max(1, len(grid)), dtype=torch.float64)
+        nothing = torch.zeros(max(1, len(grid)), dtype=torch.float64)
+        return nothing if reduction is _join_heads else nothing.expand(observation.kv_heads, -1)
     # What lies between the floor and the first budget above it is told by the last one that is not above it.
     untried = max(0, sum(budget <= floor for budget in grid) - 1)
     grid = grid[untried:]
@@ -67,22 +110,48 @@ def _compute_row(observation: Observation, floor: int) -> Tensor:
     scores = observation.compute_group_mean(_pool(votes, cut - chosen)[None])[0]
     outputs, full = _attend_with_fewer(observation, scores, grid, held_out, chosen)
 
-    width = outputs.shape[-1]
-    parts = 1 if observation.shards is None else observation.shards.size
-    projection = find_output_projection(observation.module, width, parts)
-    wrong = torch.cat([outputs - full, full[None]])
-    if projection is None:
+    errors = reduction(observation, torch.cat([outputs - full, full[None]]), len(scores))
+    # No fit of a falling curve mixes these with the others.
+    return torch.cat([errors.amax(dim=-1, keepdim=True).expand(*errors.shape[:-1], untried), errors], dim=-1)
+
+
+def _join_heads(observation: Observation, wrong: Tensor, kv_heads: int) -> Tensor:
+    """Return the error of the layer's output, root mean square relative to the whole output, ``[budget]``."""
+    matrix = _find_matrix(observation, wrong)
+    if matrix is None:
         # Heads side by side: their squares add up.
         squares = observation.sum_over_shards(wrong.pow(2).sum(dim=(-2, -1)))
     else:
-        # Read in the dtype the model computes in: some modules take no other.
-        matrix = compute_projection_matrix(projection, width, observation.values, parts)
-        projected = wrong @ matrix.float()
-        squares = observation.sum_over_shards(projected).pow(2).sum(dim=(-2, -1))
-    errors = squares[:-1] / squares[-1].clamp(min=torch.finfo(squares.dtype).tiny)
-    errors = errors.sqrt().to("cpu", torch.float64)
-    # No fit of a falling curve mixes these with the others.
-    return torch.cat([errors.max().expand(untried), errors])
+        squares = observation.sum_over_shards(wrong @ matrix).pow(2).sum(dim=(-2, -1))
+    return _divide(squares[:-1], squares[-1]).sqrt()
+
+
+def _split_heads(observation: Observation, wrong: Tensor, kv_heads: int) -> Tensor:
+    """Return what each key/value head adds to the square of that error, ``[kv_head, budget]``."""
+    matrix = _find_matrix(observation, wrong)
+    heads = wrong.unflatten(-1, (kv_heads, -1)).movedim(-2, 0)
+    whole = wrong[-1] if matrix is None else wrong[-1] @ matrix
+    if matrix is None:
+        squares = heads.pow(2).sum(dim=(-2, -1))
+    else:
+        # ||x W||^2 = x (W W^T) x^T: a head is narrower than what it is projected to.
+        part = matrix.unflatten(0, (kv_heads, -1))
+        squares = ((heads.flatten(1, 2) @ (part @ part.mT)).view_as(heads) * heads).sum(dim=(-2, -1))
+    return _divide(squares[:, :-1].clamp(min=0.0), whole.pow(2).sum())
+
+
+def _find_matrix(observation: Observation, wrong: Tensor) -> Tensor | None:
+    width = wrong.shape[-1]
+    parts = 1 if observation.shards is None else observation.shards.size
+    projection = find_output_projection(observation.module, width, parts)
+    if projection is None:
+        return None
+    # Read in the dtype the model computes in: some modules take no other.
+    return compute_projection_matrix(projection, width, observation.values, parts).float()
+
+
+def _divide(squares: Tensor, whole: Tensor) -> Tensor:
+    return (squares / whole.clamp(min=torch.finfo(squares.dtype).tiny)).to("cpu", torch.float64)
 
 
 def _attend_with_fewer(

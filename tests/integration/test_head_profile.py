@@ -1,4 +1,4 @@
-"""Heads' budgets from a profile: each head keeps what it counts for, in every way that a cache is used."""
+"""Heads' budgets, from a profile or from the prompt: each head keeps its own, in every way that a cache is used."""
 
 from __future__ import annotations
 
@@ -63,6 +63,12 @@ def keep(model):
     return {**KEEP, "profile": make_profile(model)}
 
 
+@pytest.fixture(params=["profile", "distortion"])
+def spread(request, keep):
+    """Options of both: heads by what a profile says of them, and by what evicting costs them in this prompt."""
+    return keep if request.param == "profile" else {**KEEP, "head_budgets": "distortion", "profile": None}
+
+
 @pytest.fixture(params=[1, 2], ids=["single", "padded"])
 def batch(request):
     return oracles.left_pad([PROMPT, SHORT][: request.param])
@@ -120,15 +126,19 @@ def test_every_head_keeps_what_its_weight_gives(model, keep, batch, selector):
     assert "its heads now hold" in cache.summary()
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+CASCADES = [("profile", name) for name in SELECTORS] + [("distortion", name) for name in ("snapkv", "h2o", "knorm")]
+
+
+@pytest.mark.parametrize(("head_budgets", "selector"), CASCADES)
 @pytest.mark.parametrize("head_floor", [0.0, 0.3, 0.95])
 @pytest.mark.parametrize(
     "more", [{}, {"strategy": "power"}, {"strategy": "profile"}, {"protect": [(6, 17), (50, 55)]}], ids=str
 )
-def test_cascade_equals_one_decision(tiny_llama, monkeypatch, selector, head_floor, more):
+def test_cascade_equals_one_decision(tiny_llama, monkeypatch, head_budgets, selector, head_floor, more):
     model = tiny_llama(6)
-    given = {"selector": selector, "head_floor": head_floor, "min_budget": 1, **more}
-    options = {**KEEP, **given, "profile": make_profile(model, layers=6)}
+    given = {"selector": selector, "head_floor": head_floor, "min_budget": 1, "head_budgets": head_budgets, **more}
+    profile = make_profile(model, layers=6) if "profile" in (head_budgets, more.get("strategy")) else None
+    options = {**KEEP, **given, "profile": profile}
     for seed, lengths in enumerate(((100,), (110, 20, 63))):
         ids, mask = oracles.left_pad([oracles.random_prompt(n, seed + n) for n in lengths])
         cascade = oracles.prefill(model, ids, mask, **options)
@@ -154,8 +164,8 @@ def test_equal_heads_keep_what_layers_without_head_budgets_keep(model, batch):
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("selector", ["snapkv", "h2o", "streaming_llm"])
-def test_every_step_equals_the_masked_full_cache(model, keep, batch, selector, options):
-    cache = RankKVCache(model, selector=selector, **options, **keep)
+def test_every_step_equals_the_masked_full_cache(model, spread, batch, selector, options):
+    cache = RankKVCache(model, selector=selector, **options, **spread)
     assert oracles.assert_every_step_equals_masked(model, cache, *batch)
     if options.get("decode") == "bounded":
         for place, layer in enumerate(cache.kept_per_head):
@@ -165,10 +175,10 @@ def test_every_step_equals_the_masked_full_cache(model, keep, batch, selector, o
 
 @pytest.mark.parametrize("decode", ["grow", "bounded"])
 @pytest.mark.parametrize("selector", ["snapkv", "h2o"])
-def test_protected_tokens_stand_in_every_head(model, keep, batch, selector, decode):
+def test_protected_tokens_stand_in_every_head(model, spread, batch, selector, decode):
     """A head that counts for little keeps the spans, and its newest tokens besides."""
     span = (6, 27)
-    cache = oracles.prefill(model, *batch, selector=selector, decode=decode, protect=[span], **keep)
+    cache = oracles.prefill(model, *batch, selector=selector, decode=decode, protect=[span], **spread)
     for step in (0, 1, 2):
         for place in cache.layer_indices:
             for row, heads in enumerate(oracles.kept_tokens(cache, batch[1])[place]):
@@ -192,21 +202,21 @@ def test_spans_are_on_top_of_what_weights_divide(model, keep):
 
 @pytest.mark.parametrize("decode", ["grow", "bounded", "periodic"])
 @pytest.mark.parametrize("positions", ["original", "packed"])
-def test_rows_are_treated_as_if_alone(model, keep, decode, positions):
+def test_rows_are_treated_as_if_alone(model, spread, decode, positions):
     prompts = [PROMPT, SHORT, oracles.random_prompt(60, 3)]
     oracles.assert_batch_invariant(
-        model, prompts, decode=decode, decode_interval=3, positions=positions, **keep
+        model, prompts, decode=decode, decode_interval=3, positions=positions, **spread
     )
 
 
-def test_everything_kept_changes_no_token(model, keep, batch):
-    oracles.assert_identity(model, *batch, **{**keep, "compression_ratio": 1.0})
+def test_everything_kept_changes_no_token(model, spread, batch):
+    oracles.assert_identity(model, *batch, **{**spread, "compression_ratio": 1.0})
 
 
 @pytest.mark.parametrize("storage", ["full", "int8", "offload"])
-def test_saved_and_loaded(model, keep, batch, tmp_path, storage):
+def test_saved_and_loaded(model, spread, batch, tmp_path, storage):
     ids, mask = batch
-    cache = oracles.prefill(model, ids, mask, storage=storage, decode="bounded", **keep)
+    cache = oracles.prefill(model, ids, mask, storage=storage, decode="bounded", **spread)
     loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), model)
     assert loaded.kept_per_head == cache.kept_per_head
     chunks = oracles.next_chunks(len(ids), (1, 1, 1), seed=7)
@@ -217,13 +227,13 @@ def test_saved_and_loaded(model, keep, batch, tmp_path, storage):
     assert loaded.kept_per_head == cache.kept_per_head
 
 
-def test_beams_copies_and_turns(model, keep):
+def test_beams_copies_and_turns(model, spread):
     ids, mask = oracles.left_pad([PROMPT, SHORT])
-    text = oracles.generate(model, ids, RankKVCache(model, **keep), mask=mask, num_beams=3)
+    text = oracles.generate(model, ids, RankKVCache(model, **spread), mask=mask, num_beams=3)
     for row, prompt in enumerate((PROMPT, SHORT)):
-        alone = oracles.generate(model, prompt, RankKVCache(model, **keep), num_beams=3)
+        alone = oracles.generate(model, prompt, RankKVCache(model, **spread), num_beams=3)
         assert torch.equal(text[row], alone[0])
-    cache = RankKVCache(model, recompress_turns=True, **keep)
+    cache = RankKVCache(model, recompress_turns=True, **spread)
     asked = PROMPT
     for turn in range(3):
         answer = oracles.generate(model, asked, cache, new_tokens=5)
@@ -232,9 +242,9 @@ def test_beams_copies_and_turns(model, keep):
         assert torch.equal(oracles.generate(model, asked, twin), oracles.generate(model, asked, cache.copy()))
 
 
-def test_merged_tokens_stay_within_their_head(model, keep):
-    cache = oracles.prefill(model, PROMPT, merging="values", **keep)
-    plain = oracles.prefill(model, PROMPT, **keep)
+def test_merged_tokens_stay_within_their_head(model, spread):
+    cache = oracles.prefill(model, PROMPT, merging="values", **spread)
+    plain = oracles.prefill(model, PROMPT, **spread)
     assert cache.kept_per_head == plain.kept_per_head
 
 

@@ -36,6 +36,7 @@ RANKS = {
     "rankkv.budget_profile": 12,
     "rankkv.budget_distortion": 13,
     "rankkv.budget_heads": 13,
+    "rankkv.budget_head_curves": 14,
     "rankkv.budget_strategies": 14,
     "rankkv.budget_record": 15,
     "rankkv.budget_allocation": 16,
