@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--strategies",
         nargs="+",
-        default=["uniform", "RankKV", "RankKV, profile", "RankKV, heads"],
+        default=["uniform", "RankKV", "RankKV, profile", "RankKV, layers"],
         choices=list(BUDGETS),
         help="budgets from",
     )

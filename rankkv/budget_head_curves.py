@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ from numpy.typing import ArrayLike
 from .budget_distortion import make_budget_grid
 from .budget_profile import compute_hull, fit_decreasing
 from .budget_shares import FloatArray, IntArray
-
 
 # Tokens that rounding may leave over.
 _EPSILON = 1e-6
@@ -133,7 +133,7 @@ def fit_head_curves(
         # Linear in the logarithm between the budgets tried, as damage is.
         values = np.interp(np.log(budgets), np.log([*grid, max(1, length)]), fit_decreasing(known))
         hull = compute_hull(budgets, values)
-        for place, (one, other) in enumerate(zip(hull[:-1], hull[1:], strict=True)):
+        for place, (one, other) in enumerate(itertools.pairwise(hull)):
             width = int(budgets[other] - budgets[one])
             slope = (values[other] - values[one]) / width
             if slope < 0.0:

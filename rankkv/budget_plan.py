@@ -121,8 +121,8 @@ class BudgetPlan:
             total = least
         self.total_budget = total
         self.limits = Limits(total, length, config.window_size, self.floor)
-        # What every head keeps, where heads are measured.
-        head_floor = max(1, min(self.floor, int(config.head_floor * total / count)))
+        # What every head keeps, where heads are measured: no fewer than a layer, so that sinks and newest tokens stay.
+        head_floor = min(self.floor, max(FLOOR_TOKENS, int(config.head_floor * total / count)))
         #: The limits of single heads, whose floor is lower than that of their layer.
         self.head_limits = replace(self.limits, floor=head_floor)
         self._bounded = bounded

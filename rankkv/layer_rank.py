@@ -103,6 +103,33 @@ def compute_group_ranks(observation: Observation) -> Tensor:
     return round_ranks(ranks.cpu()).view(batch, groups)
 
 
+def compute_group_concentration(observation: Observation) -> Tensor:
+    """Compute how few evictable tokens each key/value head attends to at a time: 1 for one, 1 / n for n alike.
+
+    ``mean_i sum_j p_ij^2`` with ``p_i`` a query's attention to what could be evicted, over its sum; the mean is over
+    the queries of the window that have any, and over the query heads of the group.  Its inverse counts tokens for one
+    query, as the effective rank counts directions over all of them.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries, keys and mask.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_head]`` float64 on the CPU, in [0, 1], rounded as ranks are; 0 where nothing can be evicted.
+    """
+    window = _cut_evictable(observation.window_attention, observation)
+    batch, heads = window.shape[:2]
+    mass = window.sum(dim=-1)
+    seen = mass > 0
+    alone = window.pow(2).sum(dim=-1) / torch.where(seen, mass, 1.0).pow(2)
+    of_head = alone.sum(dim=-1) / seen.sum(dim=-1).clamp(min=1)
+    grouped = of_head.view(batch, observation.kv_heads, heads // observation.kv_heads).mean(dim=-1)
+    return round_ranks(grouped.cpu().to(torch.float64))
+
+
 def _cut_evictable(window: Tensor, observation: Observation) -> Tensor:
     sinks, recent = observation.sink_size, observation.window_size
     if {*observation.lengths, *observation.available} == {observation.key_length}:

@@ -116,8 +116,8 @@ def check_chunked(family: families.Family, model: Any) -> None:
 def check_bytes(family: families.Family, model: Any) -> None:
     """The storages of the compressed layers hold the kept slots and nothing besides; the rest is as without RankKV."""
     ids, mask = oracles.left_pad([LONG, SHORT])
-    cache = _prefill(model, ids, mask, **KEEP)
-    full = _prefill(model, ids, mask, compression_ratio=1.0)
+    cache = _prefill(model, ids, mask, head_budgets=None, **KEEP)
+    full = _prefill(model, ids, mask, compression_ratio=1.0, head_budgets=None)
     for index in cache.layer_indices:
         layer, whole = cache.layers[index], full.layers[index]
         widest = max(row[cache.layer_indices.index(index)] for row in cache.budgets_per_row)

@@ -24,9 +24,11 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rankkv import RankKVCache
+from rankkv.cache_layer import RankKVLayer
 from rankkv.compat import cache_argument, find_eager_homes
 from rankkv.observation import Observation
 from rankkv.observing import observe
+from rankkv.ragged_layer import RaggedLayer
 
 #: Before 5.24: other drafts, other chunks, and every turn with all its ids.
 OLD_GENERATE = Version(transformers.__version__) < Version("5.24")
@@ -327,7 +329,7 @@ def storage_bytes(cache: Any) -> int:
     """Sum the bytes of all distinct storages that the layers' keys and values stand on."""
     storages = {}
     for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
+        for tensor in layer.held() if isinstance(layer, RankKVLayer) else (layer.keys, layer.values):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 
@@ -336,11 +338,17 @@ def assert_bytes_match(cache: RankKVCache) -> None:
     """O5: the storages hold the kept slots, keys and values, of every row and layer, and nothing besides."""
     expected = 0
     for layer_idx in cache.layer_indices:
-        keys = cache.layers[layer_idx].keys
+        layer = cache.layers[layer_idx]
+        keys = layer.keys
         rows, heads, slots, dim = keys.shape
-        assert slots == cache.kept_lengths[layer_idx]
-        assert keys.is_contiguous()
-        expected += 2 * rows * heads * slots * dim * keys.element_size()
+        if isinstance(layer, RaggedLayer):
+            # Packed: no head is padded to another.
+            kept = sum(count for row in layer.kept_per_head for count in row)
+        else:
+            assert slots == cache.kept_lengths[layer_idx]
+            assert keys.is_contiguous()
+            kept = rows * heads * slots
+        expected += 2 * kept * dim * keys.element_size()
     assert storage_bytes(cache) == expected == cache.cache_bytes()
 
 

@@ -23,6 +23,7 @@ from rankkv.budget_allocation import STRATEGIES
 from rankkv.compat import cache_argument
 from rankkv.config import FLOOR_TOKENS
 from rankkv.errors import UnsupportedModelError
+from rankkv.ragged_layer import RaggedLayer
 from rankkv.rank_aggregation import AGGREGATIONS
 from rankkv.selection import SELECTORS
 
@@ -219,10 +220,13 @@ def run_call(call: Call, report: Report) -> None:
     for index in cache.layer_indices:
         layer, slots = cache.layers[index], cache.kept_lengths[index]
         keys, values = layer.keys, layer.values
-        check("slots are what is held", keys.shape[-2] == values.shape[-2] == slots)
+        # Heads that keep different numbers of tokens are padded to the longest only when they are asked for.
+        packed = sum(map(sum, layer.kept_per_head)) if isinstance(layer, RaggedLayer) else None
+        whole = keys.shape[-2] == values.shape[-2]
+        check("slots are what is held", whole and (packed is not None or keys.shape[-2] == slots))
         expected = 0
         for states in (keys, values):
-            numbers = states.numel()
+            numbers = states.numel() if packed is None else packed * states.shape[-1]
             expected += (
                 numbers + 4 * numbers // states.shape[-1] if options["storage"] == "int8" else 4 * numbers
             )

@@ -10,12 +10,13 @@ from torch.nn import functional
 
 from ..budget_distortion import make_budget_grid
 from ..budget_weights import Limits, check_number
-from ..layer_rank import compute_group_ranks
+from ..layer_rank import compute_group_concentration, compute_group_ranks
 from ..observation import Observation
 from ..output_projection import compute_projection_matrix, find_output_projection
 from ..rank_kernels import round_ranks
 
 _POOL = 5
+_CONCENTRATION_EXPONENT = 0.5
 
 
 def compute_eviction_errors(observation: Observation, limits: Sequence[Limits] | None = None) -> Tensor:
@@ -49,9 +50,11 @@ def compute_head_errors(
 ) -> Tensor:
     """Compute how wrong each key/value head makes a layer's attention output when it keeps only so many tokens.
 
-    As :func:`compute_eviction_errors`, but head by head: ``d_h(b) = rank_h ** rank_exponent * ||W_h (o_h kept - o_h
-    all)||^2 / ||W_o o_all||^2``, where W_h are the columns of the output projection that read the query heads of this
-    key/value head, and rank_h the effective rank of their evictable attention, side by side.
+    As :func:`compute_eviction_errors`, but head by head: ``d_h(b) = rank_h ** rank_exponent * c_h ** 0.5 * ||W_h
+    (o_h kept - o_h all)||^2 / ||W_o o_all||^2``, where W_h are the columns of the output projection that read the query
+    heads of this key/value head, rank_h is the effective rank of their evictable attention, side by side, and c_h how
+    few tokens they attend to at a time (:func:`rankkv.layer_rank.compute_group_concentration`).  A head that looks
+    something up, at another place for each query, has both; of what one head loses that matters most for the answer.
 
     Parameters
     ----------
@@ -69,10 +72,10 @@ def compute_head_errors(
         :func:`compute_eviction_errors`.
     """
     check_number("rank_exponent", rank_exponent, 0.0, 8.0)
-    errors = _measure_rows(observation, limits, _split_heads)
+    factors = compute_group_concentration(observation) ** _CONCENTRATION_EXPONENT
     if rank_exponent:
-        errors = errors * compute_group_ranks(observation)[..., None] ** rank_exponent
-    return round_ranks(errors)
+        factors = factors * compute_group_ranks(observation) ** rank_exponent
+    return round_ranks(_measure_rows(observation, limits, _split_heads) * factors[..., None])
 
 
 #: From what fewer tokens change in the heads' outputs, ``[budget + 1, row, width]`` with the whole outputs as the last,
@@ -80,9 +83,7 @@ def compute_head_errors(
 _Reduction = Callable[[Observation, Tensor, int], Tensor]
 
 
-def _measure_rows(
-    observation: Observation, limits: Sequence[Limits] | None, reduction: _Reduction
-) -> Tensor:
+def _measure_rows(observation: Observation, limits: Sequence[Limits] | None, reduction: _Reduction) -> Tensor:
     whole = {*observation.lengths, *observation.available} == {observation.key_length}
     count = len(observation.lengths)
     rows = [observation] if count == 1 and whole else [observation.take_row(row) for row in range(count)]

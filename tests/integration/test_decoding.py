@@ -60,7 +60,8 @@ def assert_every_step_equals_the_masked_oracle(model, cache, ids, mask, chunks):
 
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_bounded_stays_at_its_budgets(model, selector):
-    cache = oracles.prefill(model, PROMPT, budget=30, min_budget=10, selector=selector, decode="bounded")
+    options = {"budget": 30, "min_budget": 10, "selector": selector, "decode": "bounded"}
+    cache = oracles.prefill(model, PROMPT, head_budgets=None, **options)
     budgets, held = cache.budgets, cache.cache_bytes()
     assert sum(budgets) == 3 * 30
     for step in steps_of(1, 60):
@@ -104,7 +105,8 @@ def test_bounded_equals_the_masked_oracle_at_every_step(model, batch, selector):
 
 
 def test_streaming_llm_keeps_sinks_and_the_newest_exactly(model):
-    cache = oracles.prefill(model, PROMPT, budget=24, selector="streaming_llm", decode="bounded")
+    options = {"budget": 24, "selector": "streaming_llm", "decode": "bounded"}
+    cache = oracles.prefill(model, PROMPT, head_budgets=None, **options)
     for step in steps_of(1, 40):
         oracles.feed(model, cache, [step])
         for budget, layer in zip(cache.budgets, oracles.kept_tokens(cache), strict=True):
@@ -115,7 +117,8 @@ def test_streaming_llm_keeps_sinks_and_the_newest_exactly(model):
 
 def test_h2o_accumulates_the_attention_of_every_query(tiny_llama):
     model = tiny_llama(attn_implementation="eager")
-    cache = oracles.prefill(model, PROMPT, budget=30, min_budget=10, selector="h2o", decode="bounded")
+    options = {"budget": 30, "min_budget": 10, "selector": "h2o", "decode": "bounded"}
+    cache = oracles.prefill(model, PROMPT, head_budgets=None, **options)
     expected = []
     for weights in oracles.eager_attentions(model, PROMPT):
         sums = weights[0].sum(dim=1).view(2, 2, -1).mean(dim=1)
@@ -287,7 +290,7 @@ def test_periodic_rows_equal_the_rows_alone(model, selector):
 def test_periodic_snapkv_keeps_what_a_plain_formula_keeps(tiny_llama):
     model = tiny_llama(attn_implementation="eager")
     options = {"budget": 24, "min_budget": 8, "window_size": 4, "decode": "periodic", "decode_interval": 6}
-    cache = oracles.prefill(model, PROMPT, **options)
+    cache = oracles.prefill(model, PROMPT, head_budgets=None, **options)
     rows = [[], [], []]
     for number, step in enumerate(steps_of(1, 18), start=1):
         before = [oracles.kept_positions(cache, layer_idx)[0] for layer_idx in range(3)]

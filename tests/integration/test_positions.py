@@ -110,7 +110,8 @@ def freeze_frequencies(model, twin):
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_sees_the_keys_of_consecutive_positions(build, used, kind, selector):
     model = build(kind)
-    cache = oracles.prefill(model, PROMPT, budget=24, selector=selector, decode="bounded", positions="packed")
+    options = {"selector": selector, "decode": "bounded", "positions": "packed", "head_budgets": None}
+    cache = oracles.prefill(model, PROMPT, budget=24, **options)
     seen = PROMPT
     checked = []
     for evictions, step in enumerate(oracles.next_chunks(1, (1,) * 101), start=1):
@@ -146,8 +147,9 @@ def test_layers_without_positions_are_left_alone(build, used):
 @pytest.mark.parametrize("positions", ["original", "packed"])
 def test_stored_keys_stay_those_of_the_prefill(build, kind, positions):
     model = build(kind)
-    full = oracles.prefill(model, PROMPT, compression_ratio=1.0)
-    cache = oracles.prefill(model, PROMPT, budget=40, selector="h2o", decode="bounded", positions=positions)
+    full = oracles.prefill(model, PROMPT, compression_ratio=1.0, head_budgets=None)
+    options = {"selector": "h2o", "decode": "bounded", "positions": positions, "head_budgets": None}
+    cache = oracles.prefill(model, PROMPT, budget=40, **options)
     oracles.feed(model, cache, oracles.next_chunks(1, (1,) * 20))
     compared = 0
     for layer_idx in range(3):

@@ -34,7 +34,8 @@ def batch(request):
 def test_int8_bytes_are_the_arithmetic(tiny_llama, batch, decode):
     model = tiny_llama()
     ids, mask = batch
-    cache = oracles.prefill(model, ids, mask, storage="int8", decode=decode, decode_interval=3, **KEEP)
+    options = {"storage": "int8", "decode": decode, "decode_interval": 3, "head_budgets": None, **KEEP}
+    cache = oracles.prefill(model, ids, mask, **options)
     for chunk in ((), (1,), (1, 1), (4, 1)):
         oracles.feed(model, cache, oracles.next_chunks(len(ids), chunk), mask)
         mask = torch.cat([mask, mask.new_ones(len(ids), sum(chunk))], dim=-1)
@@ -120,7 +121,7 @@ def test_questions_in_a_row_equal_those_on_fresh_copies(model, storage):
 @pytest.mark.parametrize("decode", ["grow", "bounded", "periodic"])
 def test_mapping_rows_carries_all_their_state(model, storage, how, decode):
     ids, mask = oracles.left_pad([PROMPT, SHORT, oracles.random_prompt(60, 3)])
-    options = {"selector": "h2o", "decode": decode, "decode_interval": 4, **KEEP}
+    options = {"selector": "h2o", "decode": decode, "decode_interval": 4, "head_budgets": None, **KEEP}
     cache = oracles.prefill(model, ids, mask, storage=storage, **options)
     oracles.feed(model, cache, oracles.next_chunks(3, (1, 1)), mask)
     mask = torch.cat([mask, mask.new_ones(3, 2)], dim=-1)

@@ -113,6 +113,8 @@ def test_the_cache_takes_every_option_with_the_same_default():
 def test_a_config_stands_for_all_options(tiny_llama):
     model = tiny_llama()
     config = RankKVConfig(0.2, selector="h2o", window_size=8)
-    assert RankKVCache(model, config=config).config is config
+    used = RankKVCache(model, config=config).config
+    assert used == dataclasses.replace(config, head_budgets="distortion")
+    assert RankKVCache(model, config=used).config is used
     with pytest.raises(ConfigError, match=r"either config=.* or single options"):
         RankKVCache(model, 0.5, config=config)

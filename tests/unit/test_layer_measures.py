@@ -9,6 +9,7 @@ import oracles
 import pytest
 import torch
 
+from rankkv import compute_effective_rank
 from rankkv.budget_strategies import STRATEGIES
 from rankkv.budget_weights import Limits
 from rankkv.layer_measures import MEASURES, compute_measures
@@ -24,6 +25,7 @@ OPTIONS = {
     "dynamickv": ({}, {"r_max": 2.0, "kernel_size": 3}),
     "squeezeattention": ({},),
     "distortion": ({},),
+    "head_distortion": ({}, {"rank_exponent": 1.0}),
 }
 
 
@@ -115,26 +117,28 @@ def squeezeattention(layer, attention):
     return sum(layer.changes[0].tolist()) / 64
 
 
-def distortion(layer, attention):
-    """The 16 queries before the window choose, the window's 16 find out what is missing."""
+def find_wrong(layer, attention):
+    """Yield the error of each kv head's part of the output, ``[kv_head][row] Tensor``, and the whole output's rows.
+
+    The 16 queries before the window choose, the window's 16 find out what is missing.
+    """
     heads, kv_heads, cut = len(attention), layer.keys.shape[1], 48
     groups = heads // kv_heads
     module = layer.module
     joined = (module.o_proj if hasattr(module, "o_proj") else module.dense).weight.detach()
 
-    def output(row, keep):
-        parts = []
-        for head in range(heads):
+    def output(row, keep, kv_head):
+        total = torch.zeros(joined.shape[0], dtype=torch.float64)
+        for head in range(kv_head * groups, (kv_head + 1) * groups):
             weights = [
                 a if j >= cut or j in keep[head // groups] else 0.0
                 for j, a in enumerate(attention[head][row])
             ]
-            total = sum(weights)
-            mixed = sum(
-                w / total * layer.values[0, head // groups, j].double() for j, w in enumerate(weights)
-            )
-            parts.append(mixed)
-        return joined.double() @ torch.cat(parts)
+            mass = sum(weights)
+            mixed = sum(w / mass * layer.values[0, kv_head, j].double() for j, w in enumerate(weights))
+            width = len(mixed)
+            total += joined[:, head * width : (head + 1) * width].double() @ mixed
+        return total
 
     votes = []
     for kv_head in range(kv_heads):
@@ -144,6 +148,7 @@ def distortion(layer, attention):
             pooled.append(pool(mean[:32], 5, max) + mean[32:])
         votes.append([sum(column) / groups for column in zip(*pooled, strict=True)])
     everything = [set(range(64))] * kv_heads
+    whole = [[output(i, everything, kv_head) for i in range(48, 64)] for kv_head in range(kv_heads)]
     curve = []
     for budget in (8, 11, 16, 23, 32, 45):
         keep = []
@@ -151,9 +156,45 @@ def distortion(layer, attention):
             sure = {*range(cut - min(16, budget // 2), cut), *range(min(layer.sink_size, budget // 4))}
             rest = sorted(set(range(cut)) - sure, key=lambda j: -scores[j])
             keep.append(sure | set(rest[: budget - len(sure)]))
-        wrong = sum(float((output(i, keep) - output(i, everything)).pow(2).sum()) for i in range(48, 64))
-        curve.append(math.sqrt(wrong / sum(float(output(i, everything).pow(2).sum()) for i in range(48, 64))))
-    return curve
+        curve.append(
+            [
+                [output(i, keep, kv_head) - whole[kv_head][i - 48] for i in range(48, 64)]
+                for kv_head in range(kv_heads)
+            ]
+        )
+    return curve, [sum(rows) for rows in zip(*whole, strict=True)]
+
+
+def distortion(layer, attention):
+    curve, whole = find_wrong(layer, attention)
+    scale = sum(float(row.pow(2).sum()) for row in whole)
+    joined = ([sum(rows) for rows in zip(*heads, strict=True)] for heads in curve)
+    return [math.sqrt(sum(float(row.pow(2).sum()) for row in rows) / scale) for rows in joined]
+
+
+def head_distortion(layer, attention, rank_exponent=2.0):
+    curve, whole = find_wrong(layer, attention)
+    scale = sum(float(row.pow(2).sum()) for row in whole)
+    kv_heads = layer.keys.shape[1]
+    groups = len(attention) // kv_heads
+    factors = []
+    for kv_head in range(kv_heads):
+        evictable = [
+            [a for head in range(kv_head * groups, (kv_head + 1) * groups) for a in attention[head][i][4:48]]
+            for i in range(48, 64)
+        ]
+        groups_rows = [
+            attention[head][i][4:48]
+            for head in range(kv_head * groups, (kv_head + 1) * groups)
+            for i in range(48, 64)
+        ]
+        spread = [sum(a * a for a in row) / sum(row) ** 2 for row in groups_rows]
+        concentration = math.sqrt(sum(spread) / len(spread))
+        factors.append(compute_effective_rank(torch.tensor(evictable)) ** rank_exponent * concentration)
+    return [
+        [factor * sum(float(row.pow(2).sum()) for row in heads[kv_head]) / scale for heads in curve]
+        for kv_head, factor in enumerate(factors)
+    ]
 
 
 SLOW = {
@@ -163,6 +204,7 @@ SLOW = {
     "dynamickv": dynamickv,
     "squeezeattention": squeezeattention,
     "distortion": distortion,
+    "head_distortion": head_distortion,
 }
 
 
@@ -217,7 +259,8 @@ def test_a_prompt_inside_the_window_has_nothing_before_it(model, name):
 
 def test_every_strategy_measures_what_is_registered():
     wanted = {known.measure for known in STRATEGIES.values()} - {None}
-    assert wanted == set(MEASURES)
+    # One measure is of heads: what budgets of heads are made from, whatever the strategy.
+    assert {*wanted, "head_distortion"} == set(MEASURES)
 
 
 def test_uncertainty_of_known_attention(model):

@@ -152,7 +152,7 @@ def test_the_outcome_is_one_folding_of_the_whole_cache(model, strategy, mode):
 
 @pytest.mark.parametrize("selector", ["h2o", "streaming_llm"])
 def test_a_padded_row_is_folded_as_if_it_were_alone(model, selector):
-    options = {**KEEP, "merging": "keys_and_values", "selector": selector}
+    options = {**KEEP, "merging": "keys_and_values", "selector": selector, "head_budgets": None}
     oracles.assert_batch_invariant(model, [LONG, SHORT], **options)
     together = oracles.prefill(model, *oracles.left_pad([LONG, SHORT]), **options)
     alone = oracles.prefill(model, SHORT, **options)
@@ -188,7 +188,7 @@ def test_what_is_stored_is_what_was_folded(model, storage):
 
 
 def test_each_round_of_periodic_compression_folds_what_it_evicts(model):
-    options = {**KEEP, "merging": "values", "decode": "periodic"}
+    options = {**KEEP, "merging": "values", "decode": "periodic", "head_budgets": None}
     folded, whole = (oracles.prefill(model, LONG, decode_interval=n, **options) for n in (4, 100))
     for cache in (folded, whole):
         oracles.feed(model, cache, oracles.next_chunks(1, (1,) * 4))
