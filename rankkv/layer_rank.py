@@ -8,7 +8,7 @@ from torch import Tensor
 from .full_rank import compute_full_rank
 from .observation import Observation
 from .rank_aggregation import compute_aggregated_rank
-from .rank_kernels import round_ranks
+from .rank_kernels import compute_rank_from_gram, round_ranks
 
 
 def compute_layer_ranks(
@@ -49,9 +49,10 @@ def compute_layer_ranks(
             ]
         )
     else:
-        window = observation.window_attention
-        if scope == "evictable":
-            window = _cut_evictable(window, observation)
+        if scope == "evictable" and aggregation == "concat" and not normalize and observation.shards is None:
+            # Side by side, the Gram matrices of the key/value heads add up; what measures these has them already.
+            return round_ranks(compute_rank_from_gram(observation.group_grams.sum(dim=1)).cpu())
+        window = observation.evictable_attention if scope == "evictable" else observation.window_attention
         if window.shape[-1] == 0:
             return torch.zeros(window.shape[0], dtype=torch.float64)
         ranks, _ = compute_aggregated_rank(window, aggregation, normalize, shards=observation.shards)
@@ -72,7 +73,7 @@ def compute_head_ranks(observation: Observation) -> Tensor:
         ``[batch, head]`` float64 on the CPU, rounded as :func:`compute_layer_ranks` rounds; 0 where nothing can be
         evicted.
     """
-    window = _cut_evictable(observation.window_attention, observation)
+    window = observation.evictable_attention
     if window.shape[-1] == 0:
         return torch.zeros(window.shape[:2], dtype=torch.float64)
     _, per_head = compute_aggregated_rank(window, "per_head")
@@ -93,14 +94,7 @@ def compute_group_ranks(observation: Observation) -> Tensor:
         ``[batch, kv_head]`` float64 on the CPU, rounded as :func:`compute_layer_ranks` rounds; 0 where nothing can be
         evicted.
     """
-    window = _cut_evictable(observation.window_attention, observation)
-    batch, heads, queries, keys = window.shape
-    groups = observation.kv_heads
-    if keys == 0:
-        return torch.zeros(batch, groups, dtype=torch.float64)
-    grouped = window.reshape(batch * groups, heads // groups, queries, keys)
-    ranks, _ = compute_aggregated_rank(grouped, "concat")
-    return round_ranks(ranks.cpu()).view(batch, groups)
+    return round_ranks(compute_rank_from_gram(observation.group_grams).cpu())
 
 
 def compute_group_concentration(observation: Observation) -> Tensor:
@@ -120,7 +114,7 @@ def compute_group_concentration(observation: Observation) -> Tensor:
     Tensor
         ``[batch, kv_head]`` float64 on the CPU, in [0, 1], rounded as ranks are; 0 where nothing can be evicted.
     """
-    window = _cut_evictable(observation.window_attention, observation)
+    window = observation.evictable_attention
     batch, heads = window.shape[:2]
     mass = window.sum(dim=-1)
     seen = mass > 0
@@ -128,16 +122,3 @@ def compute_group_concentration(observation: Observation) -> Tensor:
     of_head = alone.sum(dim=-1) / seen.sum(dim=-1).clamp(min=1)
     grouped = of_head.view(batch, observation.kv_heads, heads // observation.kv_heads).mean(dim=-1)
     return round_ranks(grouped.cpu().to(torch.float64))
-
-
-def _cut_evictable(window: Tensor, observation: Observation) -> Tensor:
-    sinks, recent = observation.sink_size, observation.window_size
-    if {*observation.lengths, *observation.available} == {observation.key_length}:
-        # Without padding or earlier evictions the evictable columns are one stretch: a view, no copy.
-        return window[..., sinks : max(sinks, observation.key_length - recent)]
-    index = observation.real_index
-    newest = torch.tensor(observation.lengths, device=index.device).view(-1, 1, 1) - recent
-    columns = (index >= sinks) & (index < newest)
-    if columns.shape[1] > 1:
-        columns = columns.repeat_interleave(window.shape[1] // columns.shape[1], dim=1)
-    return window * columns[:, :, None, :]

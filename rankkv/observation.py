@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .rank_kernels import compute_gram
+
 if TYPE_CHECKING:
     from .parallel import HeadShards
     from .rotary import LayerRotation
@@ -167,6 +169,29 @@ class Observation:
         """Attention of the observation window, ``[batch, head, min(window_size, query), key]`` float32."""
         rows = min(self.window_size, self.query_length)
         return self.compute_attention(slice(self.query_length - rows, self.query_length))
+
+    @property
+    def evictable_attention(self) -> Tensor:
+        """The window's attention to what could be evicted, ``[batch, head, query, key]``: no sinks, nothing recent."""
+        window, sinks, recent = self.window_attention, self.sink_size, self.window_size
+        if {*self.lengths, *self.available} == {self.key_length}:
+            # Without padding or earlier evictions the evictable columns are one stretch: a view, no copy.
+            return window[..., sinks : max(sinks, self.key_length - recent)]
+        index = self.real_index
+        newest = torch.tensor(self.lengths, device=index.device).view(-1, 1, 1) - recent
+        columns = (index >= sinks) & (index < newest)
+        if columns.shape[1] > 1:
+            columns = columns.repeat_interleave(window.shape[1] // columns.shape[1], dim=1)
+        return window * columns[:, :, None, :]
+
+    @cached_property
+    def group_grams(self) -> Tensor:
+        """Gram matrix of each key/value head's evictable attention, ``[batch, kv_head, query, query]`` float64.
+
+        The query heads of a group stand side by side along the keys, so that their own Gram matrices add up.
+        """
+        grams = compute_gram(self.evictable_attention)
+        return grams.unflatten(1, (self.kv_heads, -1)).sum(dim=2)
 
     @cached_property
     def is_plainly_causal(self) -> bool:
