@@ -51,7 +51,7 @@ class _WatchedCache(RankKVCache):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         states = super().update(*args, **kwargs)
-        self.peak_slots = max(self.peak_slots, sum(layer.width for layer in self.layers))
+        self.peak_slots = max(self.peak_slots, sum(self.kept_lengths))
         # By storage, so that memory behind a view would count.
         held = [tensor.untyped_storage() for layer in self.layers for tensor in layer.held()]
         self.peak_bytes = max(

@@ -94,7 +94,8 @@ class RankKVConfig:
         Token selection method, a key of :data:`rankkv.selection.SELECTORS` or a selector with options.
     strategy : str, optional
         Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`; None takes the measured default
-        (``"distortion"``; with a known profile of the model ``"blend"``).
+        (``"distortion"``; with a known profile of the model ``"blend"``), and lets the heads of a layer differ, see
+        ``head_budgets``.
     scope : {"evictable", "window", "full"}, default "evictable"
         Part of the attention whose effective rank is taken.
     aggregation : str, default "concat"
@@ -131,15 +132,20 @@ class RankKVConfig:
         user's cache folder, unless ``strategy`` or its options are given; None never uses calibration.
     min_budget : int, optional
         Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
-    head_budgets : {None, "adaptive", "profile"}, default None
-        ``None``: all kv heads of a layer keep the same number of tokens.  ``"profile"``: each head keeps what the
-        profile says it counts for, and a layer what its heads count for together (with ``blend``, the default then, or
-        ``profile`` with an exponent; other strategies give layers what they give them without).
-        ``"adaptive"``: their tokens compete for the layer's budget (Ada-KV, arXiv:2407.11550).  The memory stays the
-        same, since only the tokens kept are held; they are padded for each attention call, which makes a decode step
-        slower.  For those whom the memory limits.
+    head_budgets : {"auto", None, "distortion", "profile", "adaptive"}, default "auto"
+        ``None``: all kv heads of a layer keep the same number of tokens.  ``"distortion"``: each head keeps what
+        evicting would cost it in this very prompt; with strategy ``distortion``, the default then, the whole budget is
+        divided over all heads of all layers, and a layer has what its heads have.  ``"profile"``: each head keeps what
+        the profile says it counts for, and a layer what its heads count for together (with ``blend``, the default then,
+        or ``profile`` with an exponent; other strategies give layers what they give them without).  ``"adaptive"``:
+        their tokens compete for the layer's budget (Ada-KV, arXiv:2407.11550).  ``"auto"``: where ``strategy`` is not
+        given, ``"profile"`` if a profile with heads is used and ``"distortion"`` if none is; None with a strategy, on
+        flash attention, under tensor parallelism and for models with one kv head.  The memory is that of the budgets,
+        since only the tokens kept are held; they are padded for each attention call, so that a decode step takes longer
+        than with None.
     head_floor : float, default 0.2
-        Fraction of the layer's budget that every head keeps where heads differ.
+        Fraction of the layer's budget that every head keeps where heads differ; with ``"distortion"`` of the average
+        budget, and no fewer than 16 tokens or ``min_budget``.
     protect : sequence of (int, int), optional
         Spans ``(start, stop)`` of real tokens that every layer keeps: a system prompt, instructions.
 
