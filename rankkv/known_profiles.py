@@ -183,7 +183,9 @@ def resolve_head_budgets(config: RankKVConfig, can_spread: bool) -> RankKVConfig
     if config.head_budgets != "auto":
         return config
     way = None
-    if can_spread and config.strategy is None:
+    # With everything kept there is nothing to spread.
+    keeps_all = config.compression_ratio == 1.0 and config.budget is None
+    if can_spread and config.strategy is None and not keeps_all:
         profile = config.profile
         by_profile = isinstance(profile, RankProfile)
         way = "distortion" if not by_profile else "profile" if profile.head_gain_divergence else None

@@ -85,7 +85,7 @@ def test_bytes_are_those_of_the_kept_tokens(model, batch, selector):
     assert cache.kept_lengths == [max(column) for column in zip(*cache.budgets_per_row, strict=True)]
     equal = oracles.prefill(model, ids, mask, compression_ratio=0.3, selector=selector, head_budgets=None)
     oracles.assert_bytes_match(equal)
-    full = oracles.prefill(model, ids, mask, compression_ratio=1.0)
+    full = oracles.prefill(model, ids, mask, compression_ratio=1.0, head_budgets=None)
     assert cache.full_cache_bytes() == full.full_cache_bytes() == full.cache_bytes()
     assert cache.cache_bytes() < 0.45 * full.cache_bytes()
     oracles.feed(model, cache, oracles.next_chunks(len(ids)), mask)
