@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from rankkv import RankKVCache, RankKVConfig, RankProfile
+from rankkv.budget_head_curves import allocate_by_head_curves, fit_head_curves
 from rankkv.budget_heads import allocate_head_budgets, compute_head_weights, join_heads
 from rankkv.budget_plan import BudgetPlan
 from rankkv.calibration import calibrate, describe_subject
 from rankkv.calibration_pieces import CalibrationSettings
-from rankkv.errors import ConfigError, ProfileError
+from rankkv.errors import ConfigError, ProfileError, UnsupportedModelError
 from rankkv.known_profiles import describe_shape, sample_weights, save_known_profile
+from rankkv.layer_measures import compute_measures
 from rankkv.selection import SELECTORS
 
 PROMPT, SHORT = oracles.random_prompt(90, seed=1), oracles.random_prompt(33, seed=2)
@@ -344,3 +346,82 @@ def test_heads_that_no_mask_tells_apart_are_not_measured(tiny_llama):
     assert settings.count_cells(describe_subject(model)) == 7 * 3
     model.config._attn_implementation = "flash_attention_2"
     assert settings.count_cells(describe_subject(model)) == 6 * 3
+
+
+# -- heads by their errors in the prompt, and what is taken where nothing is said ----------------------------------
+
+
+def test_heads_keep_what_least_error_gives_them(model, batch):
+    """One division of the total over all heads of all layers, from the errors that the measure says."""
+    options = {**KEEP, "head_budgets": "distortion", "profile": None}
+    cache = oracles.prefill(model, *batch, **options)
+    observations = oracles.observe_layers(model, *batch, window_size=KEEP["window_size"])
+    for row, plan in enumerate(cache.plans):
+        errors = [
+            compute_measures(layer, "head_distortion", limits=[one.head_limits for one in cache.plans])[row]
+            for layer in observations
+        ]
+        curves = [fit_head_curves(table, plan.length, plan.head_limits.floor) for table in errors]
+        bounds = np.full(3, plan.floor), np.full(3, plan.length)
+        shares = allocate_by_head_curves(curves, plan.total_budget, *bounds)
+        assert np.abs(shares - plan.budgets).max() < 1.0
+        for place, curve in enumerate(curves):
+            heads = curve.split(plan.budgets[place], [plan.length] * HEADS).tolist()
+            assert cache.kept_per_head[place][row] == heads
+            assert sum(heads) == HEADS * plan.budgets[place]
+    assert any(len(set(heads[0])) > 1 for heads in cache.kept_per_head)
+    assert all(len(plan.layer_ranks) == 3 for plan in cache.plans)
+
+
+def test_any_strategy_may_split_its_layers_by_the_heads_errors(model):
+    options = {**KEEP, "head_budgets": "distortion", "profile": None, "strategy": "uniform"}
+    cache = oracles.prefill(model, PROMPT, head_floor=0.1, **options)
+    assert len(set(cache.budgets)) == 1
+    assert any(len(set(layer[0])) > 1 for layer in cache.kept_per_head)
+
+
+def test_a_prompt_in_chunks_keeps_what_one_in_one_piece_keeps(model, batch):
+    options = {**KEEP, "head_budgets": "distortion", "profile": None}
+    whole = oracles.prefill(model, *batch, **options)
+    cache = RankKVCache(model, prefill="chunked", **options)
+    ids, mask = batch
+    for start in range(0, ids.shape[1], 20):
+        oracles.forward(model, cache, ids[:, start : start + 20], mask[:, : start + 20])
+    cache.finish()
+    assert cache.kept_per_head == whole.kept_per_head
+    assert oracles.kept_tokens(cache, mask) == oracles.kept_tokens(whole, mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({}, "distortion"),
+        ({"profile": None, "decode": "bounded", "storage": "int8"}, "distortion"),
+        ({"strategy_options": {"rank_exponent": 1.0}}, "distortion"),
+        ({"strategy": "distortion"}, None),
+        ({"strategy": "pyramid"}, None),
+        ({"compression_ratio": 1.0}, None),
+        ({"compression_ratio": 1.0, "budget": 40}, "distortion"),
+        ({"head_budgets": "adaptive"}, "adaptive"),
+        ({"head_budgets": None}, None),
+    ],
+    ids=str,
+)
+def test_what_is_taken_where_no_strategy_is_given(model, options, way):
+    assert RankKVCache(model, **options).config.head_budgets == way
+
+
+def test_a_profile_decides_where_one_is_used(model, keep):
+    profile = keep["profile"]
+    assert RankKVCache(model, profile=profile).config.head_budgets == "profile"
+    layers_only = make_profile(model, head_gain_divergence=())
+    assert RankKVCache(model, profile=layers_only).config.head_budgets is None
+
+
+def test_heads_stay_equal_where_they_cannot_differ(tiny_llama):
+    assert RankKVCache(tiny_llama(num_key_value_heads=1)).config.head_budgets is None
+    model = tiny_llama()
+    model.config._attn_implementation = "flash_attention_2"
+    assert RankKVCache(model).config.head_budgets is None
+    with pytest.raises(UnsupportedModelError, match="head_budgets needs a mask for each head"):
+        RankKVCache(model, head_budgets="distortion")
