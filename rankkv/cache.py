@@ -219,7 +219,7 @@ class RankKVCache(ObservedCache):
         twin = copy.copy(self)
         twin.layers = copy.deepcopy(self.layers)
         twin._flow = self._flow.copy()
-        twin._attended = {}
+        twin._attended, twin._step_masks = {}, {}
         twin._packers = {index: packer.copy() for index, packer in self._packers.items()}
         twin._watch(self._model())
         return twin

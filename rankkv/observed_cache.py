@@ -30,6 +30,7 @@ from .ragged_layer import RaggedLayer
 from .resting_layer import RestingLayer
 from .rotary import LayerRotation, build_packers, find_rotations
 from .selection import get_selector
+from .step_mask import StepMask
 
 
 class ObservedCache(DynamicCache):
@@ -85,6 +86,7 @@ class ObservedCache(DynamicCache):
         self._strategy = get_strategy(self.config.resolve_strategy()[0])
         self._backend_of = text_config
         rotations = self._find_rotations(model)
+        self._step_masks: dict[int, StepMask] = {}
         self._packers = build_packers(rotations) if self.config.positions == "packed" else {}
         # Weak: a cache must not keep a model alive, and copies of it must not copy the model.
         self._model = weakref.ref(model)
@@ -230,15 +232,13 @@ class ObservedCache(DynamicCache):
             return call
         # With nothing to mask, the one query of a decode step sees every slot, and no position is asked for.
         if call.mask is not None or call.steps > 1 or slots.kept_valid is not None:
-            mask = project_mask(
-                call.mask,
-                slots.compute_positions(),
-                slots.compute_valid(),
-                call.steps,
-                call.query.shape[1],
-                self._backend_of._attn_implementation,
-                call.query.dtype,
-            )
+            backend, query = self._backend_of._attn_implementation, call.query
+            if call.mask is None and call.steps == 1 and backend in ("sdpa", "eager"):
+                steps = self._step_masks.setdefault(layer_idx, StepMask())
+                mask = steps.get(slots, query.shape[1], backend, query.dtype)
+            else:
+                where = slots.compute_positions(), slots.compute_valid()
+                mask = project_mask(call.mask, *where, call.steps, query.shape[1], backend, query.dtype)
             call = replace(call, mask=mask)
         packer = self._packers.get(layer_idx)
         if packer is not None and self._flow.row_start is not None:

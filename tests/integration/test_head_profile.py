@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from rankkv import RankKVCache, RankKVConfig, RankProfile
+from rankkv import RankKVCache, RankKVConfig, RankProfile, step_mask
 from rankkv.budget_head_curves import allocate_by_head_curves, fit_head_curves
 from rankkv.budget_heads import allocate_head_budgets, compute_head_weights, join_heads
 from rankkv.budget_plan import BudgetPlan
@@ -425,3 +425,21 @@ def test_heads_stay_equal_where_they_cannot_differ(tiny_llama):
     assert RankKVCache(model).config.head_budgets is None
     with pytest.raises(UnsupportedModelError, match="head_budgets needs a mask for each head"):
         RankKVCache(model, head_budgets="distortion")
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("options", [{}, {"decode": "periodic", "decode_interval": 5}], ids=str)
+def test_masks_made_for_steps_to_come_are_those_of_each_step(tiny_llama, monkeypatch, batch, backend, options):
+    """More steps than masks are made for at once, and slots that move in between."""
+    monkeypatch.setattr(step_mask, "_AHEAD", 3)
+    model = tiny_llama(attn_implementation=backend)
+    cache = RankKVCache(model, **{**KEEP, "head_budgets": "distortion", "profile": None, **options})
+    assert oracles.assert_every_step_equals_masked(model, cache, *batch)
+    twin = cache.copy()
+    chunks = oracles.next_chunks(len(batch[0]), (1,) * 8, seed=3)
+    mask = torch.ones(len(batch[0]), cache.seen_tokens, dtype=torch.long)
+    mask[:, : batch[1].shape[1]] = batch[1]
+    for ours, theirs in zip(
+        oracles.feed(model, twin, chunks, mask), oracles.feed(model, cache, chunks, mask), strict=True
+    ):
+        assert torch.equal(ours, theirs)

@@ -63,6 +63,7 @@ RANKS = {
     "rankkv.merging": 49,
     "rankkv.packed_storage": 50,
     "rankkv.resting_layer": 51,
+    "rankkv.step_mask": 51,
     "rankkv.ragged_layer": 52,
     "rankkv.cache_report": 51,
     "rankkv.compression": 51,
