@@ -178,6 +178,8 @@ def allocate_by_head_curves(
     [11.0, 5.0]
     """
     low, high = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
+    # No layer keeps less than all of its heads do.
+    low = np.maximum(low, np.minimum([float(curves.floor) for curves in layers], high))
     slopes, widths, owners = [], [], []
     for place, (curves, least, most) in enumerate(zip(layers, low, high, strict=True)):
         # The layer keeps at least `least`: its most valuable pieces up to there are no longer to be shared out.

@@ -122,11 +122,13 @@ class BudgetPlan:
         self.total_budget = total
         self.limits = Limits(total, length, config.window_size, self.floor)
         # What every head keeps, where heads are measured: no fewer than a layer, so that sinks and newest tokens stay.
-        head_floor = min(self.floor, max(FLOOR_TOKENS, int(config.head_floor * total / count)))
+        head_floor = max(min(FLOOR_TOKENS, self.floor), int(config.head_floor * total / count))
         #: The limits of single heads, whose floor is lower than that of their layer.
         self.head_limits = replace(self.limits, floor=head_floor)
         self._bounded = bounded
-        self._lower = np.full(count, self.floor, dtype=np.int64)
+        self._least = max(self.floor, head_floor) if self._by_heads else self.floor
+        self._least = self._least if bounded else min(length, self._least)
+        self._lower = np.full(count, self._least, dtype=np.int64)
         self._upper = np.full(count, total if bounded else length, dtype=np.int64)
         self._all_there = True
         self._added = 0
@@ -182,7 +184,7 @@ class BudgetPlan:
         """
         if available is not None and available < self.length and not self._bounded:
             self._upper[self._added] = available
-            self._lower[self._added] = min(self.floor, available)
+            self._lower[self._added] = min(self._least, available)
             self._all_there = False
         if measured is not None:
             if not (np.isfinite(measured).all() and np.isfinite(rank or 0.0)):

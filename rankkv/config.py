@@ -76,7 +76,7 @@ def _check_floor(head_floor: object) -> None:
     if not is_number or not 0.0 <= head_floor <= 1.0:  # type: ignore[operator]
         raise ConfigError(
             f"head_floor={head_floor!r} is outside [0, 1]: it is the fraction of a layer's budget that every head "
-            "keeps; 1 gives all heads the same."
+            "keeps; 1 gives all heads of a layer the same."
         )
 
 
@@ -139,13 +139,14 @@ class RankKVConfig:
         the profile says it counts for, and a layer what its heads count for together (with ``blend``, the default then,
         or ``profile`` with an exponent; other strategies give layers what they give them without).  ``"adaptive"``:
         their tokens compete for the layer's budget (Ada-KV, arXiv:2407.11550).  ``"auto"``: where ``strategy`` is not
-        given, ``"profile"`` if a profile with heads is used and ``"distortion"`` if none is; None with a strategy, on
-        flash attention, under tensor parallelism and for models with one kv head.  The memory is that of the budgets,
+        given, ``"profile"`` if a profile with heads is used and ``"distortion"`` if none is; None with a strategy,
+        another scope or aggregation, a ratio of 1, on flash attention, under tensor parallelism and for models with one
+        kv head.  The memory is that of the budgets,
         since only the tokens kept are held; they are padded for each attention call, so that a decode step takes longer
         than with None.
     head_floor : float, default 0.2
         Fraction of the layer's budget that every head keeps where heads differ; with ``"distortion"`` of the average
-        budget, and no fewer than 16 tokens or ``min_budget``.
+        budget, which every layer then keeps too, and no fewer than 16 tokens or ``min_budget``.
     protect : sequence of (int, int), optional
         Spans ``(start, stop)`` of real tokens that every layer keeps: a system prompt, instructions.
 
@@ -225,7 +226,13 @@ class RankKVConfig:
     def _check_profile(self) -> None:
         object.__setattr__(self, "profile", check_profile(self.profile))
         uses_profile = self.strategy in PROFILE_USERS or self.head_budgets == "profile"
-        if isinstance(self.profile, RankProfile) and self.strategy is not None and not uses_profile:
+        given = isinstance(self.profile, RankProfile)
+        if given and self.strategy is None and self.head_budgets == "distortion":
+            raise ConfigError(
+                "head_budgets='distortion' goes by the prompt and uses no profile, but one is given: leave one of them "
+                "out, or use head_budgets='profile'."
+            )
+        if given and self.strategy is not None and not uses_profile:
             raise ConfigError(
                 f"strategy={self.strategy!r} uses no profile, but one is given: leave one of them out, or use strategy "
                 f"{' or '.join(map(repr, PROFILE_USERS))}, or head_budgets='profile'."

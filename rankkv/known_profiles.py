@@ -125,7 +125,9 @@ def _load(path: Path, changed_at: int) -> RankProfile:
     return RankProfile.load(path)
 
 
-def resolve_profile(config: RankKVConfig, model: Any, layer_indices: list[int]) -> RankKVConfig:
+def resolve_profile(
+    config: RankKVConfig, model: Any, layer_indices: list[int], can_spread: bool = True
+) -> RankKVConfig:
     """Return the options with the profile of this model in the place of ``profile="auto"``, where it is used.
 
     Parameters
@@ -136,6 +138,8 @@ def resolve_profile(config: RankKVConfig, model: Any, layer_indices: list[int]) 
         The model they are for.
     layer_indices : list of int
         Its compressible layers.
+    can_spread : bool, default True
+        Whether the heads of a layer may keep different numbers of tokens.
 
     Raises
     ------
@@ -148,8 +152,10 @@ def resolve_profile(config: RankKVConfig, model: Any, layer_indices: list[int]) 
         config.profile.check_model(describe_shape(model), sample_weights(model), layer_indices)
         return config
     by_heads = config.head_budgets == "profile"
-    prefers_heads = config.head_budgets in ("profile", "auto")
+    prefers_heads = by_heads or (can_spread and _is_left_open(config))
     wanted = by_heads or config.strategy in PROFILE_USERS
+    if config.head_budgets == "distortion" and not wanted:
+        return config
     # Options without a strategy are those of the uncalibrated default.
     if not wanted and (config.strategy is not None or config.strategy_options is not None):
         return config
@@ -171,7 +177,7 @@ def resolve_head_budgets(config: RankKVConfig, can_spread: bool) -> RankKVConfig
 
     Where ``strategy`` is not given either it is what measured best: by the heads of the profile, where one with heads
     is used, else by what evicting costs each head in the prompt.  A profile of layers only, and a strategy that was
-    asked for, leave the heads of a layer equal.
+    asked for, or another part of the attention to rank, leave the heads of a layer equal.
 
     Parameters
     ----------
@@ -183,13 +189,18 @@ def resolve_head_budgets(config: RankKVConfig, can_spread: bool) -> RankKVConfig
     if config.head_budgets != "auto":
         return config
     way = None
-    # With everything kept there is nothing to spread.
-    keeps_all = config.compression_ratio == 1.0 and config.budget is None
-    if can_spread and config.strategy is None and not keeps_all:
+    if can_spread and _is_left_open(config):
         profile = config.profile
         by_profile = isinstance(profile, RankProfile)
         way = "distortion" if not by_profile else "profile" if profile.head_gain_divergence else None
     return replace(config, head_budgets=way)
+
+
+def _is_left_open(config: RankKVConfig) -> bool:
+    """Whether what decides how heads are treated is left to what measured best, and there is something to spread."""
+    usual = (config.scope, config.aggregation) == (RankKVConfig.scope, RankKVConfig.aggregation)
+    keeps_all = config.compression_ratio == 1.0 and config.budget is None
+    return config.head_budgets == "auto" and config.strategy is None and usual and not keeps_all
 
 
 def _own_folder() -> Path:

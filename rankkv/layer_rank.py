@@ -118,7 +118,8 @@ def compute_group_concentration(observation: Observation) -> Tensor:
     batch, heads = window.shape[:2]
     mass = window.sum(dim=-1)
     seen = mass > 0
-    alone = window.pow(2).sum(dim=-1) / torch.where(seen, mass, 1.0).pow(2)
+    # Divided before it is squared: the mass may be so small that its square is not a float32.
+    alone = (window / torch.where(seen, mass, 1.0)[..., None]).pow(2).sum(dim=-1)
     of_head = alone.sum(dim=-1) / seen.sum(dim=-1).clamp(min=1)
     grouped = of_head.view(batch, observation.kv_heads, heads // observation.kv_heads).mean(dim=-1)
     return round_ranks(grouped.cpu().to(torch.float64))

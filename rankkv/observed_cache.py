@@ -75,9 +75,11 @@ class ObservedCache(DynamicCache):
                 f"head_budgets={config.head_budgets!r} spreads a layer's budget over all its heads, and tensor "
                 f"parallelism keeps them in {shards.size} processes: use head_budgets=None with this model."
             )
-        config = resolve_profile(config, model, self.layer_indices)
-        one_head = getattr(text_config, "num_key_value_heads", None) == 1
+        one_head = getattr(text_config, "num_key_value_heads", None) == 1 or (
+            getattr(text_config, "multi_query", False) is True
+        )
         can_spread = shards is None and not one_head and can_mask_heads(text_config._attn_implementation)
+        config = resolve_profile(config, model, self.layer_indices, can_spread)
         self.config = config = resolve_head_budgets(config, can_spread)
         for index in self.layer_indices:
             self.layers[index] = self._build_layer()

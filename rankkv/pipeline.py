@@ -28,7 +28,7 @@ class RankKVResult:
     Attributes
     ----------
     budgets : list of int
-        Tokens each compressible layer would keep; sums to ``total_budget``.
+        Tokens each compressible layer would keep with equal heads (``head_budgets=None``); sums to ``total_budget``.
     layer_ranks : list of float
         Effective rank of each compressible layer.
     layer_indices : list of int

@@ -20,8 +20,8 @@ from .storage import STORAGES
 class RaggedLayer(RestingLayer):
     """Spreads the layer's budget over its heads; keys and values wait packed and are padded for attention only.
 
-    Empty slots stand at the start of a head.  With one head, or with scores that are the same for all heads, every
-    head keeps as many as any other.
+    Empty slots stand at the start of a head.  Without a split for each row the heads' tokens compete; with one head, or
+    with scores that are the same for all heads, every head then keeps as many as any other.
 
     Parameters
     ----------
@@ -109,8 +109,8 @@ class RaggedLayer(RestingLayer):
         splits = [split for split in self.head_splits if split is not None]
         if splits and splits[0].heads != heads:
             raise ProfileError(
-                f"the profile weighs {splits[0].heads} heads of a layer that has {heads} key/value "
-                "heads: it is damaged or of another model; calibrate this one (rankkv calibrate)."
+                f"the profile weighs {splits[0].heads} heads of a layer that has {heads} key/value heads: it is "
+                "damaged or of another model; calibrate this one (rankkv calibrate), or use head_budgets='distortion'."
             )
         if splits and heads > 1:
             return self._select_by_heads(splits, scores, real_index, budgets, keep, **how)

@@ -62,7 +62,8 @@ def _measure(model: Any, tokenizer: Any, tokens: int, options: argparse.Namespac
 
     def run(name: str, cache: Any) -> None:
         _take_first_token(model, input_ids, cache)
-        slots[name] = sum(layer.keys.shape[-2] for layer in cache.layers)
+        own = getattr(cache, "kept_lengths", None)
+        slots[name] = sum(layer.keys.shape[-2] for layer in cache.layers) if own is None else sum(own)
 
     def run_press() -> None:
         # The same window and pooling width as RankKV's default.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import oracles
@@ -21,6 +22,7 @@ from rankkv.calibration_pieces import CalibrationSettings
 from rankkv.errors import ConfigError, ProfileError, UnsupportedModelError
 from rankkv.known_profiles import describe_shape, sample_weights, save_known_profile
 from rankkv.layer_measures import compute_measures
+from rankkv.layer_rank import compute_group_concentration
 from rankkv.selection import SELECTORS
 
 PROMPT, SHORT = oracles.random_prompt(90, seed=1), oracles.random_prompt(33, seed=2)
@@ -399,6 +401,8 @@ def test_a_prompt_in_chunks_keeps_what_one_in_one_piece_keeps(model, batch):
         ({"profile": None, "decode": "bounded", "storage": "int8"}, "distortion"),
         ({"strategy_options": {"rank_exponent": 1.0}}, "distortion"),
         ({"strategy": "distortion"}, None),
+        ({"scope": "window"}, None),
+        ({"aggregation": "mean"}, None),
         ({"strategy": "pyramid"}, None),
         ({"compression_ratio": 1.0}, None),
         ({"compression_ratio": 1.0, "budget": 40}, "distortion"),
@@ -429,7 +433,9 @@ def test_heads_stay_equal_where_they_cannot_differ(tiny_llama):
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("options", [{}, {"decode": "periodic", "decode_interval": 5}], ids=str)
-def test_masks_made_for_steps_to_come_are_those_of_each_step(tiny_llama, monkeypatch, batch, backend, options):
+def test_masks_made_for_steps_to_come_are_those_of_each_step(
+    tiny_llama, monkeypatch, batch, backend, options
+):
     """More steps than masks are made for at once, and slots that move in between."""
     monkeypatch.setattr(step_mask, "_AHEAD", 3)
     model = tiny_llama(attn_implementation=backend)
@@ -443,3 +449,33 @@ def test_masks_made_for_steps_to_come_are_those_of_each_step(tiny_llama, monkeyp
         oracles.feed(model, twin, chunks, mask), oracles.feed(model, cache, chunks, mask), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_a_cache_of_the_prompts_heads_is_saved_where_a_profile_is_known(model, keep, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANKKV_CACHE", str(tmp_path))
+    save_known_profile(keep["profile"])
+    options = {key: value for key, value in KEEP.items() if key != "head_budgets"}
+    cache = oracles.prefill(model, PROMPT, head_budgets="distortion", **options)
+    loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), model)
+    assert loaded.kept_per_head == cache.kept_per_head
+    assert not isinstance(cache.config.profile, RankProfile)
+    with pytest.raises(ConfigError, match="head_budgets='distortion' goes by the prompt and uses no profile"):
+        RankKVCache(model, head_budgets="distortion", profile=keep["profile"])
+
+
+@pytest.mark.parametrize("more", [{}, {"strategy": "power"}, {"min_budget": 2}], ids=str)
+def test_a_floor_of_one_leaves_the_heads_of_a_layer_equal(model, batch, more):
+    options = {**KEEP, "head_budgets": "distortion", "profile": None, "head_floor": 1.0, **more}
+    cache = oracles.prefill(model, *batch, **options)
+    assert all(len(set(heads)) == 1 for layer in cache.kept_per_head for heads in layer)
+
+
+def test_a_query_with_next_to_nothing_to_evict_is_no_number_too_many():
+    """The square of its mass is no float32, and its attention counts as that of any other query."""
+    layer = oracles.observe_random(60)
+    window = layer.evictable_attention.clone()
+    tiny = replace(layer)
+    tiny.__dict__["window_attention"] = layer.window_attention * torch.where(
+        torch.arange(window.shape[-2]) == 3, 1e-30, 1.0
+    ).view(1, 1, -1, 1)
+    torch.testing.assert_close(compute_group_concentration(tiny), compute_group_concentration(layer))
