@@ -76,7 +76,7 @@ class HeadCurves:
         --------
         >>> curves = fit_head_curves([[0.9, 0.1], [0.2, 0.1]], length=16, floor=4)
         >>> curves.split(8, [16, 16]).tolist()
-        [11, 5]
+        [12, 4]
         """
         result = np.minimum(min(self.floor, max(0, budget)), np.asarray(room, dtype=np.int64))
         left = min(self.heads * budget, sum(room)) - int(result.sum())
@@ -117,7 +117,7 @@ def fit_head_curves(
     --------
     >>> curves = fit_head_curves([[0.9, 0.1], [0.2, 0.1]], length=16, floor=8)
     >>> curves.owners.tolist(), curves.widths.tolist()
-    ([0, 0, 1], [3, 5, 8])
+    ([0, 1, 0, 1], [3, 3, 5, 5])
     """
     rows = np.asarray(errors, dtype=np.float64)
     grid = make_budget_grid(length)
@@ -175,7 +175,7 @@ def allocate_by_head_curves(
     --------
     >>> curves = [fit_head_curves([[0.9, 0.1]], 16, 4), fit_head_curves([[0.2, 0.1]], 16, 4)]
     >>> allocate_by_head_curves(curves, 16, [4, 4], [16, 16]).tolist()
-    [11.0, 5.0]
+    [12.0, 4.0]
     """
     low, high = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
     # No layer keeps less than all of its heads do.
