@@ -76,7 +76,7 @@ def test_the_callers_cache_holds_what_a_rankkv_cache_keeps(family, backend):
     model, ids = peers.build_tiny(family), oracles.random_prompt(120)
     model.set_attn_implementation(backend)
     cache, logits = press_prompt(model, ids, build_press(min_budget=8))
-    mine = RankKVCache(model, compression_ratio=1 - REMOVED, min_budget=8)
+    mine = RankKVCache(model, compression_ratio=1 - REMOVED, min_budget=8, head_budgets=None)
     assert oracles.forward(model, mine, ids).equal(logits)
     lengths = [cache.get_seq_length(layer) for layer in range(3)]
     assert lengths == mine.kept_lengths
@@ -103,7 +103,7 @@ def test_generate_under_the_press_is_generate_on_a_rankkv_cache():
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     with build_press()(model):
         text = model.generate(ids, past_key_values=DynamicCache(), **options)
-    mine = RankKVCache(model, compression_ratio=1 - REMOVED)
+    mine = RankKVCache(model, compression_ratio=1 - REMOVED, head_budgets=None)
     assert text.equal(model.generate(ids, past_key_values=mine, **options))
 
 
