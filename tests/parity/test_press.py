@@ -52,7 +52,7 @@ def test_the_pipeline_answers_as_compress_and_generate_do(embedded, python_docs,
         pipe = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer)
         answers = pipe(context, questions=QUESTIONS, press=press, max_new_tokens=8)["answers"]
         inputs = pipe.preprocess(context, QUESTIONS, answer_prefix="", max_context_length=10_000)
-        cache = compress(model, inputs["context_ids"], compression_ratio=1 - REMOVED)
+        cache = compress(model, inputs["context_ids"], compression_ratio=1 - REMOVED, head_budgets=None)
         expected = []
         for question in inputs["questions_ids"]:
             ids = torch.cat([inputs["context_ids"], question], dim=1)
