@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,7 +19,9 @@ from .rank_profile import RankProfile
 _EXPONENT = 0.75
 
 
-def compute_head_weights(profile: RankProfile) -> list[FloatArray]:
+# Asked for when a cache is built and again by the plan of each row.
+@functools.lru_cache(maxsize=8)
+def compute_head_weights(profile: RankProfile) -> tuple[FloatArray, ...]:
     """Compute what each key/value head counts for, ``[layer][kv_head]``.
 
     ``weight = max(gain, floor / heads) ** 0.75``, where the gain is how much nearer the model comes to itself with a
@@ -47,7 +50,7 @@ def compute_head_weights(profile: RankProfile) -> list[FloatArray]:
             "calibrate again with heads (rankkv calibrate), or use head_budgets=None."
         )
     rows = [np.asarray(row, dtype=np.float64) for row in profile.head_gain_divergence]
-    return [np.maximum(row, SENSITIVITY_FLOOR / len(row)) ** _EXPONENT for row in rows]
+    return tuple(np.maximum(row, SENSITIVITY_FLOOR / len(row)) ** _EXPONENT for row in rows)
 
 
 def join_heads(profile: RankProfile) -> RankProfile:

@@ -313,6 +313,7 @@ class RankKVLayer(DynamicLayer):
         lasting = self._scores if self._lasting is None else self._lasting
         self.running_scores = lasting if keep_scores else None
         self._scores = self._lasting = self._real_index = None
+        self.head_splits = []
 
     def rest(self) -> None:
         """Go over to the form in which keys and values wait for the next forward: here, as they are."""

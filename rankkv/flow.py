@@ -60,9 +60,9 @@ class Flow:
         self.layer_indices = layer_indices
         self.compressor = Compressor(config, selector, layer_indices)
         #: Newest queries that ranks, other measures and scores are computed from.
-        windows = (
-            2 if config.head_budgets == "distortion" else get_strategy(config.resolve_strategy()[0]).windows
-        )
+        windows = get_strategy(config.resolve_strategy()[0]).windows
+        if config.head_budgets == "distortion":
+            windows = max(windows, get_strategy("distortion").windows)
         self.window_queries = config.window_size * windows
         self.reset()
 

@@ -154,10 +154,9 @@ def resolve_profile(
     by_heads = config.head_budgets == "profile"
     prefers_heads = by_heads or (can_spread and _is_left_open(config))
     wanted = by_heads or config.strategy in PROFILE_USERS
-    if config.head_budgets == "distortion" and not wanted:
-        return config
-    # Options without a strategy are those of the uncalibrated default.
-    if not wanted and (config.strategy is not None or config.strategy_options is not None):
+    # Options without a strategy are those of the uncalibrated default; heads measured in the prompt need no profile.
+    decided = config.strategy is not None or config.strategy_options is not None
+    if not wanted and (decided or config.head_budgets == "distortion"):
         return config
     profile = find_profile(model, layer_indices, with_heads=prefers_heads)
     if profile is not None:

@@ -49,9 +49,10 @@ def compute_layer_ranks(
             ]
         )
     else:
-        if scope == "evictable" and aggregation == "concat" and not normalize and observation.shards is None:
+        if scope == "evictable" and aggregation == "concat" and not normalize:
             # Side by side, the Gram matrices of the key/value heads add up; what measures these has them already.
-            return round_ranks(compute_rank_from_gram(observation.group_grams.sum(dim=1)).cpu())
+            gram = observation.sum_over_shards(observation.group_grams.sum(dim=1))
+            return round_ranks(compute_rank_from_gram(gram).cpu())
         window = observation.evictable_attention if scope == "evictable" else observation.window_attention
         if window.shape[-1] == 0:
             return torch.zeros(window.shape[0], dtype=torch.float64)

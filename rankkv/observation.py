@@ -170,7 +170,7 @@ class Observation:
         rows = min(self.window_size, self.query_length)
         return self.compute_attention(slice(self.query_length - rows, self.query_length))
 
-    @property
+    @cached_property
     def evictable_attention(self) -> Tensor:
         """The window's attention to what could be evicted, ``[batch, head, query, key]``: no sinks, nothing recent."""
         window, sinks, recent = self.window_attention, self.sink_size, self.window_size
