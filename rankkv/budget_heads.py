@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from .budget_profile import SENSITIVITY_FLOOR
 from .budget_shares import FloatArray, IntArray, allocate_integers, allocate_shares
+from .config import RankKVConfig
 from .errors import ProfileError
 from .rank_profile import RankProfile
 
@@ -140,3 +141,19 @@ def allocate_head_budgets(
     if final:
         return allocate_integers(shares, total, np.floor(low), high, values)
     return np.minimum(np.floor(shares).astype(np.int64) + 1, high)
+
+
+def weigh_heads(config: RankKVConfig, profile: RankProfile | None) -> Sequence[HeadSplit]:
+    """Return how each layer's budget is split by what a profile says of its heads; nothing if it is not asked.
+
+    Parameters
+    ----------
+    config : RankKVConfig
+        All options.
+    profile : RankProfile, optional
+        The one the strategy uses; None takes that of the options.
+    """
+    used = profile if profile is not None else config.profile
+    if config.head_budgets != "profile" or not isinstance(used, RankProfile):
+        return []
+    return [HeadWeights(row.tolist(), config.head_floor) for row in compute_head_weights(used)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +17,11 @@ from .budget_allocation import (
     get_strategy,
 )
 from .budget_head_curves import HeadCurves, allocate_by_head_curves, fit_head_curves
-from .budget_heads import HeadSplit, HeadWeights, compute_head_weights, join_heads
-from .budget_profile import allocate_by_distortion, compute_curve
-from .budget_strategies import PROFILE_STRATEGIES
+from .budget_heads import HeadSplit, join_heads, weigh_heads
+from .budget_profile import allocate_by_distortion, compute_curve, find_used_profile
 from .budget_weights import Limits
 from .config import FLOOR_TOKENS, RankKVConfig
-from .errors import BudgetError, ProfileError
+from .errors import BudgetError
 from .rank_aggregation import get_aggregation
 from .rank_profile import RankProfile
 from .spans import count_spanned
@@ -72,7 +70,7 @@ class BudgetPlan:
         self.strategy, self.strategy_options = config.resolve_strategy()
         self._strategy = get_strategy(self.strategy)
         self._profile = find_used_profile(config, self.strategy, self.layer_indices)
-        self._head_splits = _weigh_heads(config, self._profile)
+        self._head_splits = weigh_heads(config, self._profile)
         if self._profile is not None and config.head_budgets == "profile":
             self._profile = join_heads(self._profile)
         # Least total distortion gives budgets directly; every other strategy gives weights.
@@ -280,38 +278,6 @@ class BudgetPlan:
             ).astype(np.float64)
             self._allocated[count] = known
         return known
-
-
-def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[int]) -> RankProfile | None:
-    """Return the profile that a strategy uses, None where it uses none.
-
-    Raises
-    ------
-    ProfileError
-        If it needs one and none is known, or that one has other layers.
-    """
-    if strategy not in PROFILE_STRATEGIES:
-        return None
-    profile = config.profile
-    if not isinstance(profile, RankProfile):
-        raise ProfileError(
-            f"strategy {strategy!r} needs a profile of the model and none is known: measure one with rankkv calibrate, "
-            "or give profile=RankProfile.load(path)."
-        )
-    if list(profile.layer_indices) != layer_indices:
-        raise ProfileError(
-            f"the profile has layers {list(profile.layer_indices)}, the model compresses {layer_indices}: it is one of "
-            "another model; calibrate this one."
-        )
-    return profile
-
-
-def _weigh_heads(config: RankKVConfig, profile: RankProfile | None) -> Sequence[HeadSplit]:
-    """Return how each layer's budget is split by what a profile says of its heads; nothing if it is not asked."""
-    used = profile if profile is not None else config.profile
-    if config.head_budgets != "profile" or not isinstance(used, RankProfile):
-        return []
-    return [HeadWeights(row.tolist(), config.head_floor) for row in compute_head_weights(used)]
 
 
 def _stack(measures: list[Any]) -> Any:

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 
 from .budget_shares import FloatArray, IntArray
 from .budget_weights import check_number
-from .errors import BudgetError
+from .config import PROFILE_USERS, RankKVConfig
+from .errors import BudgetError, ProfileError
 from .rank_profile import RankProfile
 
 #: Nats a token below which a measured sensitivity is noise; no layer counts as less sensitive than this.
@@ -226,3 +227,27 @@ def weigh_blend(
     """Weigh each layer by a power of its measured sensitivity times a power of its rank in this prompt."""
     measured = weigh_profile(ranks, profile, check_number("profile_exponent", profile_exponent, 0.0, 64.0))
     return measured * (ranks / ranks.max()) ** check_number("rank_exponent", rank_exponent, 0.0, 64.0)
+
+
+def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[int]) -> RankProfile | None:
+    """Return the profile that a strategy uses, None where it uses none.
+
+    Raises
+    ------
+    ProfileError
+        If it needs one and none is known, or that one has other layers.
+    """
+    if strategy not in PROFILE_USERS:
+        return None
+    profile = config.profile
+    if not isinstance(profile, RankProfile):
+        raise ProfileError(
+            f"strategy {strategy!r} needs a profile of the model and none is known: measure one with rankkv calibrate, "
+            "or give profile=RankProfile.load(path)."
+        )
+    if list(profile.layer_indices) != layer_indices:
+        raise ProfileError(
+            f"the profile has layers {list(profile.layer_indices)}, the model compresses {layer_indices}: it is one of "
+            "another model; calibrate this one."
+        )
+    return profile
