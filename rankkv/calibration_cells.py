@@ -29,7 +29,7 @@ RANKS = (
 
 
 @dataclass(frozen=True)
-class _Reference:
+class Reference:
     """The uncompressed model's predictions, which every cell is compared with."""
 
     targets: Tensor
@@ -38,21 +38,27 @@ class _Reference:
     nll: float
 
     @classmethod
-    def of(cls, logits: Tensor, targets: Tensor) -> _Reference:
+    def of(cls, logits: Tensor, targets: Tensor) -> Reference:
+        """Take the logits ``[token, vocabulary]`` of the uncompressed model and the tokens that follow."""
         log_probabilities = logits.float().log_softmax(-1)
         nll = -log_probabilities.gather(-1, targets[:, None]).mean()
         return cls(targets, log_probabilities, log_probabilities.exp(), float(nll))
 
-    def compare(self, logits: Tensor) -> tuple[float, float]:
-        """Return the excess loss and the KL divergence (full || compressed), nats a token."""
+    def compute_distances(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the excess loss and the KL divergence (full || compressed), nats a token, one number each."""
         other = logits.float().log_softmax(-1)
         nll = -other.gather(-1, self.targets[:, None]).mean()
         # The difference first: two long sums subtracted would leave float32 noise of a millinat.
         divergence = (self.probabilities * (self.log_probabilities - other)).sum(-1)
-        return float(nll) - self.nll, float(divergence.mean())
+        return nll - self.nll, divergence.mean()
+
+    def compare(self, logits: Tensor) -> tuple[float, float]:
+        """Return the same as plain numbers."""
+        loss, divergence = self.compute_distances(logits)
+        return float(loss), float(divergence)
 
 
-class _Continuation:
+class Continuation:
     """Scores a continuation on many caches; what lies below the first layer that differs is run once."""
 
     def __init__(self, model: Any, input_ids: Tensor) -> None:
@@ -116,7 +122,7 @@ def _find_layers(model: Any) -> list[nn.Module]:
     return list(found[0]) if len(found) == 1 else []
 
 
-class _Prefill:
+class TextPrefill:
     """One prefill, from which caches of any uniform budget are made."""
 
     def __init__(self, model: Any, input_ids: Tensor, selector: Any) -> None:
@@ -131,6 +137,7 @@ class _Prefill:
             pass
 
     def build(self, **options: Any) -> RankKVCache:
+        """Return a cache of the text with these options, compressed."""
         if self._record is None:
             cache = RankKVCache(self._model, selector=self._selector, **options)
             run_prefill(self._model, cache, self._input_ids, None)
@@ -151,6 +158,7 @@ class _Prefill:
         return found
 
     def build_uniform(self, budget: int) -> RankKVCache:
+        """Return a cache of which every layer and head keeps ``budget`` tokens."""
         return self.build(budget=budget, min_budget=1, strategy="uniform")
 
 
@@ -219,10 +227,10 @@ def measure_text(
         ``base_divergence``, ``ranks``, ``layer_indices``.
     """
     context, rest = input_ids[:, :context_tokens], input_ids[:, context_tokens:]
-    prefill, continuation = _Prefill(model, context, selector), _Continuation(model, rest)
+    prefill, continuation = TextPrefill(model, context, selector), Continuation(model, rest)
     full = prefill.build_uniform(context_tokens)
     logits = continuation.remember(full.copy())
-    reference = _Reference.of(logits, rest[0, 1:])
+    reference = Reference.of(logits, rest[0, 1:])
     continuation.trust_replay(full.copy(), logits)
     compressed = {
         ratio: prefill.build_uniform(max(1, round(ratio * context_tokens)))

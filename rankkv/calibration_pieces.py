@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._version import __version__
-from .errors import ConfigError, InputError
+from .errors import ConfigError, InputError, UnknownNameError
 
 #: Fractions kept at which each layer is compressed alone.
 RATIOS = (0.03, 0.05, 0.1, 0.2, 0.4)
 #: Fraction kept of all layers while one of them gets its full cache back.
 BASE_RATIO = 0.1
+#: How a piece is measured: by a continuation a layer, ratio and head, or all to first order by one gradient.
+METHODS = ("measured", "gradient")
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,15 @@ class CalibrationSettings:
         Token selection method.
     heads : bool
         Whether each key/value head gets its full cache back alone, too.
+    method : {"measured", "gradient"}
+        How.
 
     Raises
     ------
     ConfigError
         If a number is out of range.
+    UnknownNameError
+        If there is no such method.
 
     Examples
     --------
@@ -54,12 +60,15 @@ class CalibrationSettings:
     base_ratio: float = BASE_RATIO
     selector: Any = "snapkv"
     heads: bool = True
+    method: str = "measured"
 
     def __post_init__(self) -> None:
         for name, least in (("context_tokens", 64), ("continuation_tokens", 2), ("max_texts", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
+        if self.method not in METHODS:
+            raise UnknownNameError.of("method", self.method, METHODS)
         ratios = self.ratios
         if not ratios or list(ratios) != sorted({*ratios}) or not 0 < ratios[0] <= ratios[-1] < 1:
             raise ConfigError(f"ratios={list(ratios)} must be ascending fractions kept, above 0 and below 1.")
@@ -110,6 +119,8 @@ class CalibrationSettings:
 
     def count_cells(self, subject: Mapping[str, Any]) -> int:
         """Count the steps of progress of one piece: a continuation each, the heads of a layer together one."""
+        if self.method == "gradient":
+            return 1
         return (len(self.ratios) + 1 + self._measures_heads(subject)) * len(subject["layers"])
 
     def _measures_heads(self, subject: Mapping[str, Any]) -> bool:
@@ -130,6 +141,7 @@ class CalibrationSettings:
             "ratios": list(self.ratios),
             "base_ratio": self.base_ratio,
             "selector": str(self.selector),
+            "method": self.method,
             "heads": self._measures_heads(subject),
             "rankkv": __version__,
         }

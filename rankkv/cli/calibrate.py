@@ -45,6 +45,10 @@ def calibrate(
     heads: Annotated[
         bool, typer.Option(help="Also measure each key/value head, for head_budgets='profile'.")
     ] = True,
+    method: Annotated[
+        str,
+        typer.Option(help="measured: a run for each layer and head; gradient: a fast estimate of them all."),
+    ] = "measured",
     dtype: Annotated[
         str | None,
         typer.Option(help="Weights' dtype, such as bfloat16.", show_default="the checkpoint's own"),
@@ -88,6 +92,7 @@ def calibrate(
         "max_texts": max_texts,
         "selector": selector,
         "heads": heads,
+        "method": method,
         "resume_path": resume_path,
     }
     with show_step(console, "Reading the texts"):

@@ -1,0 +1,209 @@
+"""What compressing each layer and head of a model costs on one text, to first order: all from one backward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from . import attention
+from .attention_call import AttentionCall
+from .cache import RankKVCache
+from .cache_layer import RankKVLayer
+from .calibration_cells import Continuation, Reference, TextPrefill, can_measure_heads
+from .calibration_pieces import BASE_RATIO, RATIOS
+from .compat import cache_argument
+from .errors import UnsupportedModelError
+from .masks import project_mask
+
+
+class GatedCache(DynamicCache):
+    """A full cache of which every head sees some tokens, and shows how its output would change if it saw others.
+
+    Each layer's attention is run with what it sees and with each alternative.  The output is that of what it sees, plus
+    the difference of every alternative times a gate of its own for each key/value head.  The gates are zero, so that
+    the model computes what it sees; the gradient at a gate is the change that its alternative makes, to first order.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that will run.
+    full : RankKVCache
+        Holds all tokens of a prompt.
+    seen : mapping
+        For each compressible layer ``[1, kv_head, token]`` bool: which tokens of the prompt are seen.
+    alternatives : sequence of mapping
+        The same, for each alternative.
+    """
+
+    layers: list[Any]
+
+    def __init__(
+        self,
+        model: Any,
+        full: RankKVCache,
+        seen: Mapping[int, Tensor],
+        alternatives: Sequence[Mapping[int, Tensor]],
+    ) -> None:
+        text_config = model.config.get_text_config(decoder=True)
+        super().__init__(config=text_config)
+        self._backend_of = text_config
+        self.layers = copy.deepcopy(full.layers)
+        self._seen, self._alternatives = seen, alternatives
+        #: ``[alternative, kv_head]`` zeros of each compressible layer.
+        self.gates = {
+            index: torch.zeros(len(alternatives), tokens.shape[1], device=tokens.device, requires_grad=True)
+            for index, tokens in seen.items()
+        }
+        self._attended: dict[int, Tensor] = {}
+        attention.watch_for(self, model)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new keys and values, and take this layer's next attention call."""
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx in self.gates:
+            attention.hand_off(self, layer_idx, states[0].shape[-2])
+        return states
+
+    def attend(self, layer_idx: int, call: AttentionCall) -> Any:
+        """Run the layer's attention with what it sees, and add each alternative's difference times its gate."""
+        self._attended[layer_idx] = call.key
+        output, *rest = self._run(call, self._seen[layer_idx])
+        gates = self.gates[layer_idx]
+        with torch.no_grad():
+            others = [self._run(call, tokens[layer_idx])[0] for tokens in self._alternatives]
+            # ``[alternative, batch, query, head, head_dim]``, the query heads of a key/value head side by side.
+            changes = (torch.stack(others) - output).unflatten(-2, (gates.shape[1], -1)).to(gates.dtype)
+        gated = torch.einsum("ak,abqkgd->bqkgd", gates, changes).flatten(-3, -2)
+        return output + gated.to(output.dtype), *rest
+
+    def find_attended(self, key: Tensor) -> int | None:
+        """Return the layer whose attention was last given these very keys, if there is one."""
+        return next((index for index, attended in self._attended.items() if attended is key), None)
+
+    def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
+        """Run the attention of a layer that has no keys of its own, with what those of ``layer_idx`` see."""
+        return self._run(call, self._seen[layer_idx])
+
+    def _run(self, call: AttentionCall, tokens: Tensor) -> Any:
+        later = call.key.shape[-2] - tokens.shape[-1]
+        valid = torch.cat([tokens, tokens.new_ones((*tokens.shape[:2], later))], dim=-1)
+        positions = torch.arange(valid.shape[-1], device=valid.device)[None, None]
+        backend, heads = self._backend_of._attn_implementation, call.query.shape[1]
+        mask = project_mask(call.mask, positions, valid, call.steps, heads, backend, call.query.dtype)
+        return replace(call, mask=mask).run()
+
+
+def check_differentiable(model: Any) -> None:
+    """Check that what each head sees can be changed, and that gradients pass through the model's attention.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Under tensor parallelism, and on flash and flex attention.
+    """
+    backend = model.config.get_text_config(decoder=True)._attn_implementation
+    if not can_measure_heads(model) or backend == "flex_attention":
+        raise UnsupportedModelError(
+            f"method='gradient' needs all heads in one process and a mask for each, and gradients through {backend}: "
+            "use attn_implementation='sdpa' or 'eager' without tensor parallelism, or method='measured'."
+        )
+
+
+# What is made in inference mode, where a caller may be, takes part in no gradient.
+@torch.inference_mode(False)
+def measure_gradients(
+    model: Any,
+    input_ids: Tensor,
+    context_tokens: int,
+    ratios: Sequence[float] = RATIOS,
+    base_ratio: float = BASE_RATIO,
+    selector: Any = "snapkv",
+    heads: bool = True,
+) -> dict[str, Any]:
+    """Estimate what every compressible layer and head of a model costs on one text, from one forward and its gradient.
+
+    All layers keep ``base_ratio``.  The change of the distance to the full cache when one head keeps another fraction
+    alone is taken to first order, ``sum_q <d distance / d o_q, o_q' - o_q>`` with the head's outputs o and, with the
+    other fraction, o'; what a layer changes is the sum over its heads.  So the curves stand beside layers that keep
+    ``base_ratio``, where those of :func:`rankkv.calibration_cells.measure_text` stand beside full ones.
+
+    Parameters
+    ----------
+    model, input_ids, context_tokens, ratios, base_ratio, selector, heads
+        See :func:`rankkv.calibration_cells.measure_text`.  The weights are not changed, and get no gradient.
+
+    Returns
+    -------
+    dict
+        As :func:`rankkv.calibration_cells.measure_text`; ``excess_loss`` and ``divergence`` are 0 with all tokens.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Where heads cannot be masked one by one, or the attention has no gradient.
+    """
+    check_differentiable(model)
+    context, rest = input_ids[:, :context_tokens].clone(), input_ids[:, context_tokens:].clone()
+    prefill = TextPrefill(model, context, selector)
+    full = prefill.build_uniform(context_tokens)
+    logits = Continuation(model, rest).run(full.copy())
+    reference = Reference.of(logits, rest[0, 1:])
+    seen = [
+        _find_seen(full, prefill.build_uniform(max(1, round(ratio * context_tokens))))
+        for ratio in (base_ratio, *ratios)
+    ]
+    everything = {index: torch.ones_like(tokens) for index, tokens in seen[0].items()}
+    cache = GatedCache(model, full, seen[0], [*seen[1:], everything])
+    gates = list(cache.gates.values())
+    with torch.enable_grad():
+        logits = model(rest, **cache_argument(cache)).logits[0, :-1]
+        loss, divergence = reference.compute_distances(logits)
+        by_loss = torch.autograd.grad(loss, gates, retain_graph=True)
+        by_divergence = torch.autograd.grad(divergence, gates)
+    loss_curves, loss_gains, _ = _split(by_loss)
+    curves, gains, head_gains = _split(by_divergence)
+    return {
+        "layer_indices": list(cache.gates),
+        "nll": reference.nll,
+        "base_excess_loss": float(loss.detach()),
+        "base_divergence": float(divergence.detach()),
+        "excess_loss": loss_curves,
+        "divergence": curves,
+        "gain_loss": loss_gains,
+        "gain_divergence": gains,
+        "head_gain_divergence": head_gains if heads else [],
+        "ranks": prefill.measure_ranks(),
+    }
+
+
+def _find_seen(full: RankKVCache, compressed: RankKVCache) -> dict[int, Tensor]:
+    """Return which tokens each head of a compressed cache holds, ``[1, kv_head, token]`` bool by layer."""
+    found = {}
+    for index in full.layer_indices:
+        layer: RankKVLayer = full.layers[index]
+        heads = layer.keys.shape[1]
+        tokens = torch.zeros(1, heads, layer.seen, dtype=torch.bool, device=layer.keys.device)
+        positions = compressed.layers[index].compute_positions()
+        found[index] = tokens.scatter_(-1, positions.expand(-1, heads, -1), True)
+    return found
+
+
+def _split(
+    gradients: Sequence[Tensor],
+) -> tuple[list[list[float]], list[float], list[list[float]]]:
+    """Return curves ``[layer][ratio]``, gains ``[layer]`` and gains ``[layer][kv_head]``; all tokens come last."""
+    curves, gains, head_gains = [], [], []
+    for changes in gradients:
+        *fewer, everything = changes.double()
+        curves.append([float((change - everything).sum()) for change in fewer])
+        gains.append(-float(everything.sum()))
+        head_gains.append((-everything).tolist())
+    return curves, gains, head_gains
