@@ -66,18 +66,18 @@ def calibrate(
     heads : bool, default True
         Whether each key/value head gets its full cache back alone, too: what ``head_budgets="profile"`` needs, at one
         more continuation a head. Not under tensor parallelism, where a process has some of them only, nor on flash
-        attention, whose mask is one for all of them: there the profile holds layers only.
+        attention, whose mask is one for all of them: there a measured profile holds layers only.
     method : {"measured", "gradient"}, default "measured"
         Whether each layer, ratio and head takes a continuation of its own, or all are estimated to first order from one
         forward and backward pass (:func:`rankkv.calibration_gradient.measure_gradients`): many times as fast, so that
-        more pieces can be measured. Not under tensor parallelism, nor on flash and flex attention.
+        more pieces can be measured. Refused under tensor parallelism and on flash and flex attention.
     name : str, optional
         What to call the model.
     resume_path : str or Path, optional
         File that takes each piece's measurements as they are made; pieces found in it are not measured again. One that
         was begun for another model, with other settings or by another version is refused.
     on_progress : callable, optional
-        Called with (continuations done, in all), those of this process.
+        Called with (continuations done, in all), those of this process; with gradients, with pieces.
     share_processes : bool, default False
         Split the pieces over the processes that ``accelerate launch`` or ``torchrun`` started, all of which must then
         call this with the same arguments; each gets the whole profile.
@@ -102,7 +102,8 @@ def calibrate(
     Notes
     -----
     One prefill a piece, then ``(len(ratios) + 1) * layers`` continuations, and one a head; what lies below the first
-    layer that differs is run once, so that they cost about half of as many forwards.
+    layer that differs is run once, so that they cost about half of as many forwards. With gradients two continuations,
+    one of which is differentiated, and attention with each ratio.
     """
     settings = CalibrationSettings(
         context_tokens, continuation_tokens, max_texts, tuple(ratios), base_ratio, selector, heads, method

@@ -93,7 +93,12 @@ class Continuation:
         if not self._layers or len(self._outputs) != len(self._layers):
             self._layers = []
             return
-        replayed = self.run(cache, len(self._layers) // 2)
+        try:
+            replayed = self.run(cache, len(self._layers) // 2)
+        except Exception:
+            # A layer that was not run may owe a later one its keys; whatever else is wrong, the whole model says.
+            self._layers = []
+            return
         if not torch.allclose(replayed, logits, rtol=1e-3, atol=1e-3):
             self._layers = []
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,9 @@ from .calibration_pieces import BASE_RATIO, RATIOS
 from .compat import cache_argument
 from .errors import UnsupportedModelError
 from .masks import project_mask
+
+# The gradient of a mean over many tokens is too small for half precision; a power of two changes nothing else.
+_SCALE = 1024.0
 
 
 class GatedCache(DynamicCache):
@@ -72,9 +77,17 @@ class GatedCache(DynamicCache):
             attention.hand_off(self, layer_idx, states[0].shape[-2])
         return states
 
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
+        """Leave the state of a linear layer as it is: written over in place, it would be lost to the gradient."""
+        return recurrent_states
+
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the layer's attention with what it sees, and add each alternative's difference times its gate."""
         self._attended[layer_idx] = call.key
+        return self.attend_shared(layer_idx, call)
+
+    def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
+        """Do the same for a layer without keys of its own: it sees what ``layer_idx`` keeps, behind the same gates."""
         output, *rest = self._run(call, self._seen[layer_idx])
         gates = self.gates[layer_idx]
         with torch.no_grad():
@@ -87,10 +100,6 @@ class GatedCache(DynamicCache):
     def find_attended(self, key: Tensor) -> int | None:
         """Return the layer whose attention was last given these very keys, if there is one."""
         return next((index for index, attended in self._attended.items() if attended is key), None)
-
-    def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
-        """Run the attention of a layer that has no keys of its own, with what those of ``layer_idx`` see."""
-        return self._run(call, self._seen[layer_idx])
 
     def _run(self, call: AttentionCall, tokens: Tensor) -> Any:
         later = call.key.shape[-2] - tokens.shape[-1]
@@ -107,7 +116,7 @@ def check_differentiable(model: Any) -> None:
     Raises
     ------
     UnsupportedModelError
-        Under tensor parallelism, and on flash and flex attention.
+        Under tensor parallelism, on flash and flex attention, and with weights that were made in inference mode.
     """
     backend = model.config.get_text_config(decoder=True)._attn_implementation
     if not can_measure_heads(model) or backend == "flex_attention":
@@ -115,6 +124,28 @@ def check_differentiable(model: Any) -> None:
             f"method='gradient' needs all heads in one process and a mask for each, and gradients through {backend}: "
             "use attn_implementation='sdpa' or 'eager' without tensor parallelism, or method='measured'."
         )
+    if any(tensor.is_inference() for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise UnsupportedModelError(
+            "method='gradient' needs weights that were not made in torch.inference_mode(): load the model outside of "
+            "it, or use method='measured'."
+        )
+
+
+@contextmanager
+def _only_gates_differentiable(model: Any) -> Iterator[None]:
+    """Let nothing but the gates have a gradient, nothing be dropped out and no activation be computed twice."""
+    training = [module for module in model.modules() if module.training]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 # What is made in inference mode, where a caller may be, takes part in no gradient.
@@ -143,14 +174,28 @@ def measure_gradients(
     Returns
     -------
     dict
-        As :func:`rankkv.calibration_cells.measure_text`; ``excess_loss`` and ``divergence`` are 0 with all tokens.
+        As :func:`rankkv.calibration_cells.measure_text`; ``excess_loss`` and ``divergence`` are differences to all
+        tokens, which a slope may tell to be negative.
 
     Raises
     ------
     UnsupportedModelError
-        Where heads cannot be masked one by one, or the attention has no gradient.
+        Where heads cannot be masked one by one, or no gradient passes through the model's attention.
     """
     check_differentiable(model)
+    with _only_gates_differentiable(model):
+        return _measure(model, input_ids, context_tokens, ratios, base_ratio, selector, heads)
+
+
+def _measure(
+    model: Any,
+    input_ids: Tensor,
+    context_tokens: int,
+    ratios: Sequence[float],
+    base_ratio: float,
+    selector: Any,
+    heads: bool,
+) -> dict[str, Any]:
     context, rest = input_ids[:, :context_tokens].clone(), input_ids[:, context_tokens:].clone()
     prefill = TextPrefill(model, context, selector)
     full = prefill.build_uniform(context_tokens)
@@ -166,8 +211,9 @@ def measure_gradients(
     with torch.enable_grad():
         logits = model(rest, **cache_argument(cache)).logits[0, :-1]
         loss, divergence = reference.compute_distances(logits)
-        by_loss = torch.autograd.grad(loss, gates, retain_graph=True)
-        by_divergence = torch.autograd.grad(divergence, gates)
+        # Without a layer to compress there is no gate, and nothing to differentiate.
+        by_loss = torch.autograd.grad(_SCALE * loss, gates, retain_graph=True) if gates else ()
+        by_divergence = torch.autograd.grad(_SCALE * divergence, gates) if gates else ()
     loss_curves, loss_gains, _ = _split(by_loss)
     curves, gains, head_gains = _split(by_divergence)
     return {
@@ -202,7 +248,7 @@ def _split(
     """Return curves ``[layer][ratio]``, gains ``[layer]`` and gains ``[layer][kv_head]``; all tokens come last."""
     curves, gains, head_gains = [], [], []
     for changes in gradients:
-        *fewer, everything = changes.double()
+        *fewer, everything = changes.cpu().double() / _SCALE
         curves.append([float((change - everything).sum()) for change in fewer])
         gains.append(-float(everything.sum()))
         head_gains.append((-everything).tolist())

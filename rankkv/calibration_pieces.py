@@ -38,7 +38,7 @@ class CalibrationSettings:
     heads : bool
         Whether each key/value head gets its full cache back alone, too.
     method : {"measured", "gradient"}
-        How.
+        By a continuation for each layer, ratio and head, or all to first order from one gradient.
 
     Raises
     ------

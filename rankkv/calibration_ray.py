@@ -14,6 +14,7 @@ from ._embedded import EMBEDDED
 from ._hub import require
 from ._version import __version__
 from .calibration import describe_subject, join_pieces, measure_piece
+from .calibration_gradient import check_differentiable
 from .calibration_pieces import CalibrationSettings
 from .calibration_records import DoneRecords
 from .errors import ConfigError, ProcessGroupError
@@ -152,6 +153,8 @@ def _load(version: str, name: str, dtype: str | None, device_map: Any) -> tuple[
 def _prepare(source: tuple[Any, ...], name: str, texts: list[str], settings: CalibrationSettings) -> Any:
     """Describe the model and cut the texts, which takes the model and its tokenizer."""
     model, tokenizer = _load(*source)
+    if settings.method == "gradient":
+        check_differentiable(model)
     return describe_subject(model, name), settings.cut(tokenizer, texts)
 
 

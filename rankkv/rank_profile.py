@@ -43,7 +43,8 @@ class RankProfile:
     ratios : sequence of float
         Fractions of the cache kept at which the curves were measured, ascending.
     excess_loss, divergence : sequence of sequence of float
-        ``[layer][ratio]``: distance when this layer alone is compressed to that ratio.
+        ``[layer][ratio]``: distance when this layer alone is compressed to that ratio; in a profile of gradients
+        (``calibration["method"]``) an estimate of what that adds where all other layers keep ``base_ratio``.
     gain_loss, gain_divergence : sequence of float
         ``[layer]``: with every layer compressed to ``base_ratio``, how much nearer the model comes when this layer
         gets its full cache back.

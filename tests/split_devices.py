@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 CPU = torch.device("cpu")
 _GET_ITEM, _SET_ITEM = Tensor.__getitem__, Tensor.__setitem__
 _MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, torch.as_tensor, torch.tensor, torch.asarray}
-_CHECKED_ELSEWHERE = {Tensor.copy_, Tensor.set_, _GET_ITEM, _SET_ITEM}
+_CHECKED_ELSEWHERE = {torch.autograd.grad, Tensor.copy_, Tensor.set_, _GET_ITEM, _SET_ITEM}
 
 
 def get_place(tensor: Tensor) -> torch.device:
@@ -91,7 +91,7 @@ def _name(found: Tensor, given: list[Tensor], target: torch.device) -> Tensor:
     if any(found is one for one in given):
         if get_place(found) == target:
             return found
-        return put(found.detach().clone(), target)
+        return put(found.clone(), target)
     moved = any(get_place(one) != target and _shares(one, found) for one in given)
     return put(found.clone() if moved else found, target)
 

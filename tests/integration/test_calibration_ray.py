@@ -248,11 +248,12 @@ def make_command(folder: Path, text: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["measured", "gradient"])
 def test_the_command_measures_the_same_profile_as_without_ray(
-    source: tuple[Path, Path], tmp_path: Path, family: Family
+    source: tuple[Path, Path], tmp_path: Path, family: Family, method: str
 ) -> None:
     folder, text = source
-    command = make_command(folder, text)
+    command = [*make_command(folder, text), "--method", method]
     path = tmp_path / "profile.json"
     done = run([*command, "-o", str(path), "--engine", "ray", "--workers", "2", "--json"])
     assert [item.name for item in tmp_path.iterdir()] == ["profile.json"]

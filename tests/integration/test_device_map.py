@@ -275,10 +275,17 @@ def test_split_layers_are_analyzed_and_measured_alike(split: Any, whole: Any, tw
     assert counts[0] == counts[1]
 
 
-def test_a_profile_is_measured_alike(split: Any, whole: Any, two_gpus: None) -> None:
+@pytest.mark.parametrize("method", ["measured", "gradient"])
+def test_a_profile_is_measured_alike(split: Any, whole: Any, two_gpus: None, method: str) -> None:
     from rankkv.calibration import calibrate
 
-    options = {"context_tokens": 64, "continuation_tokens": 16, "max_texts": 1, "name": "it"}
+    options = {
+        "context_tokens": 64,
+        "continuation_tokens": 16,
+        "max_texts": 1,
+        "name": "it",
+        "method": method,
+    }
     texts = [oracles.random_prompt(80, vocab_size=VOCAB_SIZE)]
     assert calibrate(split, None, texts, **options) == calibrate(whole, None, texts, **options)
 
