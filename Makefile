@@ -34,7 +34,7 @@ demo: $(STAMP) ## compress the cache of a 4,000-token prompt and compare the ans
 	$(BIN)/rankkv demo
 
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(STAMP) ## all tests, then test-versions
 	$(BIN)/python -m pytest $(PARALLEL)
@@ -44,7 +44,7 @@ test-versions: $(VERSIONS:%=test-transformers-%) ## all tests but the slow ones,
 
 # Each in a folder of its own; everything but transformers and what it pins keeps the versions of constraints.txt.
 test-transformers-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest $(PARALLEL) -m "not slow"
+	.venv-$*/bin/python -m pytest -m "not slow" $(PARALLEL)
 
 .venv-%/.installed: requirements.txt constraints.txt pyproject.toml
 	@test -x .venv-$*/bin/python || { echo "==> creating .venv-$*"; $(PYTHON) -m venv .venv-$*; }
