@@ -17,8 +17,8 @@ OBSERVED = [name for name, family in families.FAMILIES.items() if family.outcome
 @pytest.mark.parametrize("name", OBSERVED)
 def test_what_is_found_gets_the_attention_output(name):
     family = families.FAMILIES[name]
-    if not family.exists:
-        pytest.skip("not in this transformers")
+    if not (family.exists and family.is_promised):
+        pytest.skip("nothing is promised of it with this transformers")
     model = families.build(name, family.backends[0])
     calls = oracles.capture_calls(model, oracles.random_prompt(6))
     assert calls
