@@ -23,6 +23,12 @@ from .placement import find_input_device
 from .processes import find_place, gather, split_samples
 from .rank_profile import RankProfile
 
+# One for each of `rankkv.calibration_pieces.METHODS`.
+_MEASURERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "measured": measure_text,
+    "gradient": measure_gradients,
+}
+
 
 def calibrate(
     model: Any,
@@ -150,20 +156,7 @@ def measure_piece(
 ) -> dict[str, Any]:
     """Measure one piece, given as token ids, by `measure_text` or `measure_gradients`."""
     input_ids = torch.tensor([list(ids)], device=find_input_device(model))
-    if settings.method == "gradient":
-        record = measure_gradients(
-            model,
-            input_ids,
-            settings.context_tokens,
-            settings.ratios,
-            settings.base_ratio,
-            settings.selector,
-            settings.heads,
-        )
-        if on_cell is not None:
-            on_cell()
-        return record
-    return measure_text(
+    return _MEASURERS[settings.method](
         model,
         input_ids,
         settings.context_tokens,

@@ -180,12 +180,17 @@ def can_measure_heads(model: Any) -> bool:
     return find_head_shards(model) is None and can_mask_heads(backend)
 
 
+def mark_kept(layer: Any, kept: Any) -> Tensor:
+    """Mark the tokens of a full layer that another one kept, ``[1, kv_head, token]`` bool."""
+    heads = layer.keys.shape[1]
+    tokens = torch.zeros(1, heads, layer.seen, dtype=torch.bool, device=layer.keys.device)
+    return tokens.scatter_(-1, kept.compute_positions().expand(-1, heads, -1), True)
+
+
 def _give_head_back(layer: Any, kept: Any, head: int) -> Any:
     """Return a copy of a full layer of which all heads but one see only what another layer kept."""
     twin = copy.deepcopy(layer)
-    heads = twin.keys.shape[1]
-    seen = torch.zeros(1, heads, twin.seen, dtype=torch.bool, device=twin.keys.device)
-    seen.scatter_(-1, kept.compute_positions().expand(-1, heads, -1), True)
+    seen = mark_kept(layer, kept)
     seen[:, head] = True
     twin.kept_positions = torch.arange(twin.seen, device=twin.keys.device)[None, None]
     twin.kept_valid, twin.compressed_at = seen, twin.seen

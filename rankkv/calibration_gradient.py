@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,8 +15,7 @@ from transformers.cache_utils import DynamicCache
 from . import attention
 from .attention_call import AttentionCall
 from .cache import RankKVCache
-from .cache_layer import RankKVLayer
-from .calibration_cells import Continuation, Reference, TextPrefill, can_measure_heads
+from .calibration_cells import Continuation, Reference, TextPrefill, can_measure_heads, mark_kept
 from .calibration_pieces import BASE_RATIO, RATIOS
 from .compat import cache_argument
 from .errors import UnsupportedModelError
@@ -39,7 +37,7 @@ class GatedCache(DynamicCache):
     model : PreTrainedModel
         The model that will run.
     full : RankKVCache
-        Holds all tokens of a prompt.
+        Holds all tokens of a prompt; its layers are taken over.
     seen : mapping
         For each compressible layer ``[1, kv_head, token]`` bool: which tokens of the prompt are seen.
     alternatives : sequence of mapping
@@ -58,7 +56,7 @@ class GatedCache(DynamicCache):
         text_config = model.config.get_text_config(decoder=True)
         super().__init__(config=text_config)
         self._backend_of = text_config
-        self.layers = copy.deepcopy(full.layers)
+        self.layers = full.layers
         self._seen, self._alternatives = seen, alternatives
         #: ``[alternative, kv_head]`` zeros of each compressible layer.
         self.gates = {
@@ -158,6 +156,7 @@ def measure_gradients(
     base_ratio: float = BASE_RATIO,
     selector: Any = "snapkv",
     heads: bool = True,
+    on_cell: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Estimate what every compressible layer and head of a model costs on one text, from one forward and its gradient.
 
@@ -170,6 +169,8 @@ def measure_gradients(
     ----------
     model, input_ids, context_tokens, ratios, base_ratio, selector, heads
         See :func:`rankkv.calibration_cells.measure_text`.  The weights are not changed, and get no gradient.
+    on_cell : callable, optional
+        Called once, at the end.
 
     Returns
     -------
@@ -183,37 +184,27 @@ def measure_gradients(
         Where heads cannot be masked one by one, or no gradient passes through the model's attention.
     """
     check_differentiable(model)
-    with _only_gates_differentiable(model):
-        return _measure(model, input_ids, context_tokens, ratios, base_ratio, selector, heads)
-
-
-def _measure(
-    model: Any,
-    input_ids: Tensor,
-    context_tokens: int,
-    ratios: Sequence[float],
-    base_ratio: float,
-    selector: Any,
-    heads: bool,
-) -> dict[str, Any]:
     context, rest = input_ids[:, :context_tokens].clone(), input_ids[:, context_tokens:].clone()
-    prefill = TextPrefill(model, context, selector)
-    full = prefill.build_uniform(context_tokens)
-    logits = Continuation(model, rest).run(full.copy())
-    reference = Reference.of(logits, rest[0, 1:])
-    seen = [
-        _find_seen(full, prefill.build_uniform(max(1, round(ratio * context_tokens))))
-        for ratio in (base_ratio, *ratios)
-    ]
-    everything = {index: torch.ones_like(tokens) for index, tokens in seen[0].items()}
-    cache = GatedCache(model, full, seen[0], [*seen[1:], everything])
-    gates = list(cache.gates.values())
-    with torch.enable_grad():
-        logits = model(rest, **cache_argument(cache)).logits[0, :-1]
-        loss, divergence = reference.compute_distances(logits)
-        # Without a layer to compress there is no gate, and nothing to differentiate.
-        by_loss = torch.autograd.grad(_SCALE * loss, gates, retain_graph=True) if gates else ()
-        by_divergence = torch.autograd.grad(_SCALE * divergence, gates) if gates else ()
+    with _only_gates_differentiable(model):
+        prefill = TextPrefill(model, context, selector)
+        full = prefill.build_uniform(context_tokens)
+        reference = Reference.of(Continuation(model, rest).run(full.copy()), rest[0, 1:])
+        seen = [
+            _find_seen(full, prefill.build_uniform(max(1, round(ratio * context_tokens))))
+            for ratio in (base_ratio, *ratios)
+        ]
+        everything = {index: torch.ones_like(tokens) for index, tokens in seen[0].items()}
+        cache = GatedCache(model, full, seen[0], [*seen[1:], everything])
+        gates = list(cache.gates.values())
+        with torch.enable_grad():
+            logits = model(rest, **cache_argument(cache)).logits[0, :-1]
+            loss, divergence = reference.compute_distances(logits)
+            # Without a layer to compress there is no gate, and nothing to differentiate.
+            by_loss = torch.autograd.grad(_SCALE * loss, gates, retain_graph=True) if gates else ()
+            by_divergence = torch.autograd.grad(_SCALE * divergence, gates) if gates else ()
+        ranks = prefill.measure_ranks()
+    if on_cell is not None:
+        on_cell()
     loss_curves, loss_gains, _ = _split(by_loss)
     curves, gains, head_gains = _split(by_divergence)
     return {
@@ -226,20 +217,13 @@ def _measure(
         "gain_loss": loss_gains,
         "gain_divergence": gains,
         "head_gain_divergence": head_gains if heads else [],
-        "ranks": prefill.measure_ranks(),
+        "ranks": ranks,
     }
 
 
 def _find_seen(full: RankKVCache, compressed: RankKVCache) -> dict[int, Tensor]:
     """Return which tokens each head of a compressed cache holds, ``[1, kv_head, token]`` bool by layer."""
-    found = {}
-    for index in full.layer_indices:
-        layer: RankKVLayer = full.layers[index]
-        heads = layer.keys.shape[1]
-        tokens = torch.zeros(1, heads, layer.seen, dtype=torch.bool, device=layer.keys.device)
-        positions = compressed.layers[index].compute_positions()
-        found[index] = tokens.scatter_(-1, positions.expand(-1, heads, -1), True)
-    return found
+    return {index: mark_kept(full.layers[index], compressed.layers[index]) for index in full.layer_indices}
 
 
 def _split(

@@ -28,7 +28,7 @@ def make_gated(model, ids, budget, other):
         calibration_gradient._find_seen(full, prefill.build_uniform(kept))
         for kept in (budget, other, CONTEXT)
     ]
-    return lambda: GatedCache(model, full, seen[0], seen[1:])
+    return lambda: GatedCache(model, full.copy(), seen[0], seen[1:])
 
 
 @torch.no_grad()
@@ -78,10 +78,9 @@ def test_gates_lead_from_one_compressed_cache_to_another(name, backend):
         torch.testing.assert_close(
             run(model, ids, cache), run_compressed(model, ids, budget), atol=2e-5, rtol=1e-3
         )
-    if name not in ("Llama", "GPT-NeoX"):
-        assert set(measure_gradients(model, ids, CONTEXT, RATIOS)) == set(
-            measure_text(model, ids, CONTEXT, RATIOS)
-        )
+    both = [measure(model, ids, CONTEXT, RATIOS) for measure in (measure_gradients, measure_text)]
+    for distance in ("nll", "base_excess_loss", "base_divergence"):
+        assert both[0][distance] == pytest.approx(both[1][distance], rel=1e-3, abs=1e-5)
     assert not torch.allclose(run_compressed(model, ids, 10), run_compressed(model, ids, CONTEXT), atol=1e-3)
 
 
@@ -150,7 +149,6 @@ def test_weights_stay_as_they_are_whatever_the_caller_turned_off(tiny_llama, gua
     with guard():
         record = measure_gradients(model, ids, CONTEXT, RATIOS)
     assert record == measure_gradients(model, ids, CONTEXT, RATIOS)
-    assert all(parameter.grad is None for parameter in model.parameters())
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     model.requires_grad_(False)
     assert measure_gradients(model, ids, CONTEXT, RATIOS) == record
