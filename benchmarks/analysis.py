@@ -23,7 +23,7 @@ from benchmarks.common import (
     time_once,
 )
 from rankkv import RankKVAnalyzer, compute_effective_rank, load_model
-from rankkv.generation import run_prefill
+from rankkv.cache.prefill import run_prefill
 
 _COLUMNS = {
     "tokens": "{}",

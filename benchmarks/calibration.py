@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.common import print_rows, publish, time_both
 from rankkv import load_model, load_texts
-from rankkv.calibration_cells import measure_text
-from rankkv.calibration_gradient import measure_gradients
-from rankkv.calibration_pieces import CalibrationSettings
+from rankkv.calibration.gradient import measure_gradients
+from rankkv.calibration.settings import CalibrationSettings
+from rankkv.calibration.single_runs import measure_text
 
 #: What both methods say, by its name in a profile.
 COMPARED = ("head_gain_divergence", "gain_divergence", "gain_loss", "divergence", "excess_loss")

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 import rankkv
-from rankkv.files import write_text_atomically
-from rankkv.texts import python_docs_text
+from rankkv.models.texts import python_docs_text
+from rankkv.utils.files import write_text_atomically
 
 
 def build_prompt(tokenizer: Any, tokens: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from benchmarks.common import build_prompt, print_rows, publish
 from benchmarks.stepping import Step, step_in_turn
 from rankkv import RankKVCache, load_model
-from rankkv.generation import run_prefill
+from rankkv.cache.prefill import run_prefill
 
 #: Steps before graphs are counted again; the first compiles, and a second graph may follow for flags that change once.
 _FIRST_STEPS = 4

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from benchmarks.common import build_prompt, compute_ratio, print_rows, publish, time_both
 from benchmarks.stepping import Step, step_in_turn
 from rankkv import RankKVCache, load_model
-from rankkv.generation import run_prefill
+from rankkv.cache.prefill import run_prefill
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.common import build_prompt, print_rows, publish, read_peak_memory, reset_peak_memory
 from rankkv import RankKVCache, load_model
-from rankkv.generation import run_prefill
+from rankkv.cache.prefill import run_prefill
 
 _COLUMNS = {
     "tokens": "{}",

@@ -21,10 +21,10 @@ from benchmarks.common import describe_machine, print_rows
 from benchmarks.stepping import Step, time_in_turn
 from rankkv import load_model
 from rankkv.evaluation import evaluate_continuation, record_prefill
-from rankkv.files import write_text_atomically
+from rankkv.models.texts import python_docs_text
 from rankkv.plots import save_figure
 from rankkv.plots.style import INK, PALETTE, new_figure, set_title, style_axes
-from rankkv.texts import python_docs_text
+from rankkv.utils.files import write_text_atomically
 
 #: Ways to spread the budget, by the name in the legend.
 WAYS: dict[str, dict[str, Any]] = {

@@ -17,10 +17,10 @@ from transformers import DynamicCache
 
 from benchmarks.common import build_prompt, print_rows, publish, time_interleaved, time_once
 from rankkv import RankKVCache, load_model
-from rankkv.generation import run_prefill
-from rankkv.layer_rank import compute_layer_ranks
-from rankkv.observation import Observation
-from rankkv.observing import observe
+from rankkv.cache.prefill import run_prefill
+from rankkv.observe.call import observe
+from rankkv.observe.observation import Observation
+from rankkv.rank.observed_layer import compute_layer_ranks
 from rankkv.selection import get_selector, select_tokens
 
 _COLUMNS = {"what": "{}", "lengths": "{}", "median_seconds": "{}", "exponent": "{:.2f}"}

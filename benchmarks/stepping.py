@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import compute_ratio, time_both
-from rankkv.compat import cache_argument
+from rankkv.models.compat import cache_argument
 
 
 class Step:

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 
 from benchmarks.common import build_prompt, compute_ratio, print_rows, publish, synchronize
 from rankkv import RankKVCache, load_model
-from rankkv.compat import cache_argument
-from rankkv.generation import run_prefill
+from rankkv.cache.prefill import run_prefill
+from rankkv.models.compat import cache_argument
 
 _COLUMNS = {
     "cache": "{}",

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from rankkv.cli.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, format_error
 from rankkv.errors import ConfigError, InputError, RankKVError
 from rankkv.evaluation.settings import UNIFORM
-from rankkv.evaluation.sweep_config import NAMED_ALLOCATIONS
-from rankkv.files import write_text_atomically
+from rankkv.evaluation.sweep.config import NAMED_ALLOCATIONS
+from rankkv.utils.files import write_text_atomically
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

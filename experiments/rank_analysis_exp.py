@@ -17,9 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankkv.cli.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, collect_versions, format_error, write_json
+from rankkv.cli.common import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    collect_versions,
+    format_error,
+    write_json,
+)
 from rankkv.errors import ConfigError, InputError, RankKVError
-from rankkv.processes import find_own_device, is_main_process, split_samples
+from rankkv.utils.processes import find_own_device, is_main_process, split_samples
 
 # The method's four strategies, then the baselines. "power" with its exponent 1 would be "proportional" again.
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -100,7 +106,7 @@ def allocate_all(
     config: Any, ranks: list[float], length: int, layer_indices: list[int]
 ) -> dict[str, list[int]]:
     """Return what each of STRATEGIES makes of the same ranks, under the same total and bounds."""
-    from rankkv.budget_plan import BudgetPlan
+    from rankkv.budget.plan import BudgetPlan
     from rankkv.config import RankKVConfig
 
     budgets = {}
@@ -132,11 +138,11 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | No
     import torch
 
     from rankkv import RankKVAnalyzer, RankKVConfig, load_model, load_texts
-    from rankkv.budget_plan import BudgetPlan
+    from rankkv.analysis.samples import analyze_samples, summarize_layers
+    from rankkv.budget.plan import BudgetPlan
     from rankkv.plots import plot_layer_ranks, plot_strategy_budgets, save_figure
     from rankkv.plots.style import new_figure
-    from rankkv.rank_aggregation import get_aggregation
-    from rankkv.sample_analysis import analyze_samples, summarize_layers
+    from rankkv.rank.aggregation import get_aggregation
 
     # All that can be wrong with the options shows before a model loads.
     config = RankKVConfig(arguments.compression_ratio, strategy=arguments.strategy, scope=arguments.scope)

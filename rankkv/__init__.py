@@ -18,15 +18,15 @@ from rankkv._version import __version__
 
 if TYPE_CHECKING:
     from rankkv.budget_allocation import BudgetAllocation, BudgetAllocator
-    from rankkv.cache import RankKVCache
+    from rankkv.cache.cache import RankKVCache
+    from rankkv.cache.prefill import compress
+    from rankkv.calibration.query_filters import compute_query_filters, save_query_filters
     from rankkv.config import RankKVConfig
-    from rankkv.generation import compress
-    from rankkv.models import load_model
+    from rankkv.models.loading import load_model
+    from rankkv.models.texts import load_texts
     from rankkv.pipeline import RankKVAnalyzer, RankKVResult, quick_analyze
-    from rankkv.query_filters import compute_query_filters, save_query_filters
+    from rankkv.profile.record import RankProfile
     from rankkv.rank_analysis import RankAnalysis, analyze_attention_ranks, compute_effective_rank
-    from rankkv.rank_profile import RankProfile
-    from rankkv.texts import load_texts
 
 __all__ = [
     "BudgetAllocation",
@@ -53,18 +53,18 @@ _HOME_OF = {
     "BudgetAllocator": "rankkv.budget_allocation",
     "RankAnalysis": "rankkv.rank_analysis",
     "RankKVAnalyzer": "rankkv.pipeline",
-    "RankKVCache": "rankkv.cache",
+    "RankKVCache": "rankkv.cache.cache",
     "RankKVConfig": "rankkv.config",
     "RankKVResult": "rankkv.pipeline",
-    "RankProfile": "rankkv.rank_profile",
+    "RankProfile": "rankkv.profile.record",
     "analyze_attention_ranks": "rankkv.rank_analysis",
-    "compress": "rankkv.generation",
+    "compress": "rankkv.cache.prefill",
     "compute_effective_rank": "rankkv.rank_analysis",
-    "compute_query_filters": "rankkv.query_filters",
-    "load_model": "rankkv.models",
-    "load_texts": "rankkv.texts",
+    "compute_query_filters": "rankkv.calibration.query_filters",
+    "load_model": "rankkv.models.loading",
+    "load_texts": "rankkv.models.texts",
     "quick_analyze": "rankkv.pipeline",
-    "save_query_filters": "rankkv.query_filters",
+    "save_query_filters": "rankkv.calibration.query_filters",
 }
 
 

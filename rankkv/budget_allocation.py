@@ -7,10 +7,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-from rankkv.budget_checks import check_measures, check_ranks
-from rankkv.budget_record import BudgetAllocation
-from rankkv.budget_shares import allocate_integers, allocate_shares, ceil_shares, check_integer
-from rankkv.budget_strategies import (
+from rankkv.budget.apportion import allocate_integers, allocate_shares, ceil_shares, check_integer
+from rankkv.budget.strategies import (
     STRATEGIES,
     Strategy,
     check_options,
@@ -19,7 +17,9 @@ from rankkv.budget_strategies import (
     register_strategy,
     unregister_strategy,
 )
-from rankkv.budget_weights import Limits
+from rankkv.budget.weights import Limits
+from rankkv.budget_checks import check_measures, check_ranks
+from rankkv.budget_record import BudgetAllocation
 from rankkv.errors import BudgetError, ConfigError
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rankkv.budget_shares import FloatArray
+from rankkv.budget.apportion import FloatArray
 from rankkv.errors import DegenerateAttentionError, InputError
 
 

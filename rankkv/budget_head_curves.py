@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .budget_distortion import make_budget_grid
-from .budget_profile import compute_hull, fit_decreasing
-from .budget_shares import FloatArray, IntArray
+from .budget.apportion import FloatArray, IntArray
+from .budget.calibrated import compute_hull, fit_decreasing
+from .budget.distortion import make_budget_grid
 
 # Tokens that rounding may leave over.
 _EPSILON = 1e-6
@@ -105,7 +105,7 @@ def fit_head_curves(
     Parameters
     ----------
     errors : array_like
-        ``[kv_head, budget]`` at the budgets of :func:`rankkv.budget_distortion.make_budget_grid`; 0 with all tokens.
+        ``[kv_head, budget]`` at the budgets of :func:`rankkv.budget.distortion.make_budget_grid`; 0 with all tokens.
     length : int
         Tokens of the prompt.
     floor : int

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigError, UnknownNameError
-from .rank_profile import RankProfile, check_profile
+from .profile.record import RankProfile, check_profile
 from .spans import check_spans
 
 SCOPES = ("full", "window", "evictable")

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .observation import Observation
-from .parallel import HeadShards
-from .rank_aggregation import get_aggregation
-from .rank_kernels import LinAlgError, compute_gram, compute_rank_from_gram, rank_from_singular_values
+from .models.tensor_parallel import HeadShards
+from .observe.observation import Observation
+from .rank.aggregation import get_aggregation
+from .rank.spectrum import LinAlgError, compute_gram, compute_rank_from_gram, rank_from_singular_values
 
 #: The whole attention matrix is ranked up to this many tokens ...
 EXACT_TOKENS = 2048

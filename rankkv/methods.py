@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from .budget.strategies import PROFILE_STRATEGIES, Strategy
 from .budget_allocation import STRATEGIES
-from .budget_strategies import PROFILE_STRATEGIES, Strategy
 from .selection import SELECTORS, Selector, WrappingSelector
 
 

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from . import attention
 from .attention_call import AttentionCall
-from .budget_heads import compute_head_weights
-from .budget_plan import BudgetPlan
-from .budget_strategies import get_strategy
-from .cache_layer import RankKVLayer, SlotMap, release_hidden
-from .compat import check_transformers
+from .budget.heads import compute_head_weights
+from .budget.plan import BudgetPlan
+from .budget.strategies import get_strategy
+from .cache.head_budget_layer import RaggedLayer
+from .cache.layer import RankKVLayer, SlotMap, release_hidden
+from .cache.masks import can_mask_heads, check_head_budgets, project_mask
+from .cache.schedule import Flow
 from .config import RankKVConfig
 from .errors import CacheStateError, ConfigError, UnsupportedModelError
-from .flow import Flow
-from .hidden_states import watch_hidden_states
-from .known_profiles import resolve_head_budgets, resolve_profile
-from .layer_measures import get_measure
-from .masks import can_mask_heads, check_head_budgets, project_mask
-from .parallel import find_head_shards
-from .ragged_layer import RaggedLayer
+from .models.compat import check_transformers
+from .models.tensor_parallel import find_head_shards
+from .observe import hook as attention
+from .observe.hidden_states import watch_hidden_states
+from .observe.rotary import LayerRotation, build_packers, find_rotations
+from .profile.known import resolve_head_budgets, resolve_profile
+from .rank.measures import get_measure
 from .resting_layer import RestingLayer
-from .rotary import LayerRotation, build_packers, find_rotations
 from .selection import get_selector
 from .step_mask import StepMask
 

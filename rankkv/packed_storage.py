@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .storage import PlainStorage
+from .cache.storage import PlainStorage
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from . import attention
+from .analysis.measuring_cache import ProbeCache
+from .budget.plan import BudgetPlan
 from .budget_allocation import BudgetAllocation, BudgetAllocator, get_strategy
-from .budget_plan import BudgetPlan
-from .compat import check_transformers
+from .cache.prefill import check_input_ids, run_prefill
 from .config import RankKVConfig
 from .errors import ConfigError, InputError, UnsupportedModelError
-from .files import dump_json, write_text_atomically
-from .generation import check_input_ids, run_prefill
-from .probe import ProbeCache
+from .models.compat import check_transformers
+from .observe import hook as attention
+from .utils.files import dump_json, write_text_atomically
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class RankKVAnalyzer:
         strategy_options: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(model, str):
-            from .models import load_model
+            from .models.loading import load_model
 
             model_name = model_name or model
             model, _ = load_model(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .observation import Observation
+from .observe.observation import Observation
 
 #: What a method may ask to be kept of past queries: as attention saw them, or turned back to position 0.
 PAST_QUERIES = ("turned", "unturned")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankkv.errors import DegenerateAttentionError, InputError, UnknownNameError
-from rankkv.rank_aggregation import (
+from rankkv.rank.aggregation import (
     AGGREGATIONS,
     Aggregation,
     check_attention,
@@ -20,7 +20,7 @@ from rankkv.rank_aggregation import (
     compute_joint_gram,
     get_aggregation,
 )
-from rankkv.rank_kernels import (
+from rankkv.rank.spectrum import (
     as_real_tensor,
     compute_effective_ranks,
     compute_gram,

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .cache_layer import RankKVLayer
-from .storage import STORAGES, PlainStorage
+from .cache.layer import RankKVLayer
+from .cache.storage import STORAGES, PlainStorage
 
 
 class RestingLayer(RankKVLayer):
@@ -17,7 +17,7 @@ class RestingLayer(RankKVLayer):
     Parameters
     ----------
     storage : str
-        A key of :data:`rankkv.storage.STORAGES`.
+        A key of :data:`rankkv.cache.storage.STORAGES`.
     """
 
     def __init__(self, storage: str) -> None:

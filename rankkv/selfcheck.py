@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ._version import __version__
-from .cache import RankKVCache
-from .compat import OLDEST_TRANSFORMERS, cache_argument
+from .cache.cache import RankKVCache
+from .models.compat import OLDEST_TRANSFORMERS, cache_argument
 
 _PROMPT_TOKENS, _NEW_TOKENS, _RATIO = 96, 8, 0.3
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .cache_layer import SlotMap
-from .masks import project_mask
+from .cache.layer import SlotMap
+from .cache.masks import project_mask
 
 # Steps for which a mask is made at once: a byte a head and step.
 _AHEAD = 256
@@ -29,7 +29,7 @@ class StepMask:
         slots : SlotMap
             Where the slots stand; some are empty.
         query_heads, backend, dtype
-            See :func:`rankkv.masks.project_mask`.
+            See :func:`rankkv.cache.masks.project_mask`.
         """
         count = slots.kept_positions.shape[-1] + slots.seen - slots.compressed_at
         if self._mask is None or self._valid is not slots.kept_valid or self._mask.shape[-1] < count:

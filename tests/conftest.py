@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def embedded() -> tuple[Any, Any]:
     """``(model, tokenizer)`` of SmolLM2-135M-Instruct, float32; shared: restore what you change."""
-    from rankkv.models import load_model
+    from rankkv.models.loading import load_model
 
     return load_model("embedded")
 
@@ -59,7 +59,7 @@ def embedded() -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def python_docs() -> str:
     """The language reference that every Python carries, as one string."""
-    from rankkv.texts import python_docs_text
+    from rankkv.models.texts import python_docs_text
 
     return python_docs_text()
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from rankkv.compat import OLDEST_TRANSFORMERS
+from rankkv.models.compat import OLDEST_TRANSFORMERS
 
 VOCABULARY = 128
 #: Prompts of twice this length pass the window in the prefill, and shorter ones while generating.

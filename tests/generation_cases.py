@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from rankkv.budget_strategies import STRATEGIES
-from rankkv.rank_aggregation import AGGREGATIONS
+from rankkv.budget.strategies import STRATEGIES
+from rankkv.rank.aggregation import AGGREGATIONS
 from rankkv.selection import SELECTORS
 
 PROMPT_TOKENS = 150

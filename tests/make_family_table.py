@@ -134,7 +134,7 @@ def _explain(name: str, row: dict[str, Any], words: dict[str, str]) -> str:
 
 def write_tables(record: dict[str, Any]) -> None:
     """Put the table between the markers of both READMEs."""
-    from rankkv.files import write_text_atomically
+    from rankkv.utils.files import write_text_atomically
 
     for name, words in WORDS.items():
         path = ROOT / name
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="do not run anything")
     arguments = parser.parse_args()
     if not arguments.table_only:
-        from rankkv.files import write_text_atomically
+        from rankkv.utils.files import write_text_atomically
 
         warnings.simplefilter("ignore")
         text = json.dumps(collect(), indent=1, ensure_ascii=False) + "\n"

@@ -122,7 +122,7 @@ def make_table(readme: str, kind: str) -> str:
 
 def main() -> None:
     """Put the tables between their markers in both READMEs."""
-    from rankkv.files import write_text_atomically
+    from rankkv.utils.files import write_text_atomically
 
     for readme in READMES:
         path = ROOT / readme

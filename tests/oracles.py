@@ -24,11 +24,11 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rankkv import RankKVCache
-from rankkv.cache_layer import RankKVLayer
-from rankkv.compat import cache_argument, find_eager_homes
-from rankkv.observation import Observation
-from rankkv.observing import observe
-from rankkv.ragged_layer import RaggedLayer
+from rankkv.cache.head_budget_layer import RaggedLayer
+from rankkv.cache.layer import RankKVLayer
+from rankkv.models.compat import cache_argument, find_eager_homes
+from rankkv.observe.call import observe
+from rankkv.observe.observation import Observation
 
 #: Before 5.24: other drafts, other chunks, and every turn with all its ids.
 OLD_GENERATE = Version(transformers.__version__) < Version("5.24")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankkv import RankKVCache
-from rankkv.compat import cache_argument
+from rankkv.models.compat import cache_argument
 from rankkv.selection import Selector, get_selector
 
 IS_INSTALLED = importlib.util.find_spec("kvpress") is not None

@@ -12,7 +12,7 @@ from typing import Any
 import oracles
 import torch
 
-from rankkv.observing import observe
+from rankkv.observe.call import observe
 from rankkv.selection import NEEDS, SELECTORS, get_selector
 
 LENGTH, SHORT, WINDOW = 64, 23, 16

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from rankkv import RankKVCache, RankProfile
-from rankkv.compat import cache_argument
-from rankkv.placement import find_input_device
-from rankkv.processes import find_place
+from rankkv.models.compat import cache_argument
+from rankkv.models.placement import find_input_device
+from rankkv.utils.processes import find_place
 
 
 def load(folder: str) -> Any:

@@ -20,11 +20,11 @@ import torch
 
 from rankkv import RankKVCache
 from rankkv.budget_allocation import STRATEGIES
-from rankkv.compat import cache_argument
+from rankkv.cache.head_budget_layer import RaggedLayer
 from rankkv.config import FLOOR_TOKENS
 from rankkv.errors import UnsupportedModelError
-from rankkv.ragged_layer import RaggedLayer
-from rankkv.rank_aggregation import AGGREGATIONS
+from rankkv.models.compat import cache_argument
+from rankkv.rank.aggregation import AGGREGATIONS
 from rankkv.selection import SELECTORS
 
 #: Options with which a family may refuse by name: what they need is not there in every model.

@@ -189,7 +189,7 @@ def test_result_has_what_is_promised(model, tmp_path):
 
 
 def test_cache_in_generate(model):
-    from rankkv.compat import cache_argument
+    from rankkv.models.compat import cache_argument
 
     input_ids = torch.randint(3, 64, (1, 90), generator=torch.Generator().manual_seed(1))
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -211,7 +211,7 @@ def test_cache_in_generate(model):
 
 
 def test_compress_once(model):
-    from rankkv.compat import cache_argument
+    from rankkv.models.compat import cache_argument
 
     cache = compress(model, torch.arange(3, 63), compression_ratio=0.5)
     with torch.no_grad():

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 from benchmarks.common import build_prompt, compute_ratio, publish, summarize_seconds, time_interleaved_both
 from rankkv import RankKVCache, load_model
-from rankkv.compat import cache_argument
+from rankkv.models.compat import cache_argument
 
 
 def main() -> None:

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from . import attention
-from .attention_call import AttentionCall
-from .budget_plan import BudgetPlan
-from .budget_strategies import get_strategy
-from .compression import measure_rows
-from .config import RankKVConfig
-from .errors import CacheStateError
-from .hidden_states import watch_hidden_states
-from .known_profiles import resolve_profile
-from .layer_rank import compute_layer_ranks
-from .observation import Observation
-from .observing import observe
-from .parallel import find_head_shards
+from ..attention_call import AttentionCall
+from ..budget.plan import BudgetPlan
+from ..budget.strategies import get_strategy
+from ..cache.compressor import measure_rows
+from ..config import RankKVConfig
+from ..errors import CacheStateError
+from ..models.tensor_parallel import find_head_shards
+from ..observe import hook as attention
+from ..observe.call import observe
+from ..observe.hidden_states import watch_hidden_states
+from ..observe.observation import Observation
+from ..profile.known import resolve_profile
+from ..rank.observed_layer import compute_layer_ranks
 
 
 class _PassingLayer(DynamicLayer):

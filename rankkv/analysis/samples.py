@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .errors import InputError
-from .parallel import find_head_shards
-from .pipeline import RankKVAnalyzer, RankKVResult
-from .processes import gather, split_samples
+from ..errors import InputError
+from ..models.tensor_parallel import find_head_shards
+from ..pipeline import RankKVAnalyzer, RankKVResult
+from ..utils.processes import gather, split_samples
 
 
 def analyze_samples(

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .budget_shares import FloatArray, IntArray
-from .budget_weights import check_number
-from .config import PROFILE_USERS, RankKVConfig
-from .errors import BudgetError, ProfileError
-from .rank_profile import RankProfile
+from ..config import PROFILE_USERS, RankKVConfig
+from ..errors import BudgetError, ProfileError
+from ..profile.record import RankProfile
+from .apportion import FloatArray, IntArray
+from .weights import check_number
 
 #: Nats a token below which a measured sensitivity is noise; no layer counts as less sensitive than this.
 SENSITIVITY_FLOOR = 0.002

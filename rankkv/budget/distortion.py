@@ -6,9 +6,9 @@ import functools
 
 import numpy as np
 
-from .budget_profile import allocate_by_distortion, fit_decreasing
-from .budget_shares import FloatArray, IntArray
-from .budget_weights import Limits, check_number
+from .apportion import FloatArray, IntArray
+from .calibrated import allocate_by_distortion, fit_decreasing
+from .weights import Limits, check_number
 
 #: The smallest budget tried, and how much larger each next one is.
 _FIRST, _STEP = 8.0, 2.0**0.5

@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .budget_profile import SENSITIVITY_FLOOR
-from .budget_shares import FloatArray, IntArray, allocate_integers, allocate_shares
-from .config import RankKVConfig
-from .errors import ProfileError
-from .rank_profile import RankProfile
+from ..config import RankKVConfig
+from ..errors import ProfileError
+from ..profile.record import RankProfile
+from .apportion import FloatArray, IntArray, allocate_integers, allocate_shares
+from .calibrated import SENSITIVITY_FLOOR
 
 #: Below 1, since what was measured on a few texts is less even than what it estimates.
 _EXPONENT = 0.75

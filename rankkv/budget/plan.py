@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .budget_allocation import (
+from ..budget_allocation import (
     allocate_integers,
     allocate_shares,
     ceil_shares,
@@ -16,15 +16,15 @@ from .budget_allocation import (
     compute_weights,
     get_strategy,
 )
-from .budget_head_curves import HeadCurves, allocate_by_head_curves, fit_head_curves
-from .budget_heads import HeadSplit, join_heads, weigh_heads
-from .budget_profile import allocate_by_distortion, compute_curve, find_used_profile
-from .budget_weights import Limits
-from .config import FLOOR_TOKENS, RankKVConfig
-from .errors import BudgetError
-from .rank_aggregation import get_aggregation
-from .rank_profile import RankProfile
-from .spans import count_spanned
+from ..budget_head_curves import HeadCurves, allocate_by_head_curves, fit_head_curves
+from ..config import FLOOR_TOKENS, RankKVConfig
+from ..errors import BudgetError
+from ..profile.record import RankProfile
+from ..rank.aggregation import get_aggregation
+from ..spans import count_spanned
+from .calibrated import allocate_by_distortion, compute_curve, find_used_profile
+from .heads import HeadSplit, join_heads, weigh_heads
+from .weights import Limits
 
 
 class BudgetPlan:

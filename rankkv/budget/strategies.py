@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from rankkv import budget_weights as weights
+from rankkv.budget import weights as weights
+from rankkv.budget.apportion import FloatArray
+from rankkv.budget.calibrated import weigh_blend, weigh_profile
+from rankkv.budget.distortion import weigh_distortion
+from rankkv.budget.weights import Limits
 from rankkv.budget_checks import check_measures
-from rankkv.budget_distortion import weigh_distortion
-from rankkv.budget_profile import weigh_blend, weigh_profile
-from rankkv.budget_shares import FloatArray
-from rankkv.budget_weights import Limits
 from rankkv.errors import ConfigError, ProfileError, UnknownNameError
-from rankkv.rank_profile import RankProfile
-from rankkv.registry import add_entry, remove_entry
+from rankkv.profile.record import RankProfile
+from rankkv.utils.registry import add_entry, remove_entry
 
 #: What a strategy may read of each layer, as :attr:`Strategy.needs` says it.
 NEEDS = ("ranks", "window attention", "whole attention", "hidden states", "nothing")
@@ -45,7 +45,7 @@ class Strategy:
     source : str
         Paper, or where else it comes from.
     measure : str, optional
-        What is measured of each layer and given to ``function``, a key of :data:`rankkv.layer_measures.MEASURES`:
+        What is measured of each layer and given to ``function``, a key of :data:`rankkv.rank.measures.MEASURES`:
         ``"rank"`` is the effective rank.  None where the weights follow from the number of layers, before any
         attention is seen.
     needs : str

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rankkv.budget_shares import FloatArray, check_integer
+from rankkv.budget.apportion import FloatArray, check_integer
 from rankkv.errors import ConfigError
 
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import attention, cache_files
-from .budget_plan import BudgetPlan
-from .cache_report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
-from .config import RankKVConfig
-from .errors import CacheStateError, ConfigError, InputError
-from .observed_cache import ObservedCache
-from .placement import find_layer_devices
+from ..budget.plan import BudgetPlan
+from ..config import RankKVConfig
+from ..errors import CacheStateError, ConfigError, InputError
+from ..models.placement import find_layer_devices
+from ..observe import hook as attention
+from ..observed_cache import ObservedCache
+from . import saving as cache_files
+from .report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
 
 
 class RankKVCache(ObservedCache):

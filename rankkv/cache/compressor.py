@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget_plan import BudgetPlan
-from .cache_layer import RankKVLayer
-from .config import RankKVConfig
-from .errors import UnsupportedModelError
-from .layer_measures import compute_measures
-from .observation import Observation
-from .query_moments import compute_query_moments
-from .selection import Selector
+from ..budget.plan import BudgetPlan
+from ..config import RankKVConfig
+from ..errors import UnsupportedModelError
+from ..observe.observation import Observation
+from ..query_moments import compute_query_moments
+from ..rank.measures import compute_measures
+from ..selection import Selector
+from .layer import RankKVLayer
 
 # Slots that may stand over the budget while a prefill goes on, as a share of (total budget + one layer): earlier
 # layers are not gathered anew for every layer that arrives.

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .budget_heads import HeadSplit
-from .errors import ProfileError
-from .observation import Observation
-from .packed_storage import PackedStorage, SlotLayout
-from .resting_layer import RestingLayer
-from .selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
-from .spans import count_spanned
+from ..budget.heads import HeadSplit
+from ..errors import ProfileError
+from ..observe.observation import Observation
+from ..packed_storage import PackedStorage, SlotLayout
+from ..resting_layer import RestingLayer
+from ..selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
+from ..spans import count_spanned
 from .storage import STORAGES
 
 
@@ -26,7 +26,7 @@ class RaggedLayer(RestingLayer):
     Parameters
     ----------
     storage : str
-        A key of :data:`rankkv.storage.STORAGES`.
+        A key of :data:`rankkv.cache.storage.STORAGES`.
     head_floor : float
         Fraction of the budget that every head keeps.
     """

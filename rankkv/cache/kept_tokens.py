@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache_layer import RankKVLayer
-from .errors import CacheStateError, InputError, UnsupportedModelError
+from ..errors import CacheStateError, InputError, UnsupportedModelError
+from .layer import RankKVLayer
 
 #: What can have become of a token: kept by every head of every layer, by some, by none.
 FATES = ("all", "some", "none")

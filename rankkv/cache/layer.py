@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .budget_heads import HeadSplit
-from .errors import CacheStateError
+from ..budget.heads import HeadSplit
+from ..errors import CacheStateError
+from ..observe.observation import Observation
+from ..observe.queries import QueryBuffer
+from ..selection import Selector, select_tokens
 from .merging import fold_evicted
-from .observation import Observation
-from .query_buffer import QueryBuffer
-from .selection import Selector, select_tokens
 
 _TOKENS = ("keys", "values", "kept_positions", "kept_valid")
 #: What a layer holds row by row of the batch.

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import block_masks
-from .errors import UnsupportedModelError
-from .observation import is_visible
+from ..errors import UnsupportedModelError
+from ..observe import block_masks
+from ..observe.observation import is_visible
 
 #: Backends whose masks are understood; eager is the model module's own function.
 SUPPORTED_BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")

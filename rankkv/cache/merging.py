@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .observation import BLOCK_ELEMENTS
+from ..observe.observation import BLOCK_ELEMENTS
 
 # As good as equal: a token whose similarity is the mean itself passes, whatever the order of the additions.
 _TOLERANCE = 1e-6

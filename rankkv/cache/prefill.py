@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from ..errors import InputError
+from ..models.compat import accepts_argument, cache_argument
+from ..models.placement import find_input_device
 from .cache import RankKVCache
-from .cache_report import compute_cache_bytes, count_slots
-from .compat import accepts_argument, cache_argument
-from .errors import InputError
-from .placement import find_input_device
+from .report import compute_cache_bytes, count_slots
 
 
 def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:

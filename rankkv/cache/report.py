@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .cache_layer import RankKVLayer
+from .layer import RankKVLayer
 
 
 def _tensors(cache: Any) -> Iterator[tuple[Any, Tensor]]:

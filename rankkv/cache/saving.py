@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from .budget_head_curves import HeadCurves
-from .budget_plan import BudgetPlan
-from .cache_layer import ROW_TENSORS, RankKVLayer
-from .config import RankKVConfig
-from .errors import CacheStateError, InputError
-from .parallel import take_local
-from .placement import list_weights, read_weight
-from .query_buffer import QueryBuffer
-from .selection import Selector, get_selector
+from ..budget.plan import BudgetPlan
+from ..budget_head_curves import HeadCurves
+from ..config import RankKVConfig
+from ..errors import CacheStateError, InputError
+from ..models.placement import list_weights, read_weight
+from ..models.tensor_parallel import take_local
+from ..observe.queries import QueryBuffer
+from ..selection import Selector, get_selector
+from .layer import ROW_TENSORS, RankKVLayer
 
 _FORMAT = "rankkv-cache-1"
 # Config entries that say what keys and values mean.

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_call import AttentionCall
-from .budget_allocation import get_strategy
-from .cache_layer import RankKVLayer
-from .compression import Compressor
-from .config import RankKVConfig
-from .errors import CacheStateError, ConfigError, UnsupportedModelError
-from .observation import Observation
-from .observing import check_rows, observe
-from .parallel import HeadShards
-from .query_buffer import QueryBuffer
-from .rotary import LayerRotation
-from .selection import Selector
+from ..attention_call import AttentionCall
+from ..budget_allocation import get_strategy
+from ..config import RankKVConfig
+from ..errors import CacheStateError, ConfigError, UnsupportedModelError
+from ..models.tensor_parallel import HeadShards
+from ..observe.call import check_rows, observe
+from ..observe.observation import Observation
+from ..observe.queries import QueryBuffer
+from ..observe.rotary import LayerRotation
+from ..selection import Selector
+from .compressor import Compressor
+from .layer import RankKVLayer
 
 # Queries held beyond the observation window while a draft may still be taken back.
 _DRAFT_QUERIES = 256

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._version import __version__
-from .cache import RankKVCache
-from .calibration_cells import can_measure_heads, measure_text
-from .calibration_gradient import check_differentiable, measure_gradients
-from .calibration_pieces import BASE_RATIO, RATIOS, CalibrationSettings
-from .calibration_records import DoneRecords
-from .known_profiles import describe_shape, sample_weights
-from .parallel import find_head_shards
-from .placement import find_input_device
-from .processes import find_place, gather, split_samples
-from .rank_profile import RankProfile
+from .._version import __version__
+from ..cache.cache import RankKVCache
+from ..models.placement import find_input_device
+from ..models.tensor_parallel import find_head_shards
+from ..profile.known import describe_shape, sample_weights
+from ..profile.record import RankProfile
+from ..utils.processes import find_place, gather, split_samples
+from .gradient import check_differentiable, measure_gradients
+from .progress import DoneRecords
+from .settings import BASE_RATIO, RATIOS, CalibrationSettings
+from .single_runs import can_measure_heads, measure_text
 
-# One for each of `rankkv.calibration_pieces.METHODS`.
+# One for each of `rankkv.calibration.settings.METHODS`.
 _MEASURERS: dict[str, Callable[..., dict[str, Any]]] = {
     "measured": measure_text,
     "gradient": measure_gradients,
@@ -75,7 +75,7 @@ def calibrate(
         attention, whose mask is one for all of them: there a measured profile holds layers only.
     method : {"measured", "gradient"}, default "measured"
         Whether each layer, ratio and head takes a continuation of its own, or all are estimated to first order from one
-        forward and backward pass (:func:`rankkv.calibration_gradient.measure_gradients`): many times as fast, so that
+        forward and backward pass (:func:`rankkv.calibration.gradient.measure_gradients`): many times as fast, so that
         more pieces can be measured. Refused under tensor parallelism and on flash and flex attention.
     name : str, optional
         What to call the model.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from . import attention
-from .attention_call import AttentionCall
-from .cache import RankKVCache
-from .calibration_cells import Continuation, Reference, TextPrefill, can_measure_heads, mark_kept
-from .calibration_pieces import BASE_RATIO, RATIOS
-from .compat import cache_argument
-from .errors import UnsupportedModelError
-from .masks import project_mask
+from ..attention_call import AttentionCall
+from ..cache.cache import RankKVCache
+from ..cache.masks import project_mask
+from ..errors import UnsupportedModelError
+from ..models.compat import cache_argument
+from ..observe import hook as attention
+from .settings import BASE_RATIO, RATIOS
+from .single_runs import Continuation, Reference, TextPrefill, can_measure_heads, mark_kept
 
 # The gradient of a mean over many tokens is too small for half precision; a power of two changes nothing else.
 _SCALE = 1024.0
@@ -163,19 +163,19 @@ def measure_gradients(
     All layers keep ``base_ratio``.  The change of the distance to the full cache when one head keeps another fraction
     alone is taken to first order, ``sum_q <d distance / d o_q, o_q' - o_q>`` with the head's outputs o and, with the
     other fraction, o'; what a layer changes is the sum over its heads.  So the curves stand beside layers that keep
-    ``base_ratio``, where those of :func:`rankkv.calibration_cells.measure_text` stand beside full ones.
+    ``base_ratio``, where those of :func:`rankkv.calibration.single_runs.measure_text` stand beside full ones.
 
     Parameters
     ----------
     model, input_ids, context_tokens, ratios, base_ratio, selector, heads
-        See :func:`rankkv.calibration_cells.measure_text`.  The weights are not changed, and get no gradient.
+        See :func:`rankkv.calibration.single_runs.measure_text`.  The weights are not changed, and get no gradient.
     on_cell : callable, optional
         Called once, at the end.
 
     Returns
     -------
     dict
-        As :func:`rankkv.calibration_cells.measure_text`; ``excess_loss`` and ``divergence`` are differences to all
+        As :func:`rankkv.calibration.single_runs.measure_text`; ``excess_loss`` and ``divergence`` are differences to all
         tokens, which a slope may tell to be negative.
 
     Raises

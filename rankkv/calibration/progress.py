@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .files import write_text_atomically
+from ..errors import InputError
+from ..utils.files import write_text_atomically
 
 FORMAT = "rankkv-unfinished-calibration"
 VERSION = 1

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .cache import RankKVCache
-from .errors import ConfigError, InputError
-from .files import dump_json, write_text_atomically
-from .generation import check_input_ids, run_prefill
-from .observation import Observation
-from .placement import find_input_device
-from .query_moments import compute_query_moments, merge_moments
-from .selection import Selector
-from .selection.qfilter import FORMAT, compute_filter, load_query_filters
+from ..cache.cache import RankKVCache
+from ..cache.prefill import check_input_ids, run_prefill
+from ..errors import ConfigError, InputError
+from ..models.placement import find_input_device
+from ..observe.observation import Observation
+from ..query_moments import compute_query_moments, merge_moments
+from ..selection import Selector
+from ..selection.qfilter import FORMAT, compute_filter, load_query_filters
+from ..utils.files import dump_json, write_text_atomically
 
 
 def compute_query_filters(

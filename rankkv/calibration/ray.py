@@ -10,17 +10,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ._embedded import EMBEDDED
-from ._hub import require
-from ._version import __version__
-from .calibration import describe_subject, join_pieces, measure_piece
-from .calibration_gradient import check_differentiable
-from .calibration_pieces import CalibrationSettings
-from .calibration_records import DoneRecords
-from .errors import ConfigError, ProcessGroupError
-from .models import load_model
-from .rank_profile import RankProfile
-from .ray_cluster import connect, run_tasks
+from .._version import __version__
+from ..errors import ConfigError, ProcessGroupError
+from ..models.embedded import EMBEDDED
+from ..models.loading import load_model
+from ..profile.record import RankProfile
+from ..ray_cluster import connect, run_tasks
+from ..utils.hub import require
+from .calibrate import describe_subject, join_pieces, measure_piece
+from .gradient import check_differentiable
+from .progress import DoneRecords
+from .settings import CalibrationSettings
 
 
 def calibrate_on_ray(
@@ -37,7 +37,7 @@ def calibrate_on_ray(
     on_loss: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> RankProfile:
-    """Measure a profile as `rankkv.calibration.calibrate` does, its pieces of text shared out by Ray.
+    """Measure a profile as `rankkv.calibration.calibrate.calibrate` does, its pieces of text shared out by Ray.
 
     Each worker loads the model once; this process loads none. A piece whose worker or machine dies is measured by
     another, and every piece is in the resume file as soon as it arrives, so that this process may be stopped too.
@@ -67,7 +67,7 @@ def calibrate_on_ray(
     on_loss : callable, optional
         Called with a sentence when a worker died; by default it is a warning.
     **settings
-        Of `rankkv.calibration_pieces.CalibrationSettings`.
+        Of `rankkv.calibration.settings.CalibrationSettings`.
 
     Returns
     -------

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._version import __version__
-from .errors import ConfigError, InputError, UnknownNameError
+from .._version import __version__
+from ..errors import ConfigError, InputError, UnknownNameError
 
 #: Fractions kept at which each layer is compressed alone.
 RATIOS = (0.03, 0.05, 0.1, 0.2, 0.4)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import RankKVCache
-from .calibration_pieces import BASE_RATIO, RATIOS
-from .compat import cache_argument
-from .errors import UnsupportedModelError
-from .generation import run_prefill
-from .masks import can_mask_heads
-from .parallel import find_head_shards
+from ..cache.cache import RankKVCache
+from ..cache.masks import can_mask_heads
+from ..cache.prefill import run_prefill
+from ..errors import UnsupportedModelError
+from ..models.compat import cache_argument
+from ..models.tensor_parallel import find_head_shards
+from .settings import BASE_RATIO, RATIOS
 
 #: Scope and aggregation of the ranks that a profile records.
 RANKS = (

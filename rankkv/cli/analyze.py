@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..processes import find_own_device, is_main_process
+from ..utils.processes import find_own_device, is_main_process
 from .common import (
     check_at_least_one,
     check_output,
@@ -81,13 +81,13 @@ def analyze(
     options = parse_options(strategy_option, "--strategy-option")
 
     with show_step(console, f"Loading {model}"):
-        from ..budget_plan import BudgetPlan
-        from ..cache import RankKVCache
+        from ..analysis.samples import analyze_samples, summarize_layers
+        from ..budget.plan import BudgetPlan
+        from ..cache.cache import RankKVCache
         from ..config import RankKVConfig
-        from ..models import load_model
+        from ..models.loading import load_model
         from ..pipeline import RankKVAnalyzer
-        from ..rank_aggregation import get_aggregation
-        from ..sample_analysis import analyze_samples, summarize_layers
+        from ..rank.aggregation import get_aggregation
 
         # Checked here, so that a misspelt name does not wait for the model.
         config = RankKVConfig(

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, UnknownNameError
-from ..files import find_cache_folder
-from ..processes import find_own_device, find_place, is_main_process
+from ..utils.files import find_cache_folder
+from ..utils.processes import find_own_device, find_place, is_main_process
 from .common import check_at_least_one, check_output, print_json, reports_errors
 from .display import make_console, show_step
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..rank_profile import RankProfile
+    from ..profile.record import RankProfile
 
 #: This process and those of accelerate launch or torchrun, or workers that Ray starts.
 ENGINES = ("local", "ray")
@@ -96,12 +96,12 @@ def calibrate(
         "resume_path": resume_path,
     }
     with show_step(console, "Reading the texts"):
-        from ..texts import load_texts
+        from ..models.texts import load_texts
 
         # One text a source, so that each source gives pieces in proportion to its length.
         documents = ["\n\n".join(load_texts(source)) for source in texts]
     if engine == "ray":
-        from ..calibration_ray import calibrate_on_ray
+        from ..calibration.ray import calibrate_on_ray
 
         console.print("Starting Ray ..." if address is None else f"Joining the Ray cluster {address} ...")
         # Ray prints what it knows of a dead worker to stdout, which is for results.
@@ -121,7 +121,7 @@ def calibrate(
     else:
         with show_step(console, f"Loading {model}"):
             from ..calibration import calibrate as run
-            from ..models import load_model
+            from ..models.loading import load_model
 
             language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
         with _show_progress(console) as on_progress:
@@ -185,8 +185,8 @@ def _keep(
     json: bool,
 ) -> None:
     """Write the profile, upload it where asked to, and say so."""
-    from ..calibration_records import forget_done
-    from ..known_profiles import save_known_profile
+    from ..calibration.progress import forget_done
+    from ..profile.known import save_known_profile
 
     path = save_known_profile(profile) if output is None else profile.save(output)
     forget_done(resume_path)

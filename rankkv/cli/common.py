@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import typer
 
 from ..errors import ConfigError, InputError, RankKVError
-from ..files import dump_json, write_text_atomically
+from ..utils.files import dump_json, write_text_atomically
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -123,7 +123,7 @@ def read_prompts(prompt: str | None, prompt_files: list[Path] | None, dataset: s
     """
     _check_one_given({"--prompt": prompt, "--prompt-file": prompt_files or None, "--dataset": dataset})
     if dataset is not None:
-        from ..texts import load_texts
+        from ..models.texts import load_texts
 
         return ["\n\n".join(text.strip() for text in load_texts(dataset))]
     if not prompt_files:
@@ -131,7 +131,7 @@ def read_prompts(prompt: str | None, prompt_files: list[Path] | None, dataset: s
     texts = []
     for path in prompt_files:
         if path.suffix.lower() == ".jsonl":
-            from ..texts import load_texts
+            from ..models.texts import load_texts
 
             texts += load_texts(path)
         else:

@@ -58,7 +58,7 @@ def demo(
         check_compression_ratio(compression_ratio)
         import torch
 
-        from ..models import load_model
+        from ..models.loading import load_model
 
         torch.manual_seed(SEED)
         language_model, tokenizer = load_model(model)
@@ -130,7 +130,7 @@ def _measure_load() -> float | None:
 
 def _build_prompt(tokenizer: Any, tokens: int) -> tuple[Any, dict[str, Any]]:
     """Return the prompt's ids, ``[1, token]``, and an account of what stands in it."""
-    from ..texts import insert_fact, python_docs_text, take_tokens
+    from ..models.texts import insert_fact, python_docs_text, take_tokens
 
     document = insert_fact(take_tokens(tokenizer, python_docs_text(), tokens), FACT, DEPTH)
     length = len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
@@ -155,8 +155,8 @@ def _generate(
     """Generate with one of the three caches and return its record."""
     from transformers import DynamicCache
 
-    from ..cache import RankKVCache
-    from ..generation import analyze_generation
+    from ..cache.cache import RankKVCache
+    from ..cache.prefill import analyze_generation
 
     if name == _FULL:
         cache: Any = DynamicCache(config=model.config)

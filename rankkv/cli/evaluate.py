@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..processes import find_own_device, is_main_process
-from .common import (
-    check_at_least_one,
-    collect_versions,
-    parse_options,
-    print_json,
-    reports_errors,
-)
+from ..utils.processes import find_own_device, is_main_process
+from .common import check_at_least_one, collect_versions, parse_options, print_json, reports_errors
 from .display import make_console, show_step
 from .evaluation_units import find_harness, plan_harness, plan_own, run_units
 
@@ -87,7 +81,7 @@ def evaluate(
         from ..evaluation.results import ResultStore
         from ..evaluation.settings import build_settings
         from ..evaluation.tasks import TASKS
-        from ..models import load_model
+        from ..models.loading import load_model
 
         names = _split(tasks, "--tasks")
         settings, uniform_of = build_settings(

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._hub import require
 from ..errors import InputError, UnknownNameError
-from ..processes import gather, split_samples
+from ..utils.hub import require
+from ..utils.processes import gather, split_samples
 from .display import show_step
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def find_harness(names: Sequence[str], include_path: Path | None) -> Any:
         ) from None
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {str(include_path)!r} is not a folder.")
-    from ..evaluation.lm_eval_rows import build_task_manager
+    from ..evaluation.lm_eval.rows import build_task_manager
 
     manager = build_task_manager(names, None if include_path is None else str(include_path))
     for name in names:
@@ -60,7 +60,7 @@ def plan_own(
     if not names:
         return
     from ..evaluation import Haystack, get_task, make_samples
-    from ..texts import load_texts
+    from ..models.texts import load_texts
 
     haystack = Haystack(tokenizer, "\n\n".join(load_texts(text)))
     for name in names:
@@ -96,7 +96,7 @@ def plan_harness(
 def _evaluate_harness(
     model: Any, tokenizer: Any, name: str, settings: Any, manager: Any, sampling: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    from ..evaluation.lm_eval_rows import evaluate_harness_task
+    from ..evaluation.lm_eval.rows import evaluate_harness_task
 
     # What the harness prints would stand in the JSON.
     with redirect_stdout(sys.stderr):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ..kept_tokens import KeptTokens
+    from ..cache.kept_tokens import KeptTokens
 
 # Names of the terminal's own palette, which suits its background: share of the heads that keep a token, from where on.
 _STYLES = ((1.0, "bold reverse"), (0.75, "magenta"), (0.5, "yellow"), (0.25, "cyan"), (0.0, ""))

@@ -72,12 +72,12 @@ def generate(
     strategy_options = parse_options(strategy_option, "--strategy-option")
 
     with show_step(console, f"Loading {model}"):
-        from ..budget_plan import BudgetPlan
-        from ..cache import RankKVCache
+        from ..budget.plan import BudgetPlan
+        from ..cache.cache import RankKVCache
+        from ..cache.prefill import analyze_generation
         from ..config import RankKVConfig
-        from ..generation import analyze_generation
-        from ..models import load_model
-        from ..placement import find_input_device
+        from ..models.loading import load_model
+        from ..models.placement import find_input_device
         from ..selection import get_selector
 
         # Checked here, so that a misspelt name does not wait for the model.
@@ -122,7 +122,7 @@ def generate(
     if explain and not cache.layer_indices:
         console.print("Nothing to explain: no layer of this model is compressed.")
     elif explain:
-        from ..kept_tokens import analyze_kept_tokens
+        from ..cache.kept_tokens import analyze_kept_tokens
         from ..token_pieces import split_pieces
 
         kept, pieces = analyze_kept_tokens(cache), split_pieces(tokenizer, input_ids[0].tolist())

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from .._hub import require
+from ..utils.hub import require
 from .common import reports_errors
 
 #: All arguments go to the harness, --help included.
@@ -19,7 +19,7 @@ def lm_eval(context: typer.Context) -> None:
     require("lm_eval", 'pip install "rankkv[lm-eval]"', "lm-evaluation-harness")
     from lm_eval.__main__ import cli_evaluate
 
-    from ..evaluation import lm_eval_model  # noqa: F401  registers the model
+    from ..evaluation.lm_eval import model as lm_eval_model  # noqa: F401  registers the model
 
     given = sys.argv
     try:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError, MissingDependencyError
-from ..files import write_text_atomically
+from ..utils.files import write_text_atomically
 from .common import check_output, print_json, reports_errors
 from .display import make_console, show_step
 

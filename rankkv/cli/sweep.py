@@ -15,9 +15,9 @@ from .display import format_seconds, make_console, show_step
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..evaluation.sweep import ModelSweep, Sweep
-    from ..evaluation.sweep_config import SweepConfig
-    from ..processes import Place
+    from ..evaluation.sweep.config import SweepConfig
+    from ..evaluation.sweep.sweep import ModelSweep, Sweep
+    from ..utils.processes import Place
 
 
 @reports_errors
@@ -51,7 +51,7 @@ def sweep(
     folder = Path("results") / config.stem if output_dir is None else output_dir
     own_share = _parse_share(share)
 
-    from ..evaluation.sweep_config import read_sweep_config
+    from ..evaluation.sweep.config import read_sweep_config
 
     settings = read_sweep_config(config)
     if submitit is not None:
@@ -64,7 +64,7 @@ def sweep(
             "--jobs and --submitit-option are for --submitit: name the cluster, slurm or local."
         )
 
-    from ..evaluation.sweep import Sweep
+    from ..evaluation.sweep.sweep import Sweep
 
     run = Sweep(settings, folder, own_share)
     if run.share.rank == 0 or share is not None:
@@ -89,7 +89,7 @@ def sweep(
 def _parse_share(text: str | None) -> Place | None:
     if text is None:
         return None
-    from ..processes import Place
+    from ..utils.processes import Place
 
     number, slash, size = text.partition("/")
     if not (slash and number.isdecimal() and size.isdecimal() and 1 <= int(number) <= int(size)):
@@ -100,7 +100,7 @@ def _parse_share(text: str | None) -> Place | None:
 def _print_plan(console: Console, config: SweepConfig, run: Sweep) -> None:
     from rich.table import Table
 
-    from ..evaluation.sweep import count_samples
+    from ..evaluation.sweep.sweep import count_samples
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("task", "lengths", "samples", "caches each"):
@@ -147,7 +147,7 @@ def _run_model(console: Console, run: Sweep, part: ModelSweep, only_plan: bool) 
 def _print_results(console: Console, folder: Path) -> None:
     """Print each setting beside the full cache and uniform budgets, and what speaks against reading much into it."""
     from ..report import collect_results
-    from ..report.quality import summarize_quality
+    from ..report.tables import summarize_quality
     from .evaluate import make_comparison_tables
 
     if not console.is_terminal:
@@ -185,7 +185,7 @@ class Remaining:
 def _submit(
     console: Console, config: Path, folder: Path, cluster: str, jobs: int, options: dict[str, Any], json: bool
 ) -> None:
-    from ..evaluation.submitting import submit_sweep
+    from ..evaluation.sweep.submitit import submit_sweep
 
     submitted = submit_sweep(config, folder, cluster, jobs, options)
     console.print(

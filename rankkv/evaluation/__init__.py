@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .needle import NeedleScore, evaluate_needle
 from .perplexity import ContinuationScore, compute_continuation_loss, evaluate_continuation
-from .shared_prefill import PrefillRecord, record_prefill
+from .prefill_record import PrefillRecord, record_prefill
 from .task_runner import BLANK, FULL, evaluate_blank, evaluate_sample, evaluate_task
 from .tasks import TASKS, Haystack, Sample, Task, get_task, make_samples, register_task, unregister_task
 

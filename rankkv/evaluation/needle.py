@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, InputError
-from ..placement import find_input_device
+from ..models.placement import find_input_device
 from .perplexity import predict_tokens
-from .shared_prefill import PrefillRecord, record_prefill
+from .prefill_record import PrefillRecord, record_prefill
 
 NEEDLE = " The access code for the {place} is {code}."
 QUESTION = "\nThe access code for the {place} is"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import cache_argument
+from ..cache.prefill import check_input_ids
 from ..errors import InputError
-from ..generation import check_input_ids
-from ..placement import find_input_device
-from .shared_prefill import PrefillRecord
+from ..models.compat import cache_argument
+from ..models.placement import find_input_device
+from .prefill_record import PrefillRecord
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .. import attention
 from ..attention_call import AttentionCall
-from ..cache import RankKVCache
-from ..cache_layer import RankKVLayer
+from ..cache.cache import RankKVCache
+from ..cache.layer import RankKVLayer
+from ..cache.prefill import check_input_ids, run_prefill
 from ..errors import ConfigError, UnsupportedModelError
-from ..generation import check_input_ids, run_prefill
-from ..hidden_states import watch_hidden_states
-from ..observation import Observation
-from ..observing import observe
-from ..placement import find_input_device
+from ..models.placement import find_input_device
+from ..observe import hook as attention
+from ..observe.call import observe
+from ..observe.hidden_states import watch_hidden_states
+from ..observe.observation import Observation
 from ..selection import Selector
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import InputError, MissingDependencyError
-from ..files import dump_json, write_text_atomically
+from ..utils.files import dump_json, write_text_atomically
 
 MANIFEST = "manifest.json"
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from ..budget_plan import BudgetPlan
+from ..budget.plan import BudgetPlan
 from ..config import RankKVConfig
 from ..selection import get_selector
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache_report import count_slots
-from ..compat import cache_argument
+from ..cache.report import count_slots
 from ..errors import ConfigError
-from ..placement import find_input_device
+from ..models.compat import cache_argument
+from ..models.placement import find_input_device
 from .perplexity import predict_tokens
-from .shared_prefill import PrefillRecord, record_prefill
+from .prefill_record import PrefillRecord, record_prefill
 from .tasks import Prompt, Sample
 
 #: Names of the two settings that every task runs: the whole cache, and the whole cache of a context without the answer.

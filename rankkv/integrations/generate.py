@@ -13,14 +13,14 @@ from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 
 from .._version import __version__
-from ..cache import RankKVCache
-from ..cache_files import describe_selector, restore_selector
-from ..compat import cache_argument
+from ..cache.cache import RankKVCache
+from ..cache.saving import describe_selector, restore_selector
 from ..config import RankKVConfig, complete_options
 from ..errors import CacheStateError, ConfigError, InputError
-from ..files import write_text_atomically
-from ..rank_profile import RankProfile
+from ..models.compat import cache_argument
+from ..profile.record import RankProfile
 from ..selection import get_selector
+from ..utils.files import write_text_atomically
 
 _OPTIONS = {item.name: item for item in fields(RankKVConfig)}
 _CACHE_NAMES = ("cache", "past_key_values")

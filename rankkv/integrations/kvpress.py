@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache
 
-from rankkv._hub import require
-from rankkv.cache import RankKVCache
-from rankkv.cache_layer import RankKVLayer
+from rankkv.cache.cache import RankKVCache
+from rankkv.cache.layer import RankKVLayer
 from rankkv.config import RankKVConfig
 from rankkv.errors import ConfigError, InputError, UnsupportedModelError
 from rankkv.integrations.pressed_layer import build_pressed_layers
+from rankkv.utils.hub import require
 
 INSTALL = 'pip install "kvpress==0.5.5"'
 

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
-from ..cache import RankKVCache
-from ..compat import cache_argument
+from ..cache.cache import RankKVCache
+from ..cache.prefill import compress
 from ..config import RankKVConfig, complete_options
 from ..errors import ConfigError, InputError, UnknownNameError
-from ..generation import compress
-from ..prompts import split_prompt
+from ..models.compat import cache_argument
+from ..models.prompts import split_prompt
 
 TASK = "rankkv-text-generation"
 
@@ -60,7 +60,7 @@ class RankKVTextGenerationPipeline(Pipeline):
     max_context_length : int, optional
         Most tokens of the context; None is the tokenizer's limit.  What is cut off is warned of.
     system_prompt, use_chat_template, template_options
-        See :func:`rankkv.prompts.split_prompt`.
+        See :func:`rankkv.models.prompts.split_prompt`.
     return_details : bool, default False
         Add ``"details"``: tokens, bytes and how the cache was compressed.
     **options

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from rankkv import attention
 from rankkv.attention_call import AttentionCall
-from rankkv.cache import RankKVCache
-from rankkv.cache_layer import RankKVLayer
+from rankkv.cache.cache import RankKVCache
+from rankkv.cache.layer import RankKVLayer
+from rankkv.cache.masks import project_mask
 from rankkv.errors import InputError
-from rankkv.masks import project_mask
+from rankkv.observe import hook as attention
 
 
 class PressedAttention:

@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 from transformers import AttentionInterface
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 
 OLDEST_TRANSFORMERS = "5.0.0"
 _RENAMED_IN = Version("5.24.0.dev0")

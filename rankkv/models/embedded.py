@@ -15,10 +15,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rankkv._checkpoints import first_line, from_pretrained, quiet_progress
-from rankkv._hub import require
 from rankkv.errors import MissingDependencyError, SourceUnavailableError, UnsupportedModelError
-from rankkv.files import find_cache_folder
+from rankkv.models.checkpoints import first_line, from_pretrained, quiet_progress
+from rankkv.utils.files import find_cache_folder
+from rankkv.utils.hub import require
 
 EMBEDDED = "embedded"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

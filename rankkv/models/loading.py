@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankkv._checkpoints import from_pretrained, quiet_progress
-from rankkv._embedded import EMBEDDED, EXTRA_INSTALL, load_embedded
-from rankkv._hub import is_hub_reachable, require
 from rankkv.errors import ConfigError, InputError, SourceUnavailableError
+from rankkv.models.checkpoints import from_pretrained, quiet_progress
+from rankkv.models.embedded import EMBEDDED, EXTRA_INSTALL, load_embedded
+from rankkv.utils.hub import is_hub_reachable, require
 
 if TYPE_CHECKING:
     import torch

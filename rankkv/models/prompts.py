@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, InputError
+from ..errors import ConfigError, InputError
 
 #: How often another mark is tried where a template shows the first one twice, or the text holds it.
 _TRIES = 8

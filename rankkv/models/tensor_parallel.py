@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
 from .compat import read_config
-from .errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rankkv._hub import is_hub_reachable, require
 from rankkv.errors import ConfigError, InputError, SourceUnavailableError, UnknownNameError
+from rankkv.utils.hub import is_hub_reachable, require
 
 PYTHON_DOCS = "python-docs"
 WIKITEXT = "wikitext"

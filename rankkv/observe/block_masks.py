@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 
 BACKEND = "flex_attention"
 

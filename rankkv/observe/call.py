@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
+from ..models.tensor_parallel import HeadShards
 from .block_masks import reduce_block_mask
-from .errors import InputError
 from .observation import Observation, count_real, is_visible
-from .parallel import HeadShards
 
 
 def observe(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 
 # Tokens whose hidden states are taken to float64 at a time.
 _BLOCK_TOKENS = 1024

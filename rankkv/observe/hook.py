@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_call import AttentionCall
-from .compat import find_eager_homes, takes_dynamic_cache
-from .errors import CacheStateError, UnsupportedModelError
-from .masks import SUPPORTED_BACKENDS
+from ..attention_call import AttentionCall
+from ..cache.masks import SUPPORTED_BACKENDS
+from ..errors import CacheStateError, UnsupportedModelError
+from ..models.compat import find_eager_homes, takes_dynamic_cache
 
 _EAGER = "eager_attention_forward"
 _originals: dict[str, Callable[..., Any] | None] = {}

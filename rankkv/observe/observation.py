@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .rank_kernels import compute_gram
+from ..rank.spectrum import compute_gram
 
 if TYPE_CHECKING:
-    from .parallel import HeadShards
+    from ..models.tensor_parallel import HeadShards
     from .rotary import LayerRotation
 
 #: Elements of one block of attention weights (float32): 32 Mi elements are 128 MiB.

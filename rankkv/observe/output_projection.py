@@ -7,8 +7,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError
-from .parallel import take_local
+from ..errors import UnsupportedModelError
+from ..models.tensor_parallel import take_local
 
 # What makes queries, keys, values or a gate, alone or fused, as models name it.
 _INPUT = re.compile(r"^(w?(q|k|v|kv|qk|qkv)|query|key|value|gate|g|c_attn|q_attn)(_|$)", re.IGNORECASE)

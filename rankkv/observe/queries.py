@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import CacheStateError, UnsupportedModelError
+from ..errors import CacheStateError, UnsupportedModelError
 from .observation import Observation, count_real
 
 

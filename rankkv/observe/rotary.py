@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from .compat import accepts_argument, cache_argument
-from .errors import UnsupportedModelError
-from .placement import find_input_device
+from ..errors import UnsupportedModelError
+from ..models.compat import accepts_argument, cache_argument
+from ..models.placement import find_input_device
 
 _SHIFT = 5
 _TOKENS = 6

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from .compat import read_config
-from .config import PROFILE_USERS, RankKVConfig
-from .errors import ProfileError, RankKVError
-from .files import find_cache_folder
-from .parallel import sample_parameter
-from .placement import list_weights, read_weight
-from .rank_profile import RankProfile, compute_shape_key
+from ..config import PROFILE_USERS, RankKVConfig
+from ..errors import ProfileError, RankKVError
+from ..models.compat import read_config
+from ..models.placement import list_weights, read_weight
+from ..models.tensor_parallel import sample_parameter
+from ..utils.files import find_cache_folder
+from .record import RankProfile, compute_shape_key
 
 #: Entries of a model's configuration that say which profile can belong to it.
 _SHAPE = (

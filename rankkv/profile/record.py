@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._hub import pull_file, push_file, require
-from .errors import InputError, ProfileError, SourceUnavailableError
-from .files import dump_json, write_text_atomically
+from ..errors import InputError, ProfileError, SourceUnavailableError
+from ..utils.files import dump_json, write_text_atomically
+from ..utils.hub import pull_file, push_file, require
 
 FORMAT = "rankkv-profile"
 VERSION = 1
@@ -240,7 +240,7 @@ class RankProfile:
 
     @classmethod
     def calibrate(cls, model: Any, tokenizer: Any = None, texts: Any = None, **options: Any) -> RankProfile:
-        """Measure a profile of ``model``; see :func:`rankkv.calibration.calibrate` for all options.
+        """Measure a profile of ``model``; see :func:`rankkv.calibration.calibrate.calibrate` for all options.
 
         Parameters
         ----------
@@ -254,7 +254,7 @@ class RankProfile:
             Tokens of context and continuation, ratios, selector, a file to resume from.
         """
         # By name, because calibration runs caches and stands above this module.
-        calibration = importlib.import_module("rankkv.calibration")
+        calibration = importlib.import_module("rankkv.calibration.calibrate")
         profile: RankProfile = calibration.calibrate(model, tokenizer, texts, **options)
         return profile
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rankkv.errors import ConfigError, InputError, UnknownNameError
-from rankkv.rank_kernels import as_real_tensor, compute_gram, compute_rank_from_gram
+from rankkv.rank.spectrum import as_real_tensor, compute_gram, compute_rank_from_gram
 
 if TYPE_CHECKING:
-    from rankkv.parallel import HeadShards
+    from rankkv.models.tensor_parallel import HeadShards
 
 # Gram matrices up to this side are solved in one batch; larger ones head by head, to bound memory.
 _BATCHED_SIDE = 256

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .full_rank import compute_full_rank
-from .observation import Observation
-from .rank_aggregation import compute_aggregated_rank
-from .rank_kernels import compute_rank_from_gram, round_ranks
+from ..full_rank import compute_full_rank
+from ..observe.observation import Observation
+from .aggregation import compute_aggregated_rank
+from .spectrum import compute_rank_from_gram, round_ranks
 
 
 def compute_layer_ranks(

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..evaluation.results import MANIFEST, read_rows
-from ..evaluation.sweep import PORTRAITS, ROWS
+from ..evaluation.sweep.sweep import PORTRAITS, ROWS
 from ..evaluation.task_runner import FULL
 
 BENCH, DEMO = "bench.json", "demo.json"

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..plots import plot_kept_stretches, plot_quality, plot_recall_grids, plot_strategy_budgets, save_figure
+from ..plots import (
+    plot_kept_stretches,
+    plot_quality,
+    plot_recall_grids,
+    plot_strategy_budgets,
+    save_figure,
+)
 from .collect import ReportData
 from .page import describe_axis
-from .quality import summarize_quality
+from .tables import summarize_quality
 
 
 def write_figures(data: ReportData, folder: str | Path, prefix: str = "") -> list[Path]:

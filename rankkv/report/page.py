@@ -10,10 +10,10 @@ from typing import Any
 from ..errors import MissingDependencyError
 from ..evaluation.statistics import Estimate
 from ..evaluation.task_runner import FULL
-from ..files import dump_json, make_json_ready
+from ..utils.files import dump_json, make_json_ready
 from .collect import ReportData
-from .quality import TaskQuality, summarize_quality
 from .speed import summarize_speed
+from .tables import TaskQuality, summarize_quality
 
 #: What each metric is called on an axis.
 METRICS = {

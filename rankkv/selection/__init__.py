@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError, UnknownNameError
-from ..registry import add_entry, remove_entry
+from ..utils.registry import add_entry, remove_entry
 from .across_heads import CASCADE_SLACK, select_tokens_across_heads
 from .base import NEEDS, Selector, select_tokens
 from .chunkkv import refine_chunkkv

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..observation import Observation
+from ..observe.observation import Observation
 from ..spans import count_spanned
 
 #: What a method may read, as :attr:`Selector.needs` says it.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..observation import Observation
+from ..observe.observation import Observation
 
 
 def refine_chunkkv(scores: Tensor, observation: Observation, chunk_length: int = 20) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..observation import BLOCK_ELEMENTS, Observation
-from ..output_projection import compute_projection_matrix, find_output_projection
+from ..observe.observation import BLOCK_ELEMENTS, Observation
+from ..observe.output_projection import compute_projection_matrix, find_output_projection
 
 
 def refine_criticalkv(

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ConfigError, UnknownNameError
-from ..observation import Observation
-from .rows import without_padding
+from ..observe.observation import Observation
+from .scoring import without_padding
 from .ties import merge_ties
 
 _LEVERAGES = ("kv_product", "kv_avg", "key", "value")

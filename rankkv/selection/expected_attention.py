@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..observation import Observation
+from ..observe.observation import Observation
 from ..query_moments import compute_query_moments, split_moments
-from .rows import without_padding
+from .scoring import without_padding
 
 
 @without_padding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..observation import Observation
+from ..observe.observation import Observation
 
 
 def score_h2o(observation: Observation) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from ..observation import Observation
-from .rows import without_padding
+from ..observe.observation import Observation
+from .scoring import without_padding
 
 
 @without_padding

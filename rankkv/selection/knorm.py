@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..observation import Observation
-from .rows import without_padding
+from ..observe.observation import Observation
+from .scoring import without_padding
 from .ties import merge_ties
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..observation import Observation
-from .rows import without_padding
+from ..observe.observation import Observation
+from .scoring import without_padding
 
 
 @without_padding

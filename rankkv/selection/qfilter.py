@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..observation import Observation
+from ..observe.observation import Observation
 from ..query_moments import compute_query_moments, split_moments
-from .rows import without_padding
+from .scoring import without_padding
 
-FORMAT = "rankkv.query_filters/1"
+FORMAT = "rankkv.calibration.query_filters/1"
 
 
 @without_padding

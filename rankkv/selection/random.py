@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..observation import Observation
+from ..observe.observation import Observation
 
 
 def score_random(observation: Observation, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..observation import Observation
+from ..observe.observation import Observation
 
 
 def without_padding(score: Callable[..., Tensor]) -> Callable[..., Tensor]:

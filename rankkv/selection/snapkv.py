@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ConfigError
-from ..observation import Observation
+from ..observe.observation import Observation
 
 _POOLS: dict[str, Callable[..., Tensor]] = {"max": functional.max_pool1d, "avg": functional.avg_pool1d}
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..observation import Observation
+from ..observe.observation import Observation
 from .base import Selector
 
 

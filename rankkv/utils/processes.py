@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
-from .errors import ProcessGroupError
+from ..errors import ProcessGroupError
 
 Sample = TypeVar("Sample")
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rankkv import RankKVCache, cache_files, compress
+from rankkv import RankKVCache, compress
+from rankkv.cache import saving as cache_files
 from rankkv.errors import CacheStateError, InputError
 from rankkv.selection import SELECTORS, get_selector
 

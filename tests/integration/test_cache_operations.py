@@ -396,7 +396,7 @@ def test_text_generation_pipeline(embedded):
     prompt = "A list of words: " + "apple, pear, plum, " * 12
     plain = pipe(prompt, **options)[0]["generated_text"]
     cache = RankKVCache(model, compression_ratio=1.0)
-    from rankkv.compat import cache_argument
+    from rankkv.models.compat import cache_argument
 
     assert pipe(prompt, **options, **cache_argument(cache))[0]["generated_text"] == plain
     assert cache.seen_tokens > 40

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from rankkv import RankProfile, load_model
 from rankkv.calibration import calibrate
-from rankkv.calibration_ray import calibrate_on_ray
+from rankkv.calibration.ray import calibrate_on_ray
 from rankkv.cli import app
 from rankkv.errors import ConfigError, ProcessGroupError, SourceUnavailableError
 from rankkv.selection import Selector, get_selector

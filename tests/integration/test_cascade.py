@@ -7,8 +7,8 @@ import oracles
 import pytest
 
 from rankkv import RankKVCache
+from rankkv.budget.plan import BudgetPlan
 from rankkv.budget_allocation import STRATEGIES
-from rankkv.budget_plan import BudgetPlan
 from rankkv.selection import SELECTORS, get_selector
 
 LAYERS = 6

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from rankkv import RankKVCache, RankKVConfig
 from rankkv.cli import app
-from rankkv.compat import cache_argument
 from rankkv.errors import CacheStateError, ConfigError, InputError, UnknownNameError
 from rankkv.integrations.generate import custom_generate, export_generate, generate
+from rankkv.models.compat import cache_argument
 from rankkv.selection import get_selector
 
 IDS = torch.randint(3, 128, (2, 90), generator=torch.Generator().manual_seed(5))

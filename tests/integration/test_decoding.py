@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rankkv import RankKVCache
-from rankkv.compat import cache_argument
 from rankkv.errors import BudgetError
+from rankkv.models.compat import cache_argument
 from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)

@@ -18,9 +18,9 @@ from transformers import DynamicCache
 
 import rankkv
 from rankkv import RankKVAnalyzer, RankKVCache, load_model
-from rankkv.cache_files import compute_model_fingerprint
-from rankkv.known_profiles import sample_weights
-from rankkv.placement import find_input_device, find_layer_devices, list_weights, read_weight
+from rankkv.cache.saving import compute_model_fingerprint
+from rankkv.models.placement import find_input_device, find_layer_devices, list_weights, read_weight
+from rankkv.profile.known import sample_weights
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -261,8 +261,8 @@ def test_a_saved_cache_goes_back_to_the_layers_devices(
 
 
 def test_split_layers_are_analyzed_and_measured_alike(split: Any, whole: Any, two_gpus: None) -> None:
+    from rankkv.cache.kept_tokens import analyze_kept_tokens
     from rankkv.evaluation import record_prefill
-    from rankkv.kept_tokens import analyze_kept_tokens
 
     for strategy in ("proportional", "squeezeattention"):
         one, other = (

@@ -11,7 +11,7 @@ import torch
 from transformers import pipeline
 
 from rankkv import RankKVCache
-from rankkv.compat import cache_argument
+from rankkv.models.compat import cache_argument
 
 QUESTIONS = (
     "What is a lambda expression?",

@@ -14,7 +14,7 @@ from rankkv.evaluation import Haystack, evaluate_task, get_task, make_samples
 from rankkv.evaluation.comparison import compare_settings
 from rankkv.evaluation.results import read_rows
 from rankkv.evaluation.settings import build_settings
-from rankkv.files import make_json_ready
+from rankkv.utils.files import make_json_ready
 
 
 def invoke(*arguments):

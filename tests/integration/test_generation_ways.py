@@ -12,9 +12,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from rankkv import RankKVCache, attention, compress
-from rankkv.compat import accepts_argument, cache_argument
+from rankkv import RankKVCache, compress
 from rankkv.errors import CacheStateError, ConfigError
+from rankkv.models.compat import accepts_argument, cache_argument
+from rankkv.observe import hook as attention
 from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)

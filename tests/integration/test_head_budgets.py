@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rankkv import RankKVCache, RankKVConfig, compress
-from rankkv.budget_plan import BudgetPlan
+from rankkv.budget.plan import BudgetPlan
+from rankkv.cache.masks import project_mask
 from rankkv.errors import ConfigError, UnknownNameError, UnsupportedModelError
-from rankkv.masks import project_mask
 from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from rankkv import RankKVCache, RankKVConfig, RankProfile, step_mask
+from rankkv.budget.heads import allocate_head_budgets, compute_head_weights, join_heads
+from rankkv.budget.plan import BudgetPlan
 from rankkv.budget_head_curves import allocate_by_head_curves, fit_head_curves
-from rankkv.budget_heads import allocate_head_budgets, compute_head_weights, join_heads
-from rankkv.budget_plan import BudgetPlan
-from rankkv.calibration import calibrate, describe_subject
-from rankkv.calibration_pieces import CalibrationSettings
+from rankkv.calibration import calibrate
+from rankkv.calibration.calibrate import describe_subject
+from rankkv.calibration.settings import CalibrationSettings
 from rankkv.errors import ConfigError, ProfileError, UnsupportedModelError
-from rankkv.known_profiles import describe_shape, sample_weights, save_known_profile
-from rankkv.layer_measures import compute_measures
-from rankkv.layer_rank import compute_group_concentration
+from rankkv.profile.known import describe_shape, sample_weights, save_known_profile
+from rankkv.rank.measures import compute_measures
+from rankkv.rank.observed_layer import compute_group_concentration
 from rankkv.selection import SELECTORS
 
 PROMPT, SHORT = oracles.random_prompt(90, seed=1), oracles.random_prompt(33, seed=2)

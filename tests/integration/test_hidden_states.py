@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from rankkv import RankKVAnalyzer, RankKVCache
 from rankkv.errors import UnsupportedModelError
-from rankkv.hidden_states import compute_token_changes, watch_hidden_states
+from rankkv.observe.hidden_states import compute_token_changes, watch_hidden_states
 
 OPTIONS = {"strategy": "squeezeattention", "compression_ratio": 0.4}
 PROMPTS = (oracles.random_prompt(80, 1), oracles.random_prompt(47, 2))

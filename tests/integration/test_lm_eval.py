@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from rankkv.cli import app
 from rankkv.errors import ConfigError, InputError, UnknownNameError
-from rankkv.evaluation.lm_eval_model import RankKVLM
+from rankkv.evaluation.lm_eval.model import RankKVLM
 
 TASKS = ["local_generation", "local_choice", "local_letter", "local_rolling"]
 YAML = """task: {name}
@@ -140,7 +140,7 @@ def test_question_agnostic_is_compress_then_ask(small, folder):
     import torch
 
     from rankkv import compress
-    from rankkv.compat import cache_argument
+    from rankkv.models.compat import cache_argument
 
     model, tokenizer = small
     options = {"compression_ratio": 0.1, "selector": "knorm"}

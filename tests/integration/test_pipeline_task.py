@@ -12,11 +12,11 @@ from transformers import TextGenerationPipeline, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from rankkv import RankKVCache, RankKVConfig, compress
-from rankkv.compat import cache_argument
 from rankkv.errors import ConfigError, InputError, UnknownNameError
 from rankkv.integrations.generate import custom_generate
 from rankkv.integrations.pipeline import TASK, RankKVTextGenerationPipeline, register, unregister
-from rankkv.prompts import split_prompt
+from rankkv.models.compat import cache_argument
+from rankkv.models.prompts import split_prompt
 
 CONTEXT = "The harbour office opens at seven, the archive at nine, and the museum at ten. " * 12
 QUESTIONS = ["When does the archive open?", "What opens first?", "And the museum, when does it open?"]

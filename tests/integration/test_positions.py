@@ -18,8 +18,9 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from rankkv import RankKVCache, attention
+from rankkv import RankKVCache
 from rankkv.errors import UnsupportedModelError
+from rankkv.observe import hook as attention
 from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)

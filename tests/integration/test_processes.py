@@ -8,11 +8,11 @@ import pytest
 from launching import launch, read_results
 
 from rankkv.errors import ProcessGroupError
-from rankkv.processes import Place, find_place, gather, split_samples
+from rankkv.utils.processes import Place, find_place, gather, split_samples
 
 SPLIT_AND_GATHER = """
 import json
-from rankkv.processes import find_place, gather, split_samples
+from rankkv.utils.processes import find_place, gather, split_samples
 
 samples = [1, 2, 3, 5, 7]
 own = split_samples(samples)
@@ -67,7 +67,7 @@ def test_an_impossible_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 WRONG_NUMBER = """
 import json
 from rankkv.errors import ProcessGroupError
-from rankkv.processes import find_place, gather
+from rankkv.utils.processes import find_place, gather
 
 try:
     gather(["a"] * find_place().rank)

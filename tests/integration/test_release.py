@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import rankkv
-from rankkv.compat import OLDEST_TRANSFORMERS
+from rankkv.models.compat import OLDEST_TRANSFORMERS
 
 yaml = pytest.importorskip("yaml")
 

@@ -16,7 +16,7 @@ from rankkv.cli import app
 from rankkv.errors import InputError
 from rankkv.evaluation.results import read_rows, write_rows
 from rankkv.report import build_page, collect_results, write_figures
-from rankkv.report.quality import summarize_quality
+from rankkv.report.tables import summarize_quality
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 # What would be markup, a program, or the end of one, if any of it were taken for more than text.

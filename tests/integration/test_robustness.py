@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache
 
-from rankkv import RankKVCache, attention, compress
+from rankkv import RankKVCache, compress
 from rankkv.errors import RankKVError
+from rankkv.observe import hook as attention
 from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)

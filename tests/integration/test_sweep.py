@@ -21,10 +21,10 @@ from rankkv.cli import app
 from rankkv.errors import ConfigError, InputError, UnknownNameError
 from rankkv.evaluation import compute_continuation_loss
 from rankkv.evaluation.results import read_rows
-from rankkv.evaluation.submitting import submit_sweep
-from rankkv.evaluation.sweep import Sweep
-from rankkv.evaluation.sweep_config import parse_sweep_config
-from rankkv.processes import Place
+from rankkv.evaluation.sweep.config import parse_sweep_config
+from rankkv.evaluation.sweep.submitit import submit_sweep
+from rankkv.evaluation.sweep.sweep import Sweep
+from rankkv.utils.processes import Place
 
 RECORD = {
     "tasks": [

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from rankkv import compress
-from rankkv.compat import cache_argument
 from rankkv.errors import ConfigError
 from rankkv.evaluation import evaluate_task, get_task, make_samples
 from rankkv.evaluation.comparison import check_floor
+from rankkv.models.compat import cache_argument
 
 #: A code right before the end is inside the newest tokens that every layer keeps; at 0.3 it is not.
 SETTINGS = {

@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         terminalreporter.write_line(row.format(name, *(counts[key] for key in COUNTS), counts["remark"]))
     path = config.getoption("--parity-report", default=None)
     if path is not None:
-        from rankkv.files import dump_json, write_text_atomically
+        from rankkv.utils.files import dump_json, write_text_atomically
 
         write_text_atomically(path, dump_json(report))
         terminalreporter.write_line(f"written to {path}")

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rankkv.budget_strategies import compute_weights
-from rankkv.budget_weights import Limits
+from rankkv.budget.strategies import compute_weights
+from rankkv.budget.weights import Limits
 
 WINDOW = 16
 LAYERS = 9

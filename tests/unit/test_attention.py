@@ -12,8 +12,10 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rankkv import RankKVCache, attention, masks
+from rankkv import RankKVCache
+from rankkv.cache import masks
 from rankkv.errors import CacheStateError, UnsupportedModelError
+from rankkv.observe import hook as attention
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from rankkv import block_masks, masks
+from rankkv.cache import masks
 from rankkv.errors import UnsupportedModelError
+from rankkv.observe import block_masks
 
 SEEN, WINDOW = 20, 6
 PADDING = torch.tensor([0, 5])

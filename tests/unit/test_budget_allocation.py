@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rankkv.budget.strategies import NEEDS
 from rankkv.budget_allocation import (
     STRATEGIES,
     BudgetAllocator,
@@ -18,8 +19,13 @@ from rankkv.budget_allocation import (
     compute_weights,
     get_strategy,
 )
-from rankkv.budget_strategies import NEEDS
-from rankkv.errors import BudgetError, ConfigError, DegenerateAttentionError, InputError, UnknownNameError
+from rankkv.errors import (
+    BudgetError,
+    ConfigError,
+    DegenerateAttentionError,
+    InputError,
+    UnknownNameError,
+)
 
 RANKS = [2.0, 4.0, 6.0, 8.0]
 

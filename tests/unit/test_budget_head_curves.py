@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankkv.budget_distortion import make_budget_grid
+from rankkv.budget.distortion import make_budget_grid
 from rankkv.budget_head_curves import HeadCurves, allocate_by_head_curves, fit_head_curves
 
 LENGTH, FLOOR = 24, 6

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankkv import BudgetAllocator, RankKVConfig
+from rankkv.budget.plan import BudgetPlan
 from rankkv.budget_allocation import STRATEGIES
-from rankkv.budget_plan import BudgetPlan
 from rankkv.errors import BudgetError, ConfigError, UnknownNameError
 
 RANK = st.one_of(st.just(0.0), st.floats(1.0, 32.0), st.sampled_from([1.0, 32.0]))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankkv import BudgetAllocator
-from rankkv.budget_strategies import compute_weights
-from rankkv.budget_weights import Limits, group_values
+from rankkv.budget.strategies import compute_weights
+from rankkv.budget.weights import Limits, group_values
 from rankkv.errors import ConfigError
 
 

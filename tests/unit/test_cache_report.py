@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from rankkv.budget_strategies import STRATEGIES
-from rankkv.cache_report import compute_cache_bytes, count_slots
+from rankkv.budget.strategies import STRATEGIES
+from rankkv.cache.report import compute_cache_bytes, count_slots
 
 
 def fill(model, length=40):

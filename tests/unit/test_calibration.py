@@ -73,8 +73,8 @@ def test_bad_input_is_named(tiny_llama, options, error, message):
 
 
 def test_the_command_writes_a_profile_that_its_model_finds(tiny_llama, tmp_path, monkeypatch):
-    from rankkv import models
-    from rankkv.known_profiles import find_profile
+    from rankkv.models import loading as models
+    from rankkv.profile.known import find_profile
 
     class Letters:
         def __call__(self, text, **_options):

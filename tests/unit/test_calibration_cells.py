@@ -6,8 +6,9 @@ import oracles
 import pytest
 import torch
 
-from rankkv import calibration_cells, compress
-from rankkv.compat import cache_argument
+from rankkv import compress
+from rankkv.calibration import single_runs as calibration_cells
+from rankkv.models.compat import cache_argument
 
 CONTEXT = 100
 

@@ -7,11 +7,12 @@ import oracles
 import pytest
 import torch
 
-from rankkv import RankProfile, calibration_gradient, compress
-from rankkv.calibration_cells import TextPrefill, measure_text
-from rankkv.calibration_gradient import GatedCache, measure_gradients
-from rankkv.compat import cache_argument
+from rankkv import RankProfile, compress
+from rankkv.calibration import gradient as calibration_gradient
+from rankkv.calibration.gradient import GatedCache, measure_gradients
+from rankkv.calibration.single_runs import TextPrefill, measure_text
 from rankkv.errors import InputError, ProfileError, UnknownNameError, UnsupportedModelError
+from rankkv.models.compat import cache_argument
 
 CONTEXT, RATIOS = 100, (0.1, 0.4)
 

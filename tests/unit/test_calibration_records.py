@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankkv.calibration_records import DoneRecords, forget_done
+from rankkv.calibration.progress import DoneRecords, forget_done
 from rankkv.errors import InputError
 
 IDENTITY = {"model": "a", "weights": "b", "context_tokens": 96, "ratios": [0.1, 0.4]}
@@ -67,7 +67,7 @@ def test_a_kill_while_it_writes_takes_no_whole_line(tmp_path):
     path = tmp_path / "unfinished"
     program = (
         "import itertools, sys\n"
-        "from rankkv.calibration_records import DoneRecords\n"
+        "from rankkv.calibration.progress import DoneRecords\n"
         "done = DoneRecords(sys.argv[1], {'model': 'a'})\n"
         "for number in itertools.count():\n"
         "    done.add(str(number), {'values': [number / 7] * 5000})\n"

@@ -18,7 +18,7 @@ from rankkv.cli import app
 from rankkv.cli.common import build_question_prompt, parse_options, reports_errors
 from rankkv.cli.display import AnswerStream, draw_bar
 from rankkv.errors import ConfigError
-from rankkv.files import make_json_ready
+from rankkv.utils.files import make_json_ready
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 QUESTION = "What does the fox do?"

@@ -7,8 +7,9 @@ import warnings
 import oracles
 import pytest
 
-from rankkv import RankKVAnalyzer, RankKVCache, compat
+from rankkv import RankKVAnalyzer, RankKVCache
 from rankkv.errors import UnsupportedModelError
+from rankkv.models import compat
 
 
 @pytest.mark.parametrize(

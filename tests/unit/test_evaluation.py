@@ -8,9 +8,9 @@ import torch
 
 from rankkv import compress
 from rankkv.budget_allocation import STRATEGIES
-from rankkv.compat import cache_argument
 from rankkv.errors import ConfigError, InputError
 from rankkv.evaluation import compute_continuation_loss, evaluate_continuation, record_prefill
+from rankkv.models.compat import cache_argument
 from rankkv.selection import SELECTORS
 
 PROMPT, CONTINUATION = oracles.random_prompt(90, seed=5), oracles.random_prompt(12, seed=6)

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rankkv import compress
+from rankkv.cache.kept_tokens import analyze_kept_tokens
 from rankkv.cli import app
-from rankkv.kept_tokens import analyze_kept_tokens
 from rankkv.token_pieces import split_pieces
 
 PROMPT = (

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from rankkv import RankKVCache, compress
-from rankkv.compat import cache_argument
+from rankkv.cache.kept_tokens import analyze_kept_tokens
 from rankkv.errors import CacheStateError, InputError, UnsupportedModelError
 from rankkv.evaluation import record_prefill
-from rankkv.kept_tokens import analyze_kept_tokens
+from rankkv.models.compat import cache_argument
 
 
 def find_kept(model, ids, cache):

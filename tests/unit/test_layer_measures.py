@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rankkv import compute_effective_rank
-from rankkv.budget_strategies import STRATEGIES
-from rankkv.budget_weights import Limits
-from rankkv.layer_measures import MEASURES, compute_measures
+from rankkv.budget.strategies import STRATEGIES
+from rankkv.budget.weights import Limits
+from rankkv.rank.measures import MEASURES, compute_measures
 
 WINDOW = 16
 PROMPT = oracles.random_prompt(64, seed=5)

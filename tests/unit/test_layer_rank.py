@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rankkv import analyze_attention_ranks, full_rank
-from rankkv.layer_rank import compute_layer_ranks
-from rankkv.observing import observe
+from rankkv.observe.call import observe
+from rankkv.rank.observed_layer import compute_layer_ranks
 from rankkv.rank_analysis import AGGREGATIONS, SCOPES
 
 PROMPTS = (oracles.random_prompt(70, seed=1), oracles.random_prompt(52, seed=2))

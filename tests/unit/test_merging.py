@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from rankkv import RankKVCache, RankKVConfig
 from rankkv.budget_allocation import STRATEGIES
+from rankkv.cache.merging import fold_evicted
 from rankkv.config import MERGING_MODES
 from rankkv.errors import ConfigError, UnknownNameError
-from rankkv.merging import fold_evicted
 
 LONG, SHORT = oracles.random_prompt(70, seed=3), oracles.random_prompt(43, seed=4)
 KEEP = {"compression_ratio": 0.3, "min_budget": 3, "window_size": 8}

@@ -10,8 +10,8 @@ import make_method_table
 import pytest
 from typer.testing import CliRunner
 
+from rankkv.budget.strategies import PROFILE_STRATEGIES
 from rankkv.budget_allocation import STRATEGIES
-from rankkv.budget_strategies import PROFILE_STRATEGIES
 from rankkv.cli import app
 from rankkv.methods import describe_methods
 from rankkv.selection import SELECTORS, get_selector

@@ -114,7 +114,7 @@ def test_embedded_model_answers_and_stops(embedded: tuple[Any, Any]) -> None:
 
 
 def test_embedded_logits_equal_those_of_its_gguf(embedded: tuple[Any, Any]) -> None:
-    from rankkv._embedded import _find_embedded_gguf
+    from rankkv.models.embedded import _find_embedded_gguf
 
     model, _ = embedded
     original, _ = load_model(_find_embedded_gguf())
@@ -179,7 +179,7 @@ def test_two_processes_convert_at_the_same_time(tiny_gguf: Path, tmp_path: Path)
 def test_second_process_waits_for_the_first(tiny_gguf: Path, tmp_path: Path) -> None:
     from filelock import FileLock
 
-    from rankkv._embedded import _converted_folder
+    from rankkv.models.embedded import _converted_folder
 
     # The process loads the GGUF file first, so that all imports are behind it when it says that it is ready.
     code = (

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankkv import observation as observation_module
 from rankkv.errors import InputError
-from rankkv.layer_rank import compute_layer_ranks
-from rankkv.observation import Observation
-from rankkv.observing import observe
+from rankkv.observe import observation as observation_module
+from rankkv.observe.call import observe
+from rankkv.observe.observation import Observation
+from rankkv.rank.observed_layer import compute_layer_ranks
 from rankkv.selection import SELECTORS
 
 PROMPTS = (oracles.random_prompt(50, seed=1), oracles.random_prompt(19, seed=2))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankkv.output_projection import compute_projection_matrix, find_output_projection
+from rankkv.observe.output_projection import compute_projection_matrix, find_output_projection
 
 OBSERVED = [name for name, family in families.FAMILIES.items() if family.outcome != families.REFUSED]
 

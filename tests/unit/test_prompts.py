@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rankkv.errors import ConfigError, InputError
-from rankkv.prompts import split_prompt
+from rankkv.models.prompts import split_prompt
 
 CONTEXT = "The archive opens at nine and closes at five."
 QUESTION = "When does it open?"

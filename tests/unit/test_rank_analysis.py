@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 import torch
 
-from rankkv import rank_kernels
 from rankkv.errors import ConfigError, DegenerateAttentionError, InputError, UnknownNameError
+from rankkv.rank import spectrum as rank_kernels
 from rankkv.rank_analysis import (
     AGGREGATIONS,
     analyze_attention_ranks,

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankkv import RankKVAnalyzer, RankKVCache, RankKVConfig, RankProfile, compress
-from rankkv.budget_plan import BudgetPlan
-from rankkv.budget_profile import (
+from rankkv.budget.calibrated import (
     SENSITIVITY_FLOOR,
     allocate_by_distortion,
     compute_curve,
@@ -24,10 +23,11 @@ from rankkv.budget_profile import (
     compute_sensitivities,
     fit_decreasing,
 )
-from rankkv.budget_strategies import PROFILE_STRATEGIES, compute_weights
+from rankkv.budget.plan import BudgetPlan
+from rankkv.budget.strategies import PROFILE_STRATEGIES, compute_weights
 from rankkv.config import PROFILE_USERS
 from rankkv.errors import ConfigError, InputError, ProfileError, SourceUnavailableError
-from rankkv.known_profiles import describe_shape, find_profile, sample_weights, save_known_profile
+from rankkv.profile.known import describe_shape, find_profile, sample_weights, save_known_profile
 
 DISTORTION = st.floats(0.0, 4.0)
 

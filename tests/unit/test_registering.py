@@ -12,11 +12,11 @@ from selector_conformance import CHECKS
 from typer.testing import CliRunner
 
 from rankkv import BudgetAllocator, RankKVAnalyzer, RankKVCache
+from rankkv.budget.strategies import Strategy
 from rankkv.budget_allocation import STRATEGIES, register_strategy, unregister_strategy
-from rankkv.budget_strategies import Strategy
 from rankkv.cli import app
 from rankkv.errors import ConfigError, UnknownNameError
-from rankkv.layer_measures import register_measure, unregister_measure
+from rankkv.rank.measures import register_measure, unregister_measure
 from rankkv.selection import SELECTORS, Selector, get_selector, register_selector, unregister_selector
 
 TOY = '''

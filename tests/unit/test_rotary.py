@@ -21,7 +21,7 @@ from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as r
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
 
 from rankkv.errors import UnsupportedModelError
-from rankkv.rotary import LayerRotation, PackedPositions, find_rotations
+from rankkv.observe.rotary import LayerRotation, PackedPositions, find_rotations
 
 SMALL = {
     "vocab_size": 128,

@@ -15,10 +15,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rankkv import RankKVCache, compute_query_filters, save_query_filters
-from rankkv.compat import cache_argument
 from rankkv.errors import ConfigError, InputError, UnknownNameError
+from rankkv.models.compat import cache_argument
+from rankkv.observe.rotary import find_rotations
 from rankkv.query_moments import compute_query_moments
-from rankkv.rotary import find_rotations
 from rankkv.selection import SELECTORS, get_selector
 from rankkv.selection.ties import merge_ties
 

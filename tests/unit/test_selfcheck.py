@@ -10,9 +10,10 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from rankkv import RankKVCache, __version__, compat
+from rankkv import RankKVCache, __version__
 from rankkv.cli import app
-from rankkv.compat import OLDEST_TRANSFORMERS
+from rankkv.models import compat
+from rankkv.models.compat import OLDEST_TRANSFORMERS
 from rankkv.selfcheck import run_selfcheck
 
 CHECKS = ["identity", "budgets", "first token", "bytes"]
@@ -39,7 +40,7 @@ def test_a_sound_installation_passes(capfd):
 
 
 def test_a_cache_that_holds_too_much_is_found(monkeypatch):
-    monkeypatch.setattr("rankkv.cache_layer.RankKVLayer.shrink", lambda *args, **kwargs: None)
+    monkeypatch.setattr("rankkv.cache.layer.RankKVLayer.shrink", lambda *args, **kwargs: None)
     record = run_selfcheck()
     assert not record["ok"]
     assert {"budgets", "bytes"} <= set(list_failed(record))

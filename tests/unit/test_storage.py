@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from rankkv.storage import STORAGES, Int8Storage, OffloadStorage, PlainStorage
+from rankkv.cache.storage import STORAGES, Int8Storage, OffloadStorage, PlainStorage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

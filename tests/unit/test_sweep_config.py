@@ -9,7 +9,7 @@ import pytest
 
 from rankkv import RankKVConfig
 from rankkv.errors import ConfigError, InputError
-from rankkv.evaluation.sweep_config import parse_sweep_config, read_sweep_config
+from rankkv.evaluation.sweep.config import parse_sweep_config, read_sweep_config
 from rankkv.selection import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ from rankkv.errors import (
     SourceUnavailableError,
     UnknownNameError,
 )
-from rankkv.texts import insert_fact, load_texts, python_docs_text, take_tokens
+from rankkv.models.texts import insert_fact, load_texts, python_docs_text, take_tokens
 
 # Two articles as the raw files have them: sections inside, a line that only looks like a title.
 WIKITEXT = """

@@ -16,15 +16,15 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from .._embedded import EMBEDDED
-from ..budget_plan import BudgetPlan
-from ..cache import RankKVCache
-from ..compat import cache_argument
-from ..config import RankKVConfig
-from ..errors import ConfigError, UnsupportedModelError
-from ..generation import run_prefill
-from ..models import load_model
-from ..selection import get_selector
+from ...budget.plan import BudgetPlan
+from ...cache.cache import RankKVCache
+from ...cache.prefill import run_prefill
+from ...config import RankKVConfig
+from ...errors import ConfigError, UnsupportedModelError
+from ...models.compat import cache_argument
+from ...models.embedded import EMBEDDED
+from ...models.loading import load_model
+from ...selection import get_selector
 from .prompt_split import PromptSplit
 
 _LOGGER = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError, InputError
+from ...errors import ConfigError, InputError
 
 
 class PromptSplit:

@@ -9,9 +9,9 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from ..errors import InputError, UnknownNameError
-from .lm_eval_model import RankKVLM
-from .task_runner import BLANK, FULL
+from ...errors import InputError, UnknownNameError
+from ..task_runner import BLANK, FULL
+from .model import RankKVLM
 
 
 def build_task_manager(names: Sequence[str], include_path: str | None = None) -> TaskManager:

@@ -8,13 +8,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..budget_plan import BudgetPlan
-from ..config import RankKVConfig
-from ..errors import ConfigError, InputError
-from ..selection import get_selector
-from ..texts import PYTHON_DOCS
-from .settings import NAMED_STRATEGIES
-from .tasks import get_task
+from ...budget.plan import BudgetPlan
+from ...config import RankKVConfig
+from ...errors import ConfigError, InputError
+from ...models.texts import PYTHON_DOCS
+from ...selection import get_selector
+from ..settings import NAMED_STRATEGIES
+from ..tasks import get_task
 from .yaml_values import (
     check_bool,
     check_integer,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kept_tokens import KeptTokens, analyze_kept_tokens
-from ..layer_rank import compute_head_ranks
-from ..token_pieces import split_pieces
-from .shared_prefill import PrefillRecord
+from ...cache.kept_tokens import KeptTokens, analyze_kept_tokens
+from ...rank.observed_layer import compute_head_ranks
+from ...token_pieces import split_pieces
+from ..prefill_record import PrefillRecord
 
 #: Stretches of the prompt, from its beginning to its end, by which it is told where a layer keeps tokens.
 STRETCHES = 48

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, MissingDependencyError, UnknownNameError
+from ...errors import ConfigError, MissingDependencyError, UnknownNameError
 
 #: "local" starts processes of this machine, "debug" runs the jobs one by one in this process.
 CLUSTERS = ("slurm", "local", "debug")

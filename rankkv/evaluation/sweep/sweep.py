@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
-from ..compat import cache_argument
-from ..errors import ConfigError, RankKVError
-from ..models import load_model
-from ..placement import find_input_device
-from ..processes import Place, find_own_device, find_place
-from ..texts import load_texts
+from ...errors import ConfigError, RankKVError
+from ...models.compat import cache_argument
+from ...models.loading import load_model
+from ...models.placement import find_input_device
+from ...models.texts import load_texts
+from ...utils.processes import Place, find_own_device, find_place
+from ..prefill_record import PrefillRecord, record_prefill
+from ..results import ResultStore, write_rows
+from ..task_runner import EXTRA_TOKENS, evaluate_blank, evaluate_sample
+from ..tasks import Haystack, Sample, get_task, make_samples
+from .config import SweepConfig, SweepModel, SweepTask
 from .portrait import describe_cells
-from .results import ResultStore, write_rows
-from .shared_prefill import PrefillRecord, record_prefill
-from .sweep_config import SweepConfig, SweepModel, SweepTask
-from .task_runner import EXTRA_TOKENS, evaluate_blank, evaluate_sample
-from .tasks import Haystack, Sample, get_task, make_samples
 
 ROWS, PORTRAITS = "rows.parquet", "portraits"
 # Long enough that the forward's fixed costs do not hide the costs of a token.

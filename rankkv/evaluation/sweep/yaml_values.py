@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError, InputError, MissingDependencyError, RankKVError
+from ...errors import ConfigError, InputError, MissingDependencyError, RankKVError
 
 
 def load_yaml(text: str, path: str) -> Any:

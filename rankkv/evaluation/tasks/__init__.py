@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...errors import ConfigError, UnknownNameError
-from ...registry import add_entry, remove_entry
+from ...utils.registry import add_entry, remove_entry
 from .base import Draft, Haystack, Place, Question, Task
 from .continuation import make_continuation
 from .needles import make_needles

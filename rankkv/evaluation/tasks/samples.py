@@ -121,8 +121,8 @@ def make_samples(
     Examples
     --------
     >>> from rankkv.evaluation.tasks import get_task
-    >>> from rankkv.texts import python_docs_text
-    >>> from rankkv.models import load_model
+    >>> from rankkv.models.texts import python_docs_text
+    >>> from rankkv.models.loading import load_model
     >>> _, tokenizer = load_model("embedded")  # doctest: +SKIP
     >>> samples = make_samples(get_task("needle"), tokenizer, python_docs_text(), count=5)  # doctest: +SKIP
     >>> [sample.depth for sample in samples]  # doctest: +SKIP

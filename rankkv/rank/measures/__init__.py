@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UnknownNameError
-from ..layer_rank import compute_layer_ranks
-from ..observation import Observation
-from ..rank_kernels import round_ranks
-from ..registry import add_entry, remove_entry
+from ...errors import ConfigError, UnknownNameError
+from ...observe.observation import Observation
+from ...utils.registry import add_entry, remove_entry
+from ..observed_layer import compute_layer_ranks
+from ..spectrum import round_ranks
 from .cake import compute_layer_preference
 from .distortion import compute_eviction_errors, compute_head_errors
 from .dynamickv import compute_best_scores

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..observation import Observation
+from ...observe.observation import Observation
 
 
 def compute_past_attention(observation: Observation) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..budget_distortion import make_budget_grid
-from ..budget_weights import Limits, check_number
-from ..layer_rank import compute_group_concentration, compute_group_ranks
-from ..observation import Observation
-from ..output_projection import compute_projection_matrix, find_output_projection
-from ..rank_kernels import round_ranks
+from ...budget.distortion import make_budget_grid
+from ...budget.weights import Limits, check_number
+from ...observe.observation import Observation
+from ...observe.output_projection import compute_projection_matrix, find_output_projection
+from ..observed_layer import compute_group_concentration, compute_group_ranks
+from ..spectrum import round_ranks
 
 _POOL = 5
 _CONCENTRATION_EXPONENT = 0.5
@@ -25,7 +25,7 @@ def compute_eviction_errors(observation: Observation, limits: Sequence[Limits] |
     The ``window_size`` queries before the observation window select: of the keys before the window they keep the b
     that they attend to most, as SnapKV does.  The window itself, which had no say, is attended with these keys and with
     all: ``e(b) = ||W_o o_kept - W_o o_all|| / ||W_o o_all||`` (root mean square over the rows), at each b of
-    :func:`rankkv.budget_distortion.make_budget_grid`.  Of fewer than ``2 * window_size`` queries the older half
+    :func:`rankkv.budget.distortion.make_budget_grid`.  Of fewer than ``2 * window_size`` queries the older half
     selects.  Where the output projection W_o is not found, the heads' outputs are taken side by side.
 
     Parameters
@@ -53,7 +53,7 @@ def compute_head_errors(
     As :func:`compute_eviction_errors`, but head by head: ``d_h(b) = rank_h ** rank_exponent * c_h ** 0.5 * ||W_h
     (o_h kept - o_h all)||^2 / ||W_o o_all||^2``, where W_h are the columns of the output projection that read the query
     heads of this key/value head, rank_h is the effective rank of their evictable attention, side by side, and c_h how
-    few tokens they attend to at a time (:func:`rankkv.layer_rank.compute_group_concentration`).  A head that looks
+    few tokens they attend to at a time (:func:`rankkv.rank.observed_layer.compute_group_concentration`).  A head that looks
     something up, at another place for each query, has both; of what one head loses that matters most for the answer.
 
     Parameters

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..budget_weights import Limits
-from ..observation import Observation
+from ...budget.weights import Limits
+from ...observe.observation import Observation
 from .base import compute_past_attention, pool_scores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..observation import Observation
+from ...observe.observation import Observation
 from .base import compute_past_attention, count_window_rows, pool_scores
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import CacheStateError
-from ..observation import Observation
+from ...errors import CacheStateError
+from ...observe.observation import Observation
 
 
 def compute_layer_change(observation: Observation) -> Tensor:
