@@ -17,7 +17,8 @@ from transformers import DynamicCache
 from benchmarks.common import build_prompt, compute_ratio, print_rows, publish, summarize_seconds
 from benchmarks.stepping import Step, measure_linears, step_in_turn
 from rankkv import RankKVCache, load_model
-from rankkv.cache.prefill import analyze_generation, run_prefill
+from rankkv.analysis.generation import analyze_generation
+from rankkv.cache.prefill import run_prefill
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | No
     import torch
 
     from rankkv import RankKVAnalyzer, RankKVConfig, load_model, load_texts
-    from rankkv.analysis.samples import analyze_samples, summarize_layers
+    from rankkv.pipeline import analyze_samples, summarize_layers
     from rankkv.budget.plan import BudgetPlan
     from rankkv.plots import plot_layer_ranks, plot_strategy_budgets, save_figure
     from rankkv.plots.style import new_figure

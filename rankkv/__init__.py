@@ -12,60 +12,32 @@ True
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankkv._version import __version__
 
-if TYPE_CHECKING:
-    from rankkv.budget_allocation import BudgetAllocation, BudgetAllocator
-    from rankkv.cache.cache import RankKVCache
-    from rankkv.cache.prefill import compress
-    from rankkv.calibration.query_filters import compute_query_filters, save_query_filters
-    from rankkv.config import RankKVConfig
-    from rankkv.models.loading import load_model
-    from rankkv.models.texts import load_texts
-    from rankkv.pipeline import RankKVAnalyzer, RankKVResult, quick_analyze
-    from rankkv.profile.record import RankProfile
-    from rankkv.rank_analysis import RankAnalysis, analyze_attention_ranks, compute_effective_rank
-
-__all__ = [
-    "BudgetAllocation",
-    "BudgetAllocator",
-    "RankAnalysis",
-    "RankKVAnalyzer",
-    "RankKVCache",
-    "RankKVConfig",
-    "RankKVResult",
-    "RankProfile",
-    "__version__",
-    "analyze_attention_ranks",
-    "compress",
-    "compute_effective_rank",
-    "compute_query_filters",
-    "load_model",
-    "load_texts",
-    "quick_analyze",
-    "save_query_filters",
-]
-
+# The types of these names stand in `__init__.pyi`.
 _HOME_OF = {
     "BudgetAllocation": "rankkv.budget_allocation",
     "BudgetAllocator": "rankkv.budget_allocation",
     "RankAnalysis": "rankkv.rank_analysis",
     "RankKVAnalyzer": "rankkv.pipeline",
-    "RankKVCache": "rankkv.cache.cache",
+    "RankKVCache": "rankkv.cache",
     "RankKVConfig": "rankkv.config",
     "RankKVResult": "rankkv.pipeline",
-    "RankProfile": "rankkv.profile.record",
+    "RankProfile": "rankkv.profile",
     "analyze_attention_ranks": "rankkv.rank_analysis",
-    "compress": "rankkv.cache.prefill",
+    "calibrate": "rankkv.calibration",
+    "compress": "rankkv.cache",
     "compute_effective_rank": "rankkv.rank_analysis",
-    "compute_query_filters": "rankkv.calibration.query_filters",
-    "load_model": "rankkv.models.loading",
-    "load_texts": "rankkv.models.texts",
+    "compute_query_filters": "rankkv.calibration",
+    "load_model": "rankkv.models",
+    "load_texts": "rankkv.models",
     "quick_analyze": "rankkv.pipeline",
-    "save_query_filters": "rankkv.calibration.query_filters",
+    "save_query_filters": "rankkv.calibration",
 }
+
+__all__ = ["__version__", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigError, UnknownNameError
 from .profile.record import RankProfile, check_profile
-from .spans import check_spans
+
+
+def check_spans(protect: Any) -> tuple[tuple[int, int], ...]:
+    """Return spans ``(start, stop)`` of real tokens (padding not counted), as a tuple of tuples.
+
+    Parameters
+    ----------
+    protect : iterable of (int, int), or None
+        Half-open spans, ``0 <= start < stop``.
+
+    Raises
+    ------
+    ConfigError
+        If an entry is no such pair.
+
+    Examples
+    --------
+    >>> check_spans([(0, 12)])
+    ((0, 12),)
+    """
+    if protect is None:
+        return ()
+    spans = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
+    for span in spans:
+        numbers = isinstance(span, Sequence) and len(span) == 2 and all(type(bound) is int for bound in span)
+        if not numbers or not 0 <= span[0] < span[1]:
+            raise ConfigError(
+                f"protect={protect!r}: {span!r} is not a span; give pairs (start, stop) of token indices with "
+                "0 <= start < stop, such as protect=[(0, 24)] for a system prompt of 24 tokens."
+            )
+    return tuple((int(start), int(stop)) for start, stop in spans)
+
+
+def count_spanned(protect: Sequence[tuple[int, int]], length: int) -> int:
+    """Count the tokens that lie in at least one of the spans ``(start, stop)`` among ``length`` tokens.
+
+    Examples
+    --------
+    >>> count_spanned([(0, 4), (2, 6)], length=5)
+    5
+    """
+    return len({index for start, stop in protect for index in range(start, min(stop, length))})
+
 
 SCOPES = ("full", "window", "evictable")
+#: Ways to join the heads of a layer for its rank.
+AGGREGATIONS = ("mean", "per_head", "median", "max", "min", "concat", "mass_normalized")
 DECODE_MODES = ("grow", "bounded", "periodic")
 POSITION_MODES = ("original", "packed")
 STORAGE_MODES = ("full", "int8", "offload")
@@ -194,6 +238,7 @@ class RankKVConfig:
         if self.min_budget is not None:
             _check_int("min_budget", self.min_budget, 1, "the fewest tokens a layer keeps")
         _check_choice("scope", self.scope, SCOPES)
+        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
         _check_choice("decode mode", self.decode, DECODE_MODES)
         _check_choice("positions mode", self.positions, POSITION_MODES)
         _check_choice("prefill mode", self.prefill, PREFILL_MODES)

@@ -94,7 +94,7 @@ def translate(cell: str) -> str:
 
 def list_methods(kind: str) -> list[dict[str, object]]:
     """Return the records of a registry, as ``rankkv methods --json`` shows them."""
-    from rankkv.methods import describe_methods
+    from rankkv.cli.methods import describe_methods
 
     return describe_methods()[kind]
 

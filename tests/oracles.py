@@ -24,7 +24,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rankkv import RankKVCache
-from rankkv.cache.head_budget_layer import RaggedLayer
+from rankkv.cache.head_budget_layer import HeadBudgetLayer
 from rankkv.cache.layer import RankKVLayer
 from rankkv.models.compat import cache_argument, find_eager_homes
 from rankkv.observe.call import observe
@@ -220,19 +220,19 @@ def attention_modules(model: Any) -> dict[int, Any]:
 def masked_oracle(
     model: Any, cache: RankKVCache, input_ids: Tensor, mask: Tensor | None = None
 ) -> tuple[Any, DynamicCache]:
-    """Return a twin of ``model`` that hides what ``cache`` has evicted, and its full cache."""
-    twin = copy.deepcopy(model)
-    twin.set_attn_implementation(MASKED_ORACLE)
-    full = DynamicCache(config=twin.config.get_text_config(decoder=True))
-    forward(twin, full, input_ids, mask)
+    """Return a copied of ``model`` that hides what ``cache`` has evicted, and its full cache."""
+    copied = copy.deepcopy(model)
+    copied.set_attn_implementation(MASKED_ORACLE)
+    full = DynamicCache(config=copied.config.get_text_config(decoder=True))
+    forward(copied, full, input_ids, mask)
     for layer_idx in cache.layer_indices:
         rows = kept_positions(cache, layer_idx)
         evicted = torch.ones(len(rows), len(rows[0]), input_ids.shape[1], dtype=torch.bool)
         for row, heads in enumerate(rows):
             for head, kept in enumerate(heads):
                 evicted[row, head, [p for p in kept if p < input_ids.shape[1]]] = False
-        attention_modules(twin)[layer_idx].oracle_evicted = evicted
-    return twin, full
+        attention_modules(copied)[layer_idx].oracle_evicted = evicted
+    return copied, full
 
 
 def next_chunks(rows: int, lengths: Sequence[int] = (1, 1, 1, 4), seed: int = 99) -> list[Tensor]:
@@ -250,8 +250,8 @@ def assert_equals_masked_oracle(
 ) -> None:
     """O2: continuing on ``cache``, compressed after ``input_ids``, equals the masked full cache."""
     chunks = next_chunks(input_ids.shape[0]) if chunks is None else chunks
-    twin, full = masked_oracle(model, cache, input_ids, mask)
-    expected = feed(twin, full, chunks, mask)
+    copied, full = masked_oracle(model, cache, input_ids, mask)
+    expected = feed(copied, full, chunks, mask)
     actual = feed(model, cache, chunks, mask)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
@@ -265,15 +265,15 @@ def assert_every_step_equals_masked(model, cache, ids, mask) -> int:
 
     A streaming cache gets the prompt in three parts.  Returns how often the heads of a layer kept different numbers.
     """
-    twin, full = copy.deepcopy(model), DynamicCache(config=model.config)
-    twin.set_attn_implementation(MASKED_ORACLE)
+    copied, full = copy.deepcopy(model), DynamicCache(config=model.config)
+    copied.set_attn_implementation(MASKED_ORACLE)
     sizes = (30, 30, 30) if cache.config.prefill == "streaming" else (90,)
     chunks = [*ids.split(sizes, dim=1), *next_chunks(len(ids), (1, 1, 6, 1, 1, 1, 1, 1))]
     mask = torch.cat([mask, mask.new_ones(len(ids), 13)], dim=-1)
     differ = 0
     for chunk in chunks:
         past = cache.seen_tokens
-        for layer_idx, module in attention_modules(twin).items() if past else ():
+        for layer_idx, module in attention_modules(copied).items() if past else ():
             kept = kept_positions(cache, layer_idx)
             evicted = torch.ones(len(ids), len(kept[0]), past, dtype=torch.bool)
             for row, heads in enumerate(kept):
@@ -282,7 +282,7 @@ def assert_every_step_equals_masked(model, cache, ids, mask) -> int:
                 differ += len({len(positions) for positions in heads}) > 1
             module.oracle_evicted = evicted
         so_far = mask[:, : past + chunk.shape[1]]
-        ours, theirs = (forward(m, c, chunk, so_far) for m, c in ((model, cache), (twin, full)))
+        ours, theirs = (forward(m, c, chunk, so_far) for m, c in ((model, cache), (copied, full)))
         is_real = so_far[:, past:].bool()
         torch.testing.assert_close(ours[is_real], theirs[is_real], atol=1e-4, rtol=1e-4)
     return differ
@@ -341,7 +341,7 @@ def assert_bytes_match(cache: RankKVCache) -> None:
         layer = cache.layers[layer_idx]
         keys = layer.keys
         rows, heads, slots, dim = keys.shape
-        if isinstance(layer, RaggedLayer):
+        if isinstance(layer, HeadBudgetLayer):
             # Packed: no head is padded to another.
             kept = sum(count for row in layer.kept_per_head for count in row)
         else:
@@ -410,10 +410,10 @@ def observe_random(
 
 def eager_attentions(model: Any, input_ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
     """Return the weights ``[batch, head, query, key]`` the model's eager attention computes, a layer each."""
-    twin = copy.deepcopy(model)
-    twin.set_attn_implementation("eager")
+    copied = copy.deepcopy(model)
+    copied.set_attn_implementation("eager")
     options: dict[str, Any] = {}
     if mask is not None:
         options = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     with torch.no_grad():
-        return list(twin(input_ids, output_attentions=True, use_cache=False, **options).attentions)
+        return list(copied(input_ids, output_attentions=True, use_cache=False, **options).attentions)

@@ -16,14 +16,14 @@ import torch
 from rankkv import RankKVCache, RankProfile
 from rankkv.models.compat import cache_argument
 from rankkv.models.placement import find_input_device
-from rankkv.utils.processes import find_place
+from rankkv.utils.processes import find_process_rank
 
 
 def load(folder: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": torch.float32}
-    if find_place().size > 1:
+    if find_process_rank().size > 1:
         try:
             from transformers.distributed import DistributedConfig
 
@@ -59,7 +59,7 @@ def run(model: Any, case: dict[str, Any]) -> dict[str, Any]:
         options["selector"] = get_selector(options["selector"], **case["selector_options"])
     if isinstance(options.get("profile"), str):
         options["profile"] = RankProfile.load(options["profile"])
-    if find_place().size == 1:
+    if find_process_rank().size == 1:
         # Over several processes the heads of a layer stay equal by themselves.
         options.setdefault("head_budgets", None)
     try:
@@ -87,7 +87,7 @@ def main(folder: str, cases: str, out: str) -> None:
     torch.set_num_threads(1)
     model = load(folder)
     found = [run(model, case) for case in json.loads(Path(cases).read_text())]
-    (Path(out) / f"{find_place().rank}.json").write_text(json.dumps(found))
+    (Path(out) / f"{find_process_rank().rank}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -20,7 +20,7 @@ import torch
 
 from rankkv import RankKVCache
 from rankkv.budget_allocation import STRATEGIES
-from rankkv.cache.head_budget_layer import RaggedLayer
+from rankkv.cache.head_budget_layer import HeadBudgetLayer
 from rankkv.config import FLOOR_TOKENS
 from rankkv.errors import UnsupportedModelError
 from rankkv.models.compat import cache_argument
@@ -221,7 +221,7 @@ def run_call(call: Call, report: Report) -> None:
         layer, slots = cache.layers[index], cache.kept_lengths[index]
         keys, values = layer.keys, layer.values
         # Heads that keep different numbers of tokens are padded to the longest only when they are asked for.
-        packed = sum(map(sum, layer.kept_per_head)) if isinstance(layer, RaggedLayer) else None
+        packed = sum(map(sum, layer.kept_per_head)) if isinstance(layer, HeadBudgetLayer) else None
         whole = keys.shape[-2] == values.shape[-2]
         check("slots are what is held", whole and (packed is not None or keys.shape[-2] == slots))
         expected = 0

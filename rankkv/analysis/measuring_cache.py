@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..attention_call import AttentionCall
 from ..budget.plan import BudgetPlan
 from ..budget.strategies import get_strategy
 from ..cache.compressor import measure_rows
+from ..cache.resolve import resolve_profile
 from ..config import RankKVConfig
 from ..errors import CacheStateError
 from ..models.tensor_parallel import find_head_shards
-from ..observe import hook as attention
-from ..observe.call import observe
+from ..observe import hook
+from ..observe.call import AttentionCall, observe
 from ..observe.hidden_states import watch_hidden_states
+from ..observe.hook import AttentionObserver
 from ..observe.observation import Observation
-from ..profile.known import resolve_profile
 from ..rank.observed_layer import compute_layer_ranks
 
 
@@ -35,7 +35,7 @@ class _PassingLayer(DynamicLayer):
         return key_states, value_states
 
 
-class ProbeCache(DynamicCache):
+class MeasuringCache(AttentionObserver, DynamicCache):
     """Stands in for a cache during one forward and measures each full-attention layer.
 
     Parameters
@@ -79,7 +79,7 @@ class ProbeCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Pass new keys and values through, and let this layer's attention be observed."""
         if isinstance(self.layers[layer_idx], _PassingLayer):
-            attention.hand_off(self, layer_idx, key_states.shape[-2])
+            hook.hand_off(self, layer_idx, key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
@@ -138,6 +138,3 @@ class ProbeCache(DynamicCache):
             self.plan.add_layer(measured, rank=rank)
         self.plan.finish()
         return self.plan
-
-    def find_attended(self, key: Tensor) -> None:
-        """Return None: nothing is evicted, so layers that borrow keys need no care."""

@@ -3,30 +3,139 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from ..errors import BudgetError
+from ..limits import BUDGET_STEP, FIRST_BUDGET, Limits, check_number, make_budget_grid
 from .apportion import FloatArray, IntArray
-from .calibrated import allocate_by_distortion, fit_decreasing
-from .weights import Limits, check_number
-
-#: The smallest budget tried, and how much larger each next one is.
-_FIRST, _STEP = 8.0, 2.0**0.5
 
 
-def make_budget_grid(length: int) -> list[int]:
-    """Make the budgets, in tokens, at which a prompt of ``length`` tokens is tried.
+def fit_decreasing(values: ArrayLike) -> FloatArray:
+    """Fit the nearest non-increasing sequence (least squares, pool adjacent violators).
+
+    Parameters
+    ----------
+    values : array_like
+        ``[ratio]``, measured at ascending ratios.
+
+    Returns
+    -------
+    ndarray
+        ``[ratio]`` float64, non-increasing, with the same sum.
 
     Examples
     --------
-    >>> make_budget_grid(40)
-    [8, 11, 16, 23, 32]
+    >>> fit_decreasing([3.0, 1.0, 2.0, 0.5]).tolist()
+    [3.0, 1.5, 1.5, 0.5]
     """
-    grid, exact = [], _FIRST
-    while round(exact) < length:
-        grid.append(round(exact))
-        exact *= _STEP
-    return grid
+    given = np.asarray(values, dtype=np.float64)
+    if (given[1:] <= given[:-1]).all():
+        return given.copy()
+    pools: list[tuple[float, int]] = []
+    for value in given.tolist():
+        total, count = value, 1
+        while pools and pools[-1][0] / pools[-1][1] < total / count:
+            earlier_total, earlier_count = pools.pop()
+            total, count = total + earlier_total, count + earlier_count
+        pools.append((total, count))
+    return np.concatenate([np.full(count, total / count) for total, count in pools])
+
+
+def compute_hull(budgets: ArrayLike, values: ArrayLike) -> IntArray:
+    """Compute which points lie on the lower convex hull of a curve.
+
+    Parameters
+    ----------
+    budgets : array_like
+        ``[point]``, ascending.
+    values : array_like
+        ``[point]``, the distortion at each.
+
+    Returns
+    -------
+    ndarray
+        ``[hull point]`` int64 indices, ascending; the first and the last point are among them.
+
+    Examples
+    --------
+    >>> compute_hull([0, 1, 2, 3], [9.0, 8.0, 1.0, 0.0]).tolist()
+    [0, 2, 3]
+    """
+    # Lists: single numbers of an array are slow to read.
+    x, y = (np.asarray(line, dtype=np.float64).tolist() for line in (budgets, values))
+    kept: list[int] = []
+    for i in range(len(x)):
+        while len(kept) > 1:
+            a, b = kept[-2], kept[-1]
+            if (y[b] - y[a]) * (x[i] - x[b]) < (y[i] - y[b]) * (x[b] - x[a]):
+                break
+            kept.pop()
+        kept.append(i)
+    return np.array(kept, dtype=np.int64)
+
+
+def allocate_by_distortion(
+    curves: Sequence[tuple[ArrayLike, ArrayLike]], total: int, lower: ArrayLike, upper: ArrayLike
+) -> IntArray:
+    """Allocate whole tokens so that the sum of the layers' distortions is least.
+
+    ``min sum_i D_i(b_i)  subject to  sum_i b_i = total,  lower_i <= b_i <= upper_i``, where D_i is the lower convex
+    hull of the layer's curve, linear between its points. Tokens go to the steepest slope first, which is optimal for
+    convex curves; equal slopes go to the earlier layer. A layer that is added never raises the budget of another.
+
+    Parameters
+    ----------
+    curves : sequence of (array_like, array_like)
+        For each layer whole budgets, ascending, from its lower to its upper bound, and the distortion at each.
+    total : int
+        Tokens over all layers; where it exceeds the upper bounds, these are returned.
+    lower, upper : array_like
+        ``[layer]`` bounds, tokens.
+
+    Returns
+    -------
+    ndarray
+        ``[layer]`` int64, summing to the total.
+
+    Raises
+    ------
+    BudgetError
+        If the total is below the sum of the lower bounds.
+
+    References
+    ----------
+    Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Transactions on Acoustics,
+    Speech, and Signal Processing 36 (9), 1988.
+
+    Examples
+    --------
+    >>> allocate_by_distortion([([1, 5], [4.0, 0.0]), ([1, 5], [8.0, 0.0])], 8, [1, 1], [5, 5]).tolist()
+    [3, 5]
+    """
+    low, high = np.asarray(lower, dtype=np.int64), np.asarray(upper, dtype=np.int64)
+    left = int(total) - int(low.sum())
+    if left < 0:
+        raise BudgetError(
+            f"a total of {total} tokens is below the layers' minimum, {int(low.sum())}; raise it to that at least."
+        )
+    steps = []
+    for layer, (budgets, values) in enumerate(curves):
+        x, y = np.asarray(budgets, dtype=np.int64).tolist(), np.asarray(values, dtype=np.float64).tolist()
+        for place, (one, other) in enumerate(itertools.pairwise(compute_hull(x, y).tolist())):
+            width = x[other] - x[one]
+            steps.append(((y[other] - y[one]) / width, layer, place, width))
+    result = low.copy()
+    for _, layer, _, width in sorted(steps):
+        taken = min(left, width)
+        result[layer] += taken
+        left -= taken
+        if left == 0:
+            break
+    return np.minimum(result, high)
 
 
 def weigh_distortion(
@@ -71,7 +180,7 @@ def weigh_distortion(
         # Nothing can be evicted.
         return np.ones(len(errors))
     layers = len(errors)
-    length = limits.length or round(_FIRST * _STEP ** errors.shape[1])
+    length = limits.length or round(FIRST_BUDGET * BUDGET_STEP ** errors.shape[1])
     floor = min(limits.floor, length)
     curves = [_fit_curve(tuple(row), length, floor) for row in errors.tolist()]
     total = max(limits.total_budget, floor * layers)

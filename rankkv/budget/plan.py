@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..budget_allocation import (
-    allocate_integers,
-    allocate_shares,
-    ceil_shares,
-    check_options,
-    compute_weights,
-    get_strategy,
-)
-from ..budget_head_curves import HeadCurves, allocate_by_head_curves, fit_head_curves
-from ..config import FLOOR_TOKENS, RankKVConfig
-from ..errors import BudgetError
+from ..config import FLOOR_TOKENS, PROFILE_USERS, RankKVConfig, count_spanned
+from ..errors import BudgetError, ProfileError
+from ..limits import Limits
 from ..profile.record import RankProfile
-from ..rank.aggregation import get_aggregation
-from ..spans import count_spanned
-from .calibrated import allocate_by_distortion, compute_curve, find_used_profile
-from .heads import HeadSplit, join_heads, weigh_heads
-from .weights import Limits
+from .apportion import allocate_integers, allocate_shares, ceil_shares
+from .calibrated import compute_curve
+from .distortion import allocate_by_distortion
+from .heads import (
+    HeadCurves,
+    HeadSplit,
+    HeadWeights,
+    allocate_by_head_curves,
+    compute_head_weights,
+    fit_head_curves,
+    join_heads,
+)
+from .strategies import check_options, compute_weights, get_strategy
 
 
 class BudgetPlan:
@@ -133,10 +134,9 @@ class BudgetPlan:
 
     @staticmethod
     def check(config: RankKVConfig) -> None:
-        """Raise, before any model runs, if the strategy, an option of it or the aggregation is unknown."""
+        """Raise, before any model runs, if the strategy or an option of it is unknown."""
         name, options = config.resolve_strategy()
         check_options(name, options)
-        get_aggregation(config.aggregation)
 
     @property
     def layer_ranks(self) -> list[float]:
@@ -278,6 +278,46 @@ class BudgetPlan:
             ).astype(np.float64)
             self._allocated[count] = known
         return known
+
+
+def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[int]) -> RankProfile | None:
+    """Return the profile that a strategy uses, None where it uses none.
+
+    Raises
+    ------
+    ProfileError
+        If it needs one and none is known, or that one has other layers.
+    """
+    if strategy not in PROFILE_USERS:
+        return None
+    profile = config.profile
+    if not isinstance(profile, RankProfile):
+        raise ProfileError(
+            f"strategy {strategy!r} needs a profile of the model and none is known: measure one with rankkv calibrate, "
+            "or give profile=RankProfile.load(path)."
+        )
+    if list(profile.layer_indices) != layer_indices:
+        raise ProfileError(
+            f"the profile has layers {list(profile.layer_indices)}, the model compresses {layer_indices}: it is one of "
+            "another model; calibrate this one."
+        )
+    return profile
+
+
+def weigh_heads(config: RankKVConfig, profile: RankProfile | None) -> Sequence[HeadSplit]:
+    """Return how each layer's budget is split by what a profile says of its heads; nothing if it is not asked.
+
+    Parameters
+    ----------
+    config : RankKVConfig
+        All options.
+    profile : RankProfile, optional
+        The one the strategy uses; None takes that of the options.
+    """
+    used = profile if profile is not None else config.profile
+    if config.head_budgets != "profile" or not isinstance(used, RankProfile):
+        return []
+    return [HeadWeights(row.tolist(), config.head_floor) for row in compute_head_weights(used)]
 
 
 def _stack(measures: list[Any]) -> Any:

@@ -14,9 +14,9 @@ from rankkv.budget import weights as weights
 from rankkv.budget.apportion import FloatArray
 from rankkv.budget.calibrated import weigh_blend, weigh_profile
 from rankkv.budget.distortion import weigh_distortion
-from rankkv.budget.weights import Limits
-from rankkv.budget_checks import check_measures
+from rankkv.budget.weights import check_measures
 from rankkv.errors import ConfigError, ProfileError, UnknownNameError
+from rankkv.limits import Limits
 from rankkv.profile.record import RankProfile
 from rankkv.utils.registry import add_entry, remove_entry
 

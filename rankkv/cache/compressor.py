@@ -13,7 +13,7 @@ from ..budget.plan import BudgetPlan
 from ..config import RankKVConfig
 from ..errors import UnsupportedModelError
 from ..observe.observation import Observation
-from ..query_moments import compute_query_moments
+from ..observe.queries import compute_query_moments
 from ..rank.measures import compute_measures
 from ..selection import Selector
 from .layer import RankKVLayer

@@ -8,16 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from ..budget.heads import HeadSplit
+from ..config import count_spanned
 from ..errors import ProfileError
 from ..observe.observation import Observation
-from ..packed_storage import PackedStorage, SlotLayout
-from ..resting_layer import RestingLayer
 from ..selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
-from ..spans import count_spanned
-from .storage import STORAGES
+from .layer import StoredLayer
+from .storage import STORAGES, PackedStorage, SlotLayout
 
 
-class RaggedLayer(RestingLayer):
+class HeadBudgetLayer(StoredLayer):
     """Spreads the layer's budget over its heads; keys and values wait packed and are padded for attention only.
 
     Empty slots stand at the start of a head.  Without a split for each row the heads' tokens compete; with one head, or

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..observe.observation import Observation
 from ..observe.queries import QueryBuffer
 from ..selection import Selector, select_tokens
 from .merging import fold_evicted
+from .storage import STORAGES, PlainStorage
 
 _TOKENS = ("keys", "values", "kept_positions", "kept_valid")
 #: What a layer holds row by row of the batch.
@@ -343,3 +344,62 @@ def _gather_slots(tensor: Tensor, index: Tensor) -> Tensor:
     # Whole rows of head_dim numbers are copied: several times as fast as gathering number by number.
     rows = tensor.reshape(-1, dim).index_select(0, (start + index).flatten())
     return rows.view(batch, heads, index.shape[-1], dim)
+
+
+class StoredLayer(RankKVLayer):
+    """Evicts first, then stores what stays in another form; attention sees keys and values in full.
+
+    Parameters
+    ----------
+    storage : str
+        A key of :data:`rankkv.cache.storage.STORAGES`.
+    """
+
+    def __init__(self, storage: str) -> None:
+        self._stores: Mapping[str, PlainStorage] = {
+            "keys": STORAGES[storage](),
+            "values": STORAGES[storage](),
+        }
+        super().__init__()
+
+    @property
+    def keys(self) -> Any:
+        """Keys in full, ``[batch, kv_head, slot, head_dim]``."""
+        return self._stores["keys"].get()
+
+    @keys.setter
+    def keys(self, tensor: Tensor | None) -> None:
+        self._stores["keys"].put(tensor)
+
+    @property
+    def values(self) -> Any:
+        """Values in full, ``[batch, kv_head, slot, head_dim]``."""
+        return self._stores["values"].get()
+
+    @values.setter
+    def values(self, tensor: Tensor | None) -> None:
+        self._stores["values"].put(tensor)
+
+    @property
+    def width(self) -> int:
+        """Number of slots (the widest row's kept tokens)."""
+        held = self._stores["keys"].held()
+        return held[0].shape[-2] if held else 0
+
+    def rest(self) -> None:
+        """Go over to the stored form."""
+        for store in self._stores.values():
+            store.rest()
+
+    def held(self) -> list[Tensor]:
+        """Return the tensors that hold keys and values now."""
+        return [tensor for store in self._stores.values() for tensor in store.held()]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens, then rest again."""
+        super().crop(tokens_to_remove)
+        self.rest()
+
+    def _map_rows(self, change: Any) -> None:
+        super()._map_rows(change)
+        self.rest()

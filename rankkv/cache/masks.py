@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..observe import block_masks
+from ..observe.hook import SUPPORTED_BACKENDS
 from ..observe.observation import is_visible
+from .layer import SlotMap
 
 #: Backends whose masks are understood; eager is the model module's own function.
-SUPPORTED_BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
 def project_mask(
@@ -147,3 +149,33 @@ def _mask_from_slots(
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
         ~visible, torch.finfo(dtype).min
     )
+
+
+# Steps for which a mask is made at once: a byte a head and step.
+_AHEAD = 256
+
+
+class StepMask:
+    """Remembers the mask of one layer: which slots are empty does not change until the layer is compressed again."""
+
+    def __init__(self) -> None:
+        self._valid: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def get(self, slots: SlotMap, query_heads: int, backend: str | None, dtype: torch.dtype) -> Tensor:
+        """Return the mask ``[batch, 1 or query_heads, 1, slot]`` for one query that sees every slot with a token.
+
+        Parameters
+        ----------
+        slots : SlotMap
+            Where the slots stand; some are empty.
+        query_heads, backend, dtype
+            See :func:`rankkv.cache.masks.project_mask`.
+        """
+        count = slots.kept_positions.shape[-1] + slots.seen - slots.compressed_at
+        if self._mask is None or self._valid is not slots.kept_valid or self._mask.shape[-1] < count:
+            ahead = replace(slots, seen=slots.seen + _AHEAD)
+            where = ahead.compute_positions(), ahead.compute_valid()
+            self._mask = project_mask(None, *where, 1, query_heads, backend, dtype)
+            self._valid = slots.kept_valid
+        return self._mask[..., :count]

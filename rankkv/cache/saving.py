@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from ..budget.heads import HeadCurves
 from ..budget.plan import BudgetPlan
-from ..budget_head_curves import HeadCurves
 from ..config import RankKVConfig
 from ..errors import CacheStateError, InputError
 from ..models.placement import list_weights, read_weight
@@ -77,8 +77,8 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
     CacheStateError
         If the prefill is not complete, or a layer holds a state that is no keys and values.
     """
-    flow = cache._flow
-    if flow.row_start is None or flow.deferred or not flow.compressed:
+    schedule = cache._schedule
+    if schedule.row_start is None or schedule.deferred or not schedule.compressed:
         raise CacheStateError(
             "the prompt is not compressed yet: call finish() after the last chunk, then save()."
         )
@@ -109,8 +109,8 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
         "fingerprint": fingerprint,
         "options": {**cache.config.to_dict(), "selector": describe_selector(cache.selector)},
         "layers": layers,
-        "flow": {name: getattr(flow, name) for name in ("row_start", "compressed_at", "streaming")},
-        "plans": [_plan_record(plan) for plan in flow.compressor.plans],
+        "flow": {name: getattr(schedule, name) for name in ("row_start", "compressed_at", "streaming")},
+        "plans": [_plan_record(plan) for plan in schedule.compressor.plans],
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,20 +182,20 @@ def restore_state(
     for packer in cache._packers.values():
         # The file lists its tensors by name, where 10 comes before 2.
         packer.epochs.sort(key=lambda epoch: epoch[0])
-    flow = cache._flow
+    schedule = cache._schedule
     for name, value in header["flow"].items():
-        setattr(flow, name, value)
-    flow.compressed, flow.deferred = True, False
+        setattr(schedule, name, value)
+    schedule.compressed, schedule.deferred = True, False
     for index, (layer, record) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         for name, value in record.items():
             if name not in ("type", "buffer_capacity"):
                 setattr(layer, name, value)
         if index in held:
             layer.buffer = QueryBuffer(record["buffer_capacity"])
-            layer.buffer.fill(**held[index], row_start=flow.row_start)
+            layer.buffer.fill(**held[index], row_start=schedule.row_start)
         if isinstance(layer, RankKVLayer):
             layer.rest()
-    flow.compressor.plans = [_restore_plan(cache, record) for record in header["plans"]]
+    schedule.compressor.plans = [_restore_plan(cache, record) for record in header["plans"]]
 
 
 def describe_selector(selector: Selector) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention_call import AttentionCall
-from ..budget_allocation import get_strategy
+from ..budget.strategies import get_strategy
 from ..config import RankKVConfig
 from ..errors import CacheStateError, ConfigError, UnsupportedModelError
 from ..models.tensor_parallel import HeadShards
-from ..observe.call import check_rows, observe
+from ..observe.call import AttentionCall, check_rows, observe
 from ..observe.observation import Observation
 from ..observe.queries import QueryBuffer
 from ..observe.rotary import LayerRotation
@@ -28,7 +27,7 @@ from .layer import RankKVLayer
 _DRAFT_QUERIES = 256
 
 
-class Flow:
+class CompressionSchedule:
     """Decides for every attention call of one cache what is observed and whether a compression follows.
 
     Parameters
@@ -53,7 +52,6 @@ class Flow:
         rotations: Mapping[int, LayerRotation | None] = MappingProxyType({}),
         shards: HeadShards | None = None,
     ) -> None:
-        self.config = config
         self.rotations = rotations
         self.shards = shards
         self.selector = selector
@@ -65,6 +63,11 @@ class Flow:
             windows = max(windows, get_strategy("distortion").windows)
         self.window_queries = config.window_size * windows
         self.reset()
+
+    @property
+    def config(self) -> RankKVConfig:
+        """All options: those of the compressor, which holds the one copy."""
+        return self.compressor.config
 
     def reset(self) -> None:
         """Forget everything: the next forward is a prefill."""
@@ -78,12 +81,12 @@ class Flow:
         self.recording = False
         self.streaming = self.config.prefill == "streaming"
 
-    def copy(self) -> Flow:
+    def copy(self) -> CompressionSchedule:
         """Return an independent copy (the layers are copied by the cache)."""
-        twin = copy.copy(self)
-        twin.compressor = copy.copy(self.compressor)
-        twin.row_start = None if self.row_start is None else list(self.row_start)
-        return twin
+        copied = copy.copy(self)
+        copied.compressor = copy.copy(self.compressor)
+        copied.row_start = None if self.row_start is None else list(self.row_start)
+        return copied
 
     def pick_rows(self, repeats: int = 1, indices: Tensor | None = None) -> None:
         """Follow a change of rows: each repeated, or those of ``indices`` only."""
@@ -202,6 +205,21 @@ class Flow:
                 layer = layers[index]
                 self.compressor.add_layer(layers, self._observe_buffer(layer, layer.keys, layer.values))
         self.end_round(layers)
+
+    def compress_observed(
+        self, layers: list[Any], observations: Mapping[int, Observation], selector: Selector | None = None
+    ) -> None:
+        """Compress all layers from observations of the whole prompt, with the scores of another selector if given."""
+        compressor = self.compressor
+        own, compressor.selector = compressor.selector, selector or compressor.selector
+        try:
+            for index in self.layer_indices:
+                compressor.add_layer(layers, self.add_past(layers[index], observations[index]))
+        finally:
+            compressor.selector = own
+        if self.layer_indices:
+            self.row_start = observations[self.layer_indices[0]].row_start
+            self.end_round(layers)
 
     def check_positions(self, layer: RankKVLayer, steps: int, position_ids: Tensor | None) -> None:
         """Check that new tokens go on where the tokens seen end.

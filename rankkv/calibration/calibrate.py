@@ -17,7 +17,7 @@ from ..models.placement import find_input_device
 from ..models.tensor_parallel import find_head_shards
 from ..profile.known import describe_shape, sample_weights
 from ..profile.record import RankProfile
-from ..utils.processes import find_place, gather, split_samples
+from ..utils.processes import find_process_rank, gather, split_samples
 from .gradient import check_differentiable, measure_gradients
 from .progress import DoneRecords
 from .settings import BASE_RATIO, RATIOS, CalibrationSettings
@@ -120,7 +120,7 @@ def calibrate(
     subject = describe_subject(model, name)
     # Tensor-parallel processes measure each piece together.
     shared = share_processes and find_head_shards(model) is None
-    done = DoneRecords(resume_path, settings.describe(subject), find_place().rank if share_processes else 0)
+    done = DoneRecords(resume_path, settings.describe(subject), find_process_rank().rank if share_processes else 0)
     own = split_samples(pieces) if shared else pieces
     cells = settings.count_cells(subject)
     records = []

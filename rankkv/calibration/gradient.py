@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..attention_call import AttentionCall
 from ..cache.cache import RankKVCache
 from ..cache.masks import project_mask
 from ..errors import UnsupportedModelError
 from ..models.compat import cache_argument
-from ..observe import hook as attention
+from ..observe import hook
+from ..observe.call import AttentionCall
+from ..observe.hook import AttentionObserver
 from .settings import BASE_RATIO, RATIOS
 from .single_runs import Continuation, Reference, TextPrefill, can_measure_heads, mark_kept
 
@@ -25,7 +26,7 @@ from .single_runs import Continuation, Reference, TextPrefill, can_measure_heads
 _SCALE = 1024.0
 
 
-class GatedCache(DynamicCache):
+class GatedCache(AttentionObserver, DynamicCache):
     """A full cache of which every head sees some tokens, and shows how its output would change if it saw others.
 
     Each layer's attention is run with what it sees and with each alternative.  The output is that of what it sees, plus
@@ -64,7 +65,7 @@ class GatedCache(DynamicCache):
             for index, tokens in seen.items()
         }
         self._attended: dict[int, Tensor] = {}
-        attention.watch_for(self, model)
+        hook.watch_for(self, model)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -72,7 +73,7 @@ class GatedCache(DynamicCache):
         """Append new keys and values, and take this layer's next attention call."""
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx in self.gates:
-            attention.hand_off(self, layer_idx, states[0].shape[-2])
+            hook.hand_off(self, layer_idx, states[0].shape[-2])
         return states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:

@@ -13,7 +13,7 @@ from ..cache.prefill import check_input_ids, run_prefill
 from ..errors import ConfigError, InputError
 from ..models.placement import find_input_device
 from ..observe.observation import Observation
-from ..query_moments import compute_query_moments, merge_moments
+from ..observe.queries import compute_query_moments, merge_moments
 from ..selection import Selector
 from ..selection.qfilter import FORMAT, compute_filter, load_query_filters
 from ..utils.files import dump_json, write_text_atomically

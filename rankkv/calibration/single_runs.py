@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -147,10 +147,7 @@ class TextPrefill:
             cache = RankKVCache(self._model, selector=self._selector, **options)
             run_prefill(self._model, cache, self._input_ids, None)
             return cache.finish()
-        cache = self._record.copy()
-        config = replace(cache.config, **options)
-        cache.config = cache._flow.config = cache._flow.compressor.config = config
-        return cache.finish()
+        return self._record.copy_with(**options).finish()
 
     def measure_ranks(self) -> dict[str, list[float]]:
         """Return the rank of each layer by scope and aggregation."""
@@ -169,9 +166,9 @@ class TextPrefill:
 
 def _mix(cache: RankKVCache, layer_idx: int, layer: Any) -> RankKVCache:
     """Return a copy of ``cache`` with another layer in one place."""
-    twin = cache.copy()
-    twin.layers[layer_idx] = copy.deepcopy(layer)
-    return twin
+    copied = cache.copy()
+    copied.layers[layer_idx] = copy.deepcopy(layer)
+    return copied
 
 
 def can_measure_heads(model: Any) -> bool:
@@ -189,12 +186,12 @@ def mark_kept(layer: Any, kept: Any) -> Tensor:
 
 def _give_head_back(layer: Any, kept: Any, head: int) -> Any:
     """Return a copy of a full layer of which all heads but one see only what another layer kept."""
-    twin = copy.deepcopy(layer)
+    copied = copy.deepcopy(layer)
     seen = mark_kept(layer, kept)
     seen[:, head] = True
-    twin.kept_positions = torch.arange(twin.seen, device=twin.keys.device)[None, None]
-    twin.kept_valid, twin.compressed_at = seen, twin.seen
-    return twin
+    copied.kept_positions = torch.arange(copied.seen, device=copied.keys.device)[None, None]
+    copied.kept_valid, copied.compressed_at = seen, copied.seen
+    return copied
 
 
 @torch.no_grad()

@@ -81,12 +81,11 @@ def analyze(
     options = parse_options(strategy_option, "--strategy-option")
 
     with show_step(console, f"Loading {model}"):
-        from ..analysis.samples import analyze_samples, summarize_layers
         from ..budget.plan import BudgetPlan
         from ..cache.cache import RankKVCache
         from ..config import RankKVConfig
         from ..models.loading import load_model
-        from ..pipeline import RankKVAnalyzer
+        from ..pipeline import RankKVAnalyzer, analyze_samples, summarize_layers
         from ..rank.aggregation import get_aggregation
 
         # Checked here, so that a misspelt name does not wait for the model.

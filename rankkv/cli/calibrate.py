@@ -13,7 +13,7 @@ import typer
 
 from ..errors import ConfigError, UnknownNameError
 from ..utils.files import find_cache_folder
-from ..utils.processes import find_own_device, find_place, is_main_process
+from ..utils.processes import find_own_device, find_process_rank, is_main_process
 from .common import check_at_least_one, check_output, print_json, reports_errors
 from .display import make_console, show_step
 
@@ -144,7 +144,7 @@ def _check_engine(engine: str, given: dict[str, Any]) -> None:
     named = [f"--{name}" for name, value in given.items() if value is not None]
     if engine != "ray" and named:
         raise ConfigError(f"{', '.join(named)}: only Ray takes this, so give --engine ray too.")
-    if engine == "ray" and find_place().size > 1:
+    if engine == "ray" and find_process_rank().size > 1:
         raise ConfigError(
             "--engine ray starts workers itself: run it as one process, without accelerate launch or torchrun."
         )

@@ -155,8 +155,8 @@ def _generate(
     """Generate with one of the three caches and return its record."""
     from transformers import DynamicCache
 
+    from ..analysis.generation import analyze_generation
     from ..cache.cache import RankKVCache
-    from ..cache.prefill import analyze_generation
 
     if name == _FULL:
         cache: Any = DynamicCache(config=model.config)

@@ -2,11 +2,70 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any
 
 import typer
 
+from ..budget.strategies import PROFILE_STRATEGIES, Strategy
+from ..budget_allocation import STRATEGIES
+from ..selection import SELECTORS, Selector, WrappingSelector
 from .common import print_json, reports_errors
+
+
+def describe_methods() -> dict[str, list[dict[str, Any]]]:
+    """Describe all registered methods.
+
+    Returns
+    -------
+    dict
+        ``"selectors"`` and ``"strategies"``: lists of records with the keys ``name``, ``options`` (with their
+        defaults), ``description`` (one sentence), ``needs`` (what the method reads of a layer), ``cost`` (operations
+        for each head, up to a factor of head_dim) and ``source`` (the paper).
+
+    Examples
+    --------
+    >>> methods = describe_methods()
+    >>> [method["needs"] for method in methods["selectors"] if method["name"] == "h2o"]
+    ['whole attention']
+    """
+    return {
+        "selectors": [describe_selector(selector) for selector in SELECTORS.values()],
+        "strategies": [
+            describe_strategy(name, strategy)
+            for name, strategy in {**STRATEGIES, **PROFILE_STRATEGIES}.items()
+        ],
+    }
+
+
+def describe_selector(selector: Selector) -> dict[str, Any]:
+    """Describe one selector as :func:`describe_methods` does."""
+    parameters = inspect.signature(selector.score).parameters
+    options = {name: parameters[name].default for name in selector.option_names if name in parameters}
+    if isinstance(selector, WrappingSelector):
+        options = {"base": str(selector.base), **options}
+    if selector.recent_fraction is not None:
+        options["recent_fraction"] = selector.recent_fraction
+    return {
+        "name": selector.name,
+        "options": {**options, **{k: v for k, v in selector.options.items() if k != "base"}},
+        "description": selector.description,
+        "needs": selector.needs,
+        "cost": selector.cost,
+        "source": selector.source,
+    }
+
+
+def describe_strategy(name: str, strategy: Strategy) -> dict[str, Any]:
+    """Describe one strategy as :func:`describe_methods` does."""
+    return {
+        "name": name,
+        "options": strategy.defaults,
+        "description": strategy.description,
+        "needs": strategy.needs,
+        "cost": strategy.cost,
+        "source": strategy.source,
+    }
 
 
 @reports_errors
@@ -14,8 +73,6 @@ def methods(
     json: Annotated[bool, typer.Option("--json", help="Print the methods as JSON to stdout.")] = False,
 ) -> None:
     """List the token selection methods and the budget strategies: options, what they read, cost, source."""
-    from ..methods import describe_methods
-
     record = describe_methods()
     if json:
         print_json(record)

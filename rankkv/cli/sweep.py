@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.sweep.config import SweepConfig
     from ..evaluation.sweep.sweep import ModelSweep, Sweep
-    from ..utils.processes import Place
+    from ..utils.processes import ProcessRank
 
 
 @reports_errors
@@ -86,15 +86,15 @@ def sweep(
         print_json({"folder": str(folder), "measured": done, "rows": None if rows is None else str(rows)})
 
 
-def _parse_share(text: str | None) -> Place | None:
+def _parse_share(text: str | None) -> ProcessRank | None:
     if text is None:
         return None
-    from ..utils.processes import Place
+    from ..utils.processes import ProcessRank
 
     number, slash, size = text.partition("/")
     if not (slash and number.isdecimal() and size.isdecimal() and 1 <= int(number) <= int(size)):
         raise ConfigError(f"--share is {text!r} but must be of the form 2/4, from 1/4 to 4/4.")
-    return Place(int(number) - 1, int(size))
+    return ProcessRank(int(number) - 1, int(size))
 
 
 def _print_plan(console: Console, config: SweepConfig, run: Sweep) -> None:

@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..attention_call import AttentionCall
 from ..cache.cache import RankKVCache
-from ..cache.layer import RankKVLayer
 from ..cache.prefill import check_input_ids, run_prefill
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.placement import find_input_device
-from ..observe import hook as attention
-from ..observe.call import observe
+from ..observe import hook
+from ..observe.call import AttentionCall, observe
 from ..observe.hidden_states import watch_hidden_states
+from ..observe.hook import AttentionObserver
 from ..observe.observation import Observation
 from ..selection import Selector
 
 
-class _RecordingCache(DynamicCache):
+class _RecordingCache(AttentionObserver, DynamicCache):
     """The model's plain cache, which keeps an observation of each full-attention layer besides."""
 
     layers: list[Any]
@@ -47,7 +46,7 @@ class _RecordingCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx in self.observed:
-            attention.hand_off(self, layer_idx, states[0].shape[-2])
+            hook.hand_off(self, layer_idx, states[0].shape[-2])
         return states
 
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
@@ -61,9 +60,6 @@ class _RecordingCache(DynamicCache):
                 sink_size=0,
             )
         return output
-
-    def find_attended(self, key: Tensor) -> None:
-        return None
 
 
 class _Recalling:
@@ -172,28 +168,12 @@ class PrefillRecord:
         config = cache.config
         if config.prefill != "single":
             raise ConfigError(
-                f"prefill={config.prefill!r} cannot be cut from a recorded prefill, which came in one piece; use "
+                f"prefill={config.prefill!r} cannot be cut from a recorded prefill, which came in one forward; use "
                 "prefill='single'."
             )
-        flow, layers = cache._flow, cache.layers
         observations = self.observe(config.window_size, config.sink_size)
-        for index, layer in enumerate(layers):
-            if isinstance(layer, RankKVLayer):
-                layer.update(observations[index].keys, observations[index].values)
-                layer.token_changes = self._plain.changes.get(index)
-            else:
-                layers[index] = copy.deepcopy(self._plain.layers[index])
-        compressor = flow.compressor
-        selector = compressor.selector
-        compressor.selector = cast(Selector, _Recalling(selector, self._scores))
-        with torch.no_grad():
-            for index in cache.layer_indices:
-                compressor.add_layer(layers, flow.add_past(layers[index], observations[index]))
-        compressor.selector = selector
-        if cache.layer_indices:
-            flow.row_start = observations[cache.layer_indices[0]].row_start
-            flow.end_round(layers)
-        return cache
+        recalling = cast(Selector, _Recalling(cache.selector, self._scores))
+        return cache.take_prefill(observations, self._plain.layers, self._plain.changes, recalling)
 
 
 def record_prefill(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> PrefillRecord:
@@ -230,9 +210,9 @@ def record_prefill(model: Any, input_ids: Tensor, attention_mask: Tensor | None 
     [60, 96]
     """
     input_ids = check_input_ids(input_ids, attention_mask).to(find_input_device(model))
-    attention.check_observable(model)
+    hook.check_observable(model)
     cache = _RecordingCache(model)
-    attention.watch_for(cache, model)
+    hook.watch_for(cache, model)
     last_logits = run_prefill(model, cache, input_ids, attention_mask).float()
-    attention.check_not_pending(cache)
+    hook.check_not_pending(cache)
     return PrefillRecord(model, cache, input_ids, attention_mask, last_logits)

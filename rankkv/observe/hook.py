@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention_call import AttentionCall
-from ..cache.masks import SUPPORTED_BACKENDS
 from ..errors import CacheStateError, UnsupportedModelError
 from ..models.compat import find_eager_homes, takes_dynamic_cache
+from .call import AttentionCall
 
+#: Attention backends whose masks are understood.
+SUPPORTED_BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 _EAGER = "eager_attention_forward"
 _originals: dict[str, Callable[..., Any] | None] = {}
 _eager_homes: dict[ModuleType, Callable[..., Any]] = {}
@@ -38,20 +39,23 @@ _alive: set[int] = set()
 _any_cache_alive = False
 
 
-class ObservingCache(Protocol):
-    """A cache that wants to see the attention of its layers."""
+class AttentionObserver:
+    """Base of what the hook shows attention calls to: a cache, or what the layers of one share."""
 
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
-        """Run the call with the layer's own mask and look at what it used."""
+        """Run the call of a layer that has just updated its keys, and look at what it used."""
+        raise NotImplementedError
 
     def find_attended(self, key: Tensor) -> int | None:
-        """Return the layer whose attention was last given these very keys, if there is one."""
+        """Return the layer whose attention was last given these very keys; None where that needs no care."""
+        return None
 
     def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the call of a layer that attends to the keys of layer ``layer_idx``."""
+        return call.run()
 
 
-def hand_off(cache: ObservingCache, layer_idx: int, key_length: int) -> None:
+def hand_off(cache: AttentionObserver, layer_idx: int, key_length: int) -> None:
     """Announce that the next attention call of this thread belongs to ``cache`` and ``layer_idx``.
 
     A call of another layer, or over another number of keys, is none of this cache's: its forward was interrupted.
@@ -74,7 +78,7 @@ def hand_off(cache: ObservingCache, layer_idx: int, key_length: int) -> None:
         )
 
 
-def _take_hand_off(module: nn.Module, key: Tensor) -> tuple[ObservingCache, int] | None:
+def _take_hand_off(module: nn.Module, key: Tensor) -> tuple[AttentionObserver, int] | None:
     pending = getattr(_local, "pending", None)
     if pending is None:
         return None
@@ -86,7 +90,7 @@ def _take_hand_off(module: nn.Module, key: Tensor) -> tuple[ObservingCache, int]
     return None if cache is None else (cache, pending[1])
 
 
-def _find_lender(key: Tensor) -> tuple[ObservingCache, int] | None:
+def _find_key_owner(key: Tensor) -> tuple[AttentionObserver, int] | None:
     # A layer without keys of its own attends to another layer's, the very tensor that layer was given.
     current = getattr(_local, "current", None)
     cache = None if current is None else current()
@@ -143,14 +147,14 @@ def _run_observed(call: AttentionCall) -> Any:
         cache, layer_idx = owner
         _local.current = weakref.ref(cache)
         return cache.attend(layer_idx, call)
-    lender = _find_lender(call.key)
-    if lender is not None:
-        cache, layer_idx = lender
+    shared = _find_key_owner(call.key)
+    if shared is not None:
+        cache, layer_idx = shared
         return cache.attend_shared(layer_idx, call)
     return call.run()
 
 
-def watch_for(cache: ObservingCache, model: PreTrainedModel | None) -> None:
+def watch_for(cache: AttentionObserver, model: PreTrainedModel | None) -> None:
     """Look at attention calls as long as ``cache`` lives, wrapping the attention functions if they are not yet."""
     global _any_cache_alive
     install()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-
-from ..rank.spectrum import compute_gram
 
 if TYPE_CHECKING:
     from ..models.tensor_parallel import HeadShards
@@ -184,14 +182,12 @@ class Observation:
             columns = columns.repeat_interleave(window.shape[1] // columns.shape[1], dim=1)
         return window * columns[:, :, None, :]
 
-    @cached_property
-    def group_grams(self) -> Tensor:
-        """Gram matrix of each key/value head's evictable attention, ``[batch, kv_head, query, query]`` float64.
-
-        The query heads of a group stand side by side along the keys, so that their own Gram matrices add up.
-        """
-        grams = compute_gram(self.evictable_attention)
-        return grams.unflatten(1, (self.kv_heads, -1)).sum(dim=2)
+    def remember(self, compute: Callable[[Observation], Tensor]) -> Tensor:
+        """Return ``compute(self)``, computed once for each observation and function."""
+        known: dict[Any, Tensor] = vars(self).setdefault("_remembered", {})
+        if compute not in known:
+            known[compute] = compute(self)
+        return known[compute]
 
     @cached_property
     def is_plainly_causal(self) -> bool:

@@ -173,9 +173,9 @@ class PackedPositions:
 
     def copy(self) -> PackedPositions:
         """Return an independent copy."""
-        twin = PackedPositions(self.rotation)
-        twin.epochs = list(self.epochs)
-        return twin
+        copied = PackedPositions(self.rotation)
+        copied.epochs = list(self.epochs)
+        return copied
 
     def reset(self) -> None:
         """Forget which frequencies earlier tokens were turned with."""

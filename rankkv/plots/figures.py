@@ -237,7 +237,7 @@ def plot_cache_comparison(runs: Sequence[Mapping[str, Any]], path: str | Path | 
     ----------
     runs : sequence of mapping
         Each with ``name``, ``cache_bytes``, ``ttft_seconds`` and ``tpot_seconds``, as
-        :class:`~rankkv.cache.prefill.GenerationRecord` counts them.
+        :class:`~rankkv.analysis.generation.GenerationRecord` counts them.
     path : str or Path, optional
         Where to save it too; see :func:`save_figure`.
 

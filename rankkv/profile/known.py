@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import PROFILE_USERS, RankKVConfig
-from ..errors import ProfileError, RankKVError
+from ..errors import RankKVError
 from ..models.compat import read_config
 from ..models.placement import list_weights, read_weight
 from ..models.tensor_parallel import sample_parameter
@@ -81,7 +79,7 @@ def list_known_profiles(key: str) -> list[Path]:
         From `compute_shape_key`.
     """
     own = sorted(_own_folder().glob(f"*{key}*.json")) if _own_folder().is_dir() else []
-    with importlib.resources.as_file(importlib.resources.files("rankkv") / "profiles") as folder:
+    with importlib.resources.as_file(importlib.resources.files("rankkv.profile") / "shipped") as folder:
         return own + sorted(folder.glob(f"*{key}*.json"))
 
 
@@ -123,83 +121,6 @@ def find_profile(model: Any, layer_indices: list[int], with_heads: bool = False)
 @functools.lru_cache(maxsize=8)
 def _load(path: Path, changed_at: int) -> RankProfile:
     return RankProfile.load(path)
-
-
-def resolve_profile(
-    config: RankKVConfig, model: Any, layer_indices: list[int], can_spread: bool = True
-) -> RankKVConfig:
-    """Return the options with the profile of this model in the place of ``profile="auto"``, where it is used.
-
-    Parameters
-    ----------
-    config : RankKVConfig
-        All options.
-    model : PreTrainedModel
-        The model they are for.
-    layer_indices : list of int
-        Its compressible layers.
-    can_spread : bool, default True
-        Whether the heads of a layer may keep different numbers of tokens.
-
-    Raises
-    ------
-    ProfileError
-        If a profile given belongs to another model, or one is needed and none is known.
-    """
-    if not layer_indices or config.profile is None:
-        return config
-    if isinstance(config.profile, RankProfile):
-        config.profile.check_model(describe_shape(model), sample_weights(model), layer_indices)
-        return config
-    by_heads = config.head_budgets == "profile"
-    prefers_heads = by_heads or (can_spread and _is_left_open(config))
-    wanted = by_heads or config.strategy in PROFILE_USERS
-    # Options without a strategy are those of the uncalibrated default; heads measured in the prompt need no profile.
-    decided = config.strategy is not None or config.strategy_options is not None
-    if not wanted and (decided or config.head_budgets == "distortion"):
-        return config
-    profile = find_profile(model, layer_indices, with_heads=prefers_heads)
-    if profile is not None:
-        return replace(config, profile=profile)
-    if wanted:
-        user = "head_budgets='profile'" if by_heads else f"strategy={config.strategy!r}"
-        raise ProfileError(
-            f"{user} needs a profile, and none is known of {type(model).__name__} "
-            f"{model.config._name_or_path or '(no name)'!r}: measure one with rankkv calibrate, or give "
-            "profile=RankProfile.load(path)."
-        )
-    return config
-
-
-def resolve_head_budgets(config: RankKVConfig, can_spread: bool) -> RankKVConfig:
-    """Return the options with a way to spread budgets over heads in the place of ``head_budgets="auto"``.
-
-    Where ``strategy`` is not given either it is what measured best: by the heads of the profile, where one with heads
-    is used, else by what evicting costs each head in the prompt.  A profile of layers only, and a strategy that was
-    asked for, or another part of the attention to rank, leave the heads of a layer equal.
-
-    Parameters
-    ----------
-    config : RankKVConfig
-        All options, their profile resolved.
-    can_spread : bool
-        Whether the heads of a layer may keep different numbers of tokens.
-    """
-    if config.head_budgets != "auto":
-        return config
-    way = None
-    if can_spread and _is_left_open(config):
-        profile = config.profile
-        by_profile = isinstance(profile, RankProfile)
-        way = "distortion" if not by_profile else "profile" if profile.head_gain_divergence else None
-    return replace(config, head_budgets=way)
-
-
-def _is_left_open(config: RankKVConfig) -> bool:
-    """Whether what decides how heads are treated is left to what measured best, and there is something to spread."""
-    usual = (config.scope, config.aggregation) == (RankKVConfig.scope, RankKVConfig.aggregation)
-    keeps_all = config.compression_ratio == 1.0 and config.budget is None
-    return config.head_budgets == "auto" and config.strategy is None and usual and not keeps_all
 
 
 def _own_folder() -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -240,7 +239,7 @@ class RankProfile:
 
     @classmethod
     def calibrate(cls, model: Any, tokenizer: Any = None, texts: Any = None, **options: Any) -> RankProfile:
-        """Measure a profile of ``model``; see :func:`rankkv.calibration.calibrate.calibrate` for all options.
+        """Measure a profile of ``model``; see :func:`rankkv.calibrate` for all options.
 
         Parameters
         ----------
@@ -253,10 +252,10 @@ class RankProfile:
         **options
             Tokens of context and continuation, ratios, selector, a file to resume from.
         """
-        # By name, because calibration runs caches and stands above this module.
-        calibration = importlib.import_module("rankkv.calibration.calibrate")
-        profile: RankProfile = calibration.calibrate(model, tokenizer, texts, **options)
-        return profile
+        # The root resolves names on use: calibration runs caches and stands above this package.
+        import rankkv
+
+        return rankkv.calibrate(model, tokenizer, texts, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the profile, as JSON, to a model repository of the hub, and return the commit's address.

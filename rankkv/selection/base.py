@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..observe.observation import Observation
-from ..spans import count_spanned
 
 #: What a method may read, as :attr:`Selector.needs` says it.
 NEEDS = ("window attention", "whole attention", "queries", "keys only", "keys and values", "nothing")
@@ -42,7 +40,7 @@ class Selector:
     recent_fraction : float, optional
         Fraction of a layer's budget protected as its newest tokens; None protects ``min(window_size, budget // 2)``.
     past_queries : {"", "turned", "unturned"}
-        What it needs of queries that are gone, of :data:`rankkv.query_moments.PAST_QUERIES`; empty for nothing.
+        What it needs of queries that are gone, of :data:`rankkv.observe.queries.PAST_QUERIES`; empty for nothing.
     fallback : (str, str), optional
         An option the method is meant to have, and what is done where it is not given.
     step : {"decay", "sum", "rescore"}
@@ -146,123 +144,100 @@ class Selector:
         return f"{self.name}({listed})" if listed else self.name
 
 
-def select_tokens(
-    scores: Tensor,
-    real_index: Tensor,
-    lengths: Sequence[int],
-    budgets: Sequence[int],
-    selector: Selector,
-    window_size: int,
-    sink_size: int,
-    *,
-    protect: Sequence[tuple[int, int]] = (),
-    protect_before: Sequence[int] | None = None,
-    keep: Sequence[int] | None = None,
-) -> Tensor:
-    """Select the indices of the tokens to keep: the protected ones, then those of the highest score.
+@dataclass(frozen=True)
+class WrappingSelector(Selector):
+    """A method whose ``score`` is ``score(scores, observation, **options)``: it refines the scores of a base.
+
+    What it reads, how its scores go on from query to query and what it protects follow from the base.  While decoding,
+    the scores of the base are continued, and refined again for each selection.
 
     Parameters
     ----------
-    scores : Tensor
-        ``[batch, kv_head or 1, key]``; ties go to the earlier token, a score that is not a number loses.
-    real_index : Tensor
-        ``[batch, kv_head or 1, key]`` int64, index of each key in its row's real tokens, -1 where there is none.
-    lengths, budgets : sequence of int
-        Real tokens seen and tokens to keep, one entry a row.
-    selector : Selector
-        Says how much of a budget is protected.
-    window_size, sink_size : int
-        See :meth:`Selector.count_protected`.
-    protect : sequence of (start, stop)
-        Spans of real tokens that are kept before any other.
-    protect_before : sequence of int, optional
-        Length of each row when its budget was made: tokens from there on have no place in it for a span of theirs.
-    keep : sequence of int, optional
-        Tokens to select in each row where that differs from ``min(budget, length)``: fewer where fewer are there, one
-        more while budgets may still shrink, since the protected part shrinks with them.
-
-    Returns
-    -------
-    Tensor
-        Int64 ``[batch, kv_head or 1, width]``, ascending, with ``width = max(keep)``; a row that keeps fewer
-        tokens starts with -1.
+    base : Selector
+        The method whose scores are refined; the option ``base`` exchanges it, by name or as a selector.
+    wraps : tuple of str
+        What a base may read, of :data:`rankkv.selection.NEEDS`; empty for any.
 
     Examples
     --------
     >>> from rankkv.selection import get_selector
-    >>> scores = torch.tensor([[[0.1, 0.9, 0.2, 0.8, 0.3, 0.0]]])
-    >>> index = torch.arange(6).view(1, 1, 6)
-    >>> select_tokens(scores, index, [6], [3], get_selector("snapkv"), window_size=1, sink_size=0).tolist()
-    [[[1, 3, 5]]]
+    >>> chunks = get_selector("chunkkv", base="h2o", chunk_length=16)
+    >>> str(chunks), chunks.needs
+    ("chunkkv(base='h2o', chunk_length=16)", 'whole attention')
     """
-    if keep is None:
-        keep = [min(budget, length) for budget, length in zip(budgets, lengths, strict=True)]
-    width = max(keep)
-    scores = raise_protected(
-        scores,
-        real_index,
-        lengths,
-        budgets,
-        selector,
-        window_size,
-        sink_size,
-        protect=protect,
-        protect_before=protect_before,
-    )
-    # On a GPU the host would wait to learn where the kept tokens stand, which sorting needs not know.
-    if min(keep) < width or scores.device.type != "cpu":
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-        rank = torch.arange(width, device=order.device)
-        order = order.masked_fill(rank >= torch.tensor(keep, device=order.device).view(-1, 1, 1), -1)
-        return order.sort(dim=-1).values
-    # Nothing has to be sorted to find what lies above the least score that is kept, and the first of those at it.
-    least = scores.topk(width, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    above, level = scores > least, scores == least
-    is_kept = above | (level & (level.cumsum(dim=-1) <= width - above.sum(dim=-1, keepdim=True)))
-    return is_kept.nonzero()[:, -1].view(*scores.shape[:-1], width)
 
+    base: Selector | None = None
+    wraps: tuple[str, ...] = ()
 
-def raise_protected(
-    scores: Tensor,
-    real_index: Tensor,
-    lengths: Sequence[int],
-    budgets: Sequence[int],
-    selector: Selector,
-    window_size: int,
-    sink_size: int,
-    *,
-    protect: Sequence[tuple[int, int]] = (),
-    protect_before: Sequence[int] | None = None,
-) -> Tensor:
-    """Raise the scores of protected tokens to infinity and lower those of empty places to minus infinity.
+    @classmethod
+    def of(
+        cls, base: Selector, name: str, score: Any, source: str, cost: str, **more: Any
+    ) -> WrappingSelector:
+        """Build the wrapper ``name`` around ``base``; ``cost`` comes on top of the base's."""
+        return cls(
+            name,
+            score,
+            base.needs,
+            source,
+            cost,
+            recent_fraction=base.recent_fraction,
+            step=base.step,
+            past_queries=base.past_queries,
+            base=base,
+            **more,
+        )
 
-    Parameters
-    ----------
-    scores, real_index, lengths, budgets, selector, window_size, sink_size, protect, protect_before
-        See :func:`select_tokens`.
+    @property
+    def option_names(self) -> list[str]:
+        """``base``, and the names of the options of ``score``."""
+        return ["base", *list(inspect.signature(self.score).parameters)[2:]]
 
-    Returns
-    -------
-    Tensor
-        ``[batch, kv_head or 1, key]``; all other scores are finite.
-    """
-    device = scores.device
-    spanned_in = lengths if protect_before is None else protect_before
-    spans = [count_spanned(protect, length) for length in spanned_in]
-    counts = [
-        selector.count_protected(max(0, budget - spanned), window_size, sink_size)
-        for budget, spanned in zip(budgets, spans, strict=True)
-    ]
-    newest_from = torch.tensor(
-        [n - recent for n, (recent, _) in zip(lengths, counts, strict=True)], device=device
-    )
-    sinks = torch.tensor([first for _, first in counts], device=device)
-    shape = torch.broadcast_shapes(scores.shape, real_index.shape)
-    real_index = real_index.expand(shape)
-    # The lowest finite number, so that a score that is not a number still ranks above padding.
-    scores = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min).expand(shape)
-    is_protected = (real_index >= newest_from.view(-1, 1, 1)) | (real_index < sinks.view(-1, 1, 1))
-    stops = torch.tensor(spanned_in, device=device).view(-1, 1, 1)
-    for start, stop in protect:
-        is_protected |= (real_index >= start) & (real_index < stops.clamp(max=stop))
-    return scores.masked_fill(is_protected, float("inf")).masked_fill(real_index < 0, float("-inf"))
+    def with_options(self, **options: Any) -> Selector:
+        """Return this selector with ``options`` bound.
+
+        Raises
+        ------
+        ConfigError
+            If the method has no option of that name, a value is outside its range, or the base has no scores that
+            this method can refine.
+        UnknownNameError
+            If no selector has the name that ``base`` gives.
+        """
+        changed = super().with_options(**options)
+        if "base" not in options:
+            return changed
+        base = options["base"]
+        if not isinstance(base, Selector):
+            raise ConfigError(
+                f"base={base!r} of selector {self.name!r} must be a Selector: use get_selector({self.name!r}, "
+                f"base={base!r}), which looks names up."
+            )
+        if self.wraps and base.needs not in self.wraps:
+            raise ConfigError(
+                f"base={str(base)!r} of selector {self.name!r} reads {base.needs!r}: its scores are no attention; "
+                f"give a method that reads one of: {', '.join(self.wraps)}."
+            )
+        recent_fraction = options.get("recent_fraction", base.recent_fraction)
+        return replace(
+            changed,
+            needs=base.needs,
+            step=base.step,
+            past_queries=base.past_queries,
+            recent_fraction=recent_fraction,
+            base=base,  # type: ignore[call-arg]
+        )
+
+    def compute_lasting_scores(self, observation: Observation) -> Tensor:
+        """Compute the scores of the base, which later queries continue."""
+        return self._base.compute_lasting_scores(observation)
+
+    def refine(self, scores: Tensor, observation: Observation) -> Tensor:
+        """Make of the base's scores those by which tokens are selected."""
+        options = {name: value for name, value in self.options.items() if name != "base"}
+        return self.score(self._base.refine(scores, observation), observation, **options)
+
+    @property
+    def _base(self) -> Selector:
+        if self.base is None:
+            raise ConfigError(f"selector {self.name!r} wraps another one: give it a base.")
+        return self.base

@@ -7,8 +7,7 @@ from torch.nn import functional
 
 from ..errors import ConfigError, UnknownNameError
 from ..observe.observation import Observation
-from .scoring import without_padding
-from .ties import merge_ties
+from .scoring import merge_ties, without_padding
 
 _LEVERAGES = ("kv_product", "kv_avg", "key", "value")
 

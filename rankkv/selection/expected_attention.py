@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..observe.observation import Observation
-from ..query_moments import compute_query_moments, split_moments
+from ..observe.queries import compute_query_moments, split_moments
 from .scoring import without_padding
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..observe.observation import Observation
-from .scoring import without_padding
-from .ties import merge_ties
+from .scoring import merge_ties, without_padding
 
 
 @without_padding

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..observe.observation import Observation
-from ..query_moments import compute_query_moments, split_moments
+from ..observe.queries import compute_query_moments, split_moments
 from .scoring import without_padding
 
 FORMAT = "rankkv.calibration.query_filters/1"
@@ -67,7 +67,7 @@ def compute_filter(moments: Tensor, key_heads: int) -> Tensor:
     Parameters
     ----------
     moments : Tensor
-        ``[batch, head, key_dim + 1, key_dim + 1]``, see :func:`rankkv.query_moments.compute_query_moments`.
+        ``[batch, head, key_dim + 1, key_dim + 1]``, see :func:`rankkv.observe.queries.compute_query_moments`.
     key_heads : int
         Number of key heads; each group of query heads is averaged.
 

@@ -24,7 +24,7 @@ _PATIENCE = timedelta(days=7)
 _group: Any = None
 
 
-class Place(NamedTuple):
+class ProcessRank(NamedTuple):
     """Which of the launched processes this is.
 
     Parameters
@@ -39,7 +39,7 @@ class Place(NamedTuple):
     size: int
 
 
-def find_place() -> Place:
+def find_process_rank() -> ProcessRank:
     """Return the rank of this process and how many there are, as the launcher's environment says; (0, 1) without one.
 
     Raises
@@ -49,25 +49,25 @@ def find_place() -> Place:
 
     Examples
     --------
-    >>> find_place()
-    Place(rank=0, size=1)
+    >>> find_process_rank()
+    ProcessRank(rank=0, size=1)
     """
     for rank, size in _LAUNCHERS:
         # Cluster managers set such names for single processes too; a launcher also says where to meet.
         if rank in os.environ and size in os.environ and "MASTER_ADDR" in os.environ:
-            place = Place(int(os.environ[rank]), int(os.environ[size]))
+            place = ProcessRank(int(os.environ[rank]), int(os.environ[size]))
             if not 0 <= place.rank < place.size:
                 raise ProcessGroupError(
                     f"{rank}={place.rank} is outside 0 to {size} - 1 = {place.size - 1}: start the processes with "
                     "`accelerate launch` or `torchrun`, which set both."
                 )
             return place
-    return Place(0, 1)
+    return ProcessRank(0, 1)
 
 
 def is_main_process() -> bool:
     """Tell whether this process is the one that prints and writes."""
-    return find_place().rank == 0
+    return find_process_rank().rank == 0
 
 
 def find_own_device() -> str | None:
@@ -80,9 +80,9 @@ def find_own_device() -> str | None:
     """
     import torch
 
-    if find_place().size == 1 or not torch.cuda.is_available():
+    if find_process_rank().size == 1 or not torch.cuda.is_available():
         return None
-    local = int(os.environ.get("LOCAL_RANK", find_place().rank))
+    local = int(os.environ.get("LOCAL_RANK", find_process_rank().rank))
     if local >= torch.cuda.device_count():
         raise ProcessGroupError(
             f"process {local} of this machine finds {torch.cuda.device_count()} GPUs: launch as many processes as "
@@ -109,7 +109,7 @@ def split_samples(samples: Sequence[Sample]) -> list[Sample]:
     >>> split_samples(["a", "b", "c"])
     ['a', 'b', 'c']
     """
-    rank, size = find_place()
+    rank, size = find_process_rank()
     return list(samples[rank::size])
 
 
@@ -139,7 +139,7 @@ def gather(results: Sequence[Any]) -> list[Any]:
     >>> gather([0.1, 0.2])
     [0.1, 0.2]
     """
-    size = find_place().size
+    size = find_process_rank().size
     if size == 1:
         return list(results)
     parts = [json.loads(part) for part in _exchange(json.dumps(list(results)).encode())]
@@ -158,7 +158,7 @@ def _exchange(message: bytes) -> list[bytes]:
     import torch
     from torch import distributed
 
-    group, size = _join_group(), find_place().size
+    group, size = _join_group(), find_process_rank().size
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
     distributed.all_gather(lengths, torch.tensor([len(message)]), group=group)
     counts = [int(length) for length in lengths]
@@ -175,7 +175,7 @@ def _join_group() -> Any:
     if _group is None:
         from torch import distributed
 
-        rank, size = find_place()
+        rank, size = find_process_rank()
         if distributed.is_initialized():
             # The user's own group may be one of GPUs.
             _group = distributed.new_group(backend="gloo", timeout=_PATIENCE)

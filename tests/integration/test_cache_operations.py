@@ -117,16 +117,16 @@ def test_beam_search_on_a_compressed_cache_is_row_invariant(model):
 def test_beam_search_equals_that_over_the_masked_full_cache(model):
     prompt, new_tokens = PROMPTS[0], 6
     cache = oracles.prefill(model, prompt, **OPTIONS)
-    twin, full = oracles.masked_oracle(model, cache, prompt)
+    copied, full = oracles.masked_oracle(model, cache, prompt)
     first = oracles.next_chunks(1, (1,))[0]
     ids = torch.cat([prompt, first], dim=-1)
     # Both go on from one prefilled row, whose last token is not in the cache yet.
     full.batch_repeat_interleave(4)
     cache.batch_repeat_interleave(4)
-    for module in oracles.attention_modules(twin).values():
+    for module in oracles.attention_modules(copied).values():
         module.oracle_evicted = module.oracle_evicted.repeat_interleave(4, 0)
     options = {"num_beams": 4, "num_return_sequences": 4, "new_tokens": new_tokens}
-    expected = oracles.generate(twin, ids, full, **options)
+    expected = oracles.generate(copied, ids, full, **options)
     assert torch.equal(oracles.generate(model, ids, cache, **options), expected)
 
 
@@ -237,11 +237,11 @@ def test_questions_on_copies_are_independent(model, duplicate):
 
 def test_a_copy_shares_no_memory(llama):
     cache = oracles.prefill(llama, PROMPTS[0], **OPTIONS)
-    twin = cache.copy()
-    for mine, its in zip(cache.layers, twin.layers, strict=True):
+    copied = cache.copy()
+    for mine, its in zip(cache.layers, copied.layers, strict=True):
         assert mine.keys.untyped_storage().data_ptr() != its.keys.untyped_storage().data_ptr()
         assert torch.equal(mine.keys, its.keys)
-    assert twin.summary() == cache.summary()
+    assert copied.summary() == cache.summary()
 
 
 def test_rewinding_between_questions(model):
@@ -272,8 +272,8 @@ def test_prefill_by_hand_then_generate(model):
     # The next token stands at the true length of the prompt, not at the number of slots.
     prompt = PROMPTS[0]
     cache = oracles.prefill(model, prompt[:, :-1], **OPTIONS)
-    twin, full = oracles.masked_oracle(model, cache, prompt[:, :-1])
-    assert torch.equal(oracles.generate(model, prompt, cache), oracles.generate(twin, prompt, full))
+    copied, full = oracles.masked_oracle(model, cache, prompt[:, :-1])
+    assert torch.equal(oracles.generate(model, prompt, cache), oracles.generate(copied, prompt, full))
 
 
 def test_different_questions_keep_different_tokens(llama):
@@ -308,11 +308,11 @@ def test_three_turns_with_all_ids(model):
 def test_second_turn_equals_the_masked_full_cache(model):
     prompt = PROMPTS[0]
     cache = oracles.prefill(model, prompt, **OPTIONS)
-    twin, full = oracles.masked_oracle(model, cache, prompt)
+    copied, full = oracles.masked_oracle(model, cache, prompt)
     ids = torch.cat([prompt, oracles.random_prompt(8, seed=41)], 1)
     for turn in range(2):
         answer = oracles.generate(model, ids, cache, new_tokens=5)
-        assert torch.equal(answer, oracles.generate(twin, ids, full, new_tokens=5))
+        assert torch.equal(answer, oracles.generate(copied, ids, full, new_tokens=5))
         ids = torch.cat([ids, answer, oracles.random_prompt(6, seed=turn)], 1)
 
 

@@ -40,7 +40,7 @@ def steps_of(rows: int, count: int, seed: int = 50) -> list[torch.Tensor]:
 
 def assert_every_step_equals_the_masked_oracle(model, cache, ids, mask, chunks):
     """O2 for a cache that evicts while decoding: before each step, what it does not hold now is masked."""
-    twin, full = oracles.masked_oracle(model, cache, ids, mask)
+    copied, full = oracles.masked_oracle(model, cache, ids, mask)
     for chunk in chunks:
         for layer_idx in cache.layer_indices:
             rows = oracles.kept_positions(cache, layer_idx)
@@ -48,8 +48,8 @@ def assert_every_step_equals_the_masked_oracle(model, cache, ids, mask, chunks):
             for row, heads in enumerate(rows):
                 for head, kept in enumerate(heads):
                     evicted[row, head, kept] = False
-            oracles.attention_modules(twin)[layer_idx].oracle_evicted = evicted
-        expected = oracles.feed(twin, full, [chunk], mask)[0]
+            oracles.attention_modules(copied)[layer_idx].oracle_evicted = evicted
+        expected = oracles.feed(copied, full, [chunk], mask)[0]
         actual = oracles.feed(model, cache, [chunk], mask)[0]
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
         mask = torch.cat([mask, mask.new_ones(chunk.shape)], dim=-1)

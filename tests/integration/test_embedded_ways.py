@@ -108,8 +108,8 @@ def test_assisted_by_itself(model, prompts):
     assert text[0, 0] == plain[0, 0]
     # What follows the first judged draft is what the full cache gives with the evicted tokens masked.
     ids, at = torch.cat([prompt, text], dim=-1), cache.layers[0].compressed_at
-    twin, full = oracles.masked_oracle(model, cache, ids[:, :at])
-    expected = oracles.feed(twin, full, [ids[:, at:-1]])[0].argmax(-1)
+    copied, full = oracles.masked_oracle(model, cache, ids[:, :at])
+    expected = oracles.feed(copied, full, [ids[:, at:-1]])[0].argmax(-1)
     assert torch.equal(ids[:, at + 1 :], expected)
     assert_in_order(cache)
 

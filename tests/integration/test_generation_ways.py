@@ -39,8 +39,8 @@ def assert_follows_masked_oracle(model, cache, prompt, text):
     """The greedy ``text`` after ``prompt`` is what the full cache gives, the tokens evicted at compression masked."""
     ids = torch.cat([prompt, text], dim=-1)
     at = cache.layers[cache.layer_indices[0]].compressed_at
-    twin, full = oracles.masked_oracle(model, cache, ids[:, :at])
-    expected = torch.cat(oracles.feed(twin, full, ids[:, at:-1].split(1, dim=-1)), dim=1).argmax(-1)
+    copied, full = oracles.masked_oracle(model, cache, ids[:, :at])
+    expected = torch.cat(oracles.feed(copied, full, ids[:, at:-1].split(1, dim=-1)), dim=1).argmax(-1)
     assert torch.equal(ids[:, at + 1 :], expected)
     return ids.shape[1] - at - 1
 
@@ -76,13 +76,13 @@ def test_beams_on_a_compressed_prompt_equal_those_on_the_masked_oracle(model, se
     # The beams part at the first token, from logits of the whole prompt; so that both sides search alike, the prompt is
     # prefilled before and the search starts from its last token but one.
     cache = oracles.prefill(model, PROMPT[:, :-1], selector=selector, **KEEP)
-    twin, full = oracles.masked_oracle(model, cache, PROMPT[:, :-1])
+    copied, full = oracles.masked_oracle(model, cache, PROMPT[:, :-1])
     for held in (cache, full):
         held.batch_repeat_interleave(beams)
-    for module in oracles.attention_modules(twin).values():
+    for module in oracles.attention_modules(copied).values():
         module.oracle_evicted = module.oracle_evicted.repeat_interleave(beams, 0)
     options = {"num_beams": beams, "num_return_sequences": beams}
-    expected = oracles.generate(twin, PROMPT, full, **options)
+    expected = oracles.generate(copied, PROMPT, full, **options)
     assert torch.equal(oracles.generate(model, PROMPT, cache, **options), expected)
 
 
@@ -294,13 +294,13 @@ def test_rows_may_change_before_a_chunked_prompt_is_compressed(model):
     oracles.forward(model, cache, ids[:, :50], mask[:, :50])
     oracles.forward(model, cache, ids[:, 50:], mask)
     for order in ([1], [1, 0, 1], [0, 0]):
-        twin = cache.copy()
-        twin.batch_select_indices(torch.tensor(order))
-        twin.finish()
+        copied = cache.copy()
+        copied.batch_select_indices(torch.tensor(order))
+        copied.finish()
         for row, number in enumerate(order):
             alone = oracles.prefill(model, prompts[number], **KEEP)
-            assert twin.budgets_per_row[row] == alone.budgets
-            kept = [layer[row] for layer in oracles.kept_tokens(twin, mask[order])]
+            assert copied.budgets_per_row[row] == alone.budgets
+            kept = [layer[row] for layer in oracles.kept_tokens(copied, mask[order])]
             assert kept == [layer[0] for layer in oracles.kept_tokens(alone)]
 
 

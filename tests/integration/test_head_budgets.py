@@ -327,11 +327,11 @@ def test_turns(model, recompress_turns):
 
 def test_second_turn_equals_the_masked_full_cache(model):
     cache = oracles.prefill(model, PROMPT, **KEEP)
-    twin, full = oracles.masked_oracle(model, cache, PROMPT)
+    copied, full = oracles.masked_oracle(model, cache, PROMPT)
     ids = torch.cat([PROMPT, oracles.random_prompt(8, seed=41)], 1)
     for turn in range(2):
         answer = oracles.generate(model, ids, cache, new_tokens=5)
-        assert torch.equal(answer, oracles.generate(twin, ids, full, new_tokens=5))
+        assert torch.equal(answer, oracles.generate(copied, ids, full, new_tokens=5))
         ids = torch.cat([ids, answer, oracles.random_prompt(6, seed=turn)], 1)
 
 

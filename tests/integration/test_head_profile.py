@@ -13,10 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from rankkv import RankKVCache, RankKVConfig, RankProfile, step_mask
-from rankkv.budget.heads import allocate_head_budgets, compute_head_weights, join_heads
+from rankkv import RankKVCache, RankKVConfig, RankProfile
+from rankkv.budget.heads import (
+    allocate_by_head_curves,
+    allocate_head_budgets,
+    compute_head_weights,
+    fit_head_curves,
+    join_heads,
+)
 from rankkv.budget.plan import BudgetPlan
-from rankkv.budget_head_curves import allocate_by_head_curves, fit_head_curves
+from rankkv.cache import masks as step_mask
 from rankkv.calibration import calibrate
 from rankkv.calibration.calibrate import describe_subject
 from rankkv.calibration.settings import CalibrationSettings
@@ -250,9 +256,9 @@ def test_beams_copies_and_turns(model, spread):
     asked = PROMPT
     for turn in range(3):
         answer = oracles.generate(model, asked, cache, new_tokens=5)
-        twin = cache.copy()
+        copied = cache.copy()
         asked = torch.cat([asked, answer, oracles.random_prompt(7, seed=turn)], 1)
-        assert torch.equal(oracles.generate(model, asked, twin), oracles.generate(model, asked, cache.copy()))
+        assert torch.equal(oracles.generate(model, asked, copied), oracles.generate(model, asked, cache.copy()))
 
 
 def test_merged_tokens_stay_within_their_head(model, spread):
@@ -274,17 +280,17 @@ def test_calibration_measures_heads_as_the_masked_full_cache_does(tiny_llama):
     full = oracles.forward(model, DynamicCache(config=model.config), ids[None])[0, 80:-1].log_softmax(-1)
 
     def compute_divergence(back: tuple[int, int] | None) -> float:
-        twin, cache = copy.deepcopy(model), DynamicCache(config=model.config)
-        oracles.forward(twin, cache, ids[None, :80])
-        twin.set_attn_implementation(oracles.MASKED_ORACLE)
-        for layer_idx, module in oracles.attention_modules(twin).items():
+        copied, cache = copy.deepcopy(model), DynamicCache(config=model.config)
+        oracles.forward(copied, cache, ids[None, :80])
+        copied.set_attn_implementation(oracles.MASKED_ORACLE)
+        for layer_idx, module in oracles.attention_modules(copied).items():
             evicted = torch.ones(1, HEADS, 80, dtype=torch.bool)
             for head, positions in enumerate(oracles.kept_positions(base, layer_idx)[0]):
                 evicted[0, head, positions] = False
             if back is not None and back[0] == layer_idx:
                 evicted[0, back[1]] = False
             module.oracle_evicted = evicted
-        other = oracles.forward(twin, cache, ids[None, 80:])[0, :-1].log_softmax(-1)
+        other = oracles.forward(copied, cache, ids[None, 80:])[0, :-1].log_softmax(-1)
         return float((full.exp() * (full - other)).sum(-1).mean())
 
     whole = compute_divergence(None)
@@ -442,12 +448,12 @@ def test_masks_made_for_steps_to_come_are_those_of_each_step(
     model = tiny_llama(attn_implementation=backend)
     cache = RankKVCache(model, **{**KEEP, "head_budgets": "distortion", "profile": None, **options})
     assert oracles.assert_every_step_equals_masked(model, cache, *batch)
-    twin = cache.copy()
+    copied = cache.copy()
     chunks = oracles.next_chunks(len(batch[0]), (1,) * 8, seed=3)
     mask = torch.ones(len(batch[0]), cache.seen_tokens, dtype=torch.long)
     mask[:, : batch[1].shape[1]] = batch[1]
     for ours, theirs in zip(
-        oracles.feed(model, twin, chunks, mask), oracles.feed(model, cache, chunks, mask), strict=True
+        oracles.feed(model, copied, chunks, mask), oracles.feed(model, cache, chunks, mask), strict=True
     ):
         assert torch.equal(ours, theirs)
 

@@ -124,15 +124,15 @@ def test_threads_do_not_disturb_each_other(model):
 
 def test_a_copy_before_the_prompt_watches_for_itself(model):
     cache = RankKVCache(model, **OPTIONS)
-    twin = cache.copy()
-    oracles.forward(model, twin, PROMPTS[0])
-    assert len(twin.layer_measures) == 5
+    copied = cache.copy()
+    oracles.forward(model, copied, PROMPTS[0])
+    assert len(copied.layer_measures) == 5
     assert cache.layer_measures == []
     del cache
     gc.collect()
-    twin.reset()
-    oracles.forward(model, twin, PROMPTS[1])
-    assert twin.layer_measures == oracles.prefill(model, PROMPTS[1], **OPTIONS).layer_measures
+    copied.reset()
+    oracles.forward(model, copied, PROMPTS[1])
+    assert copied.layer_measures == oracles.prefill(model, PROMPTS[1], **OPTIONS).layer_measures
 
 
 @pytest.mark.parametrize(

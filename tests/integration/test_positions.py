@@ -99,9 +99,9 @@ def used():
     AttentionInterface.register("sdpa", sdpa)
 
 
-def freeze_frequencies(model, twin):
-    """Give ``twin`` the frequencies ``model`` has now, for any length."""
-    for ours, theirs in zip(model.modules(), twin.modules(), strict=True):
+def freeze_frequencies(model, copied):
+    """Give ``copied`` the frequencies ``model`` has now, for any length."""
+    for ours, theirs in zip(model.modules(), copied.modules(), strict=True):
         if hasattr(ours, "rope_type") and hasattr(ours, "inv_freq"):
             theirs.inv_freq.copy_(ours.inv_freq)
             theirs.rope_type = "default"
@@ -122,12 +122,12 @@ def test_attention_sees_the_keys_of_consecutive_positions(build, used, kind, sel
         if evictions not in (1, 10, 100):
             continue
         query, keys = used[0]
-        twin = copy.deepcopy(model)
-        freeze_frequencies(model, twin)
+        copied = copy.deepcopy(model)
+        freeze_frequencies(model, copied)
         for head, positions in enumerate(kept):
             tokens = seen[:, [*positions, seen.shape[1] - 1]]
             assert tokens.shape[1] == keys.shape[-2]
-            oracles.forward(twin, DynamicCache(config=twin.config), tokens)
+            oracles.forward(copied, DynamicCache(config=copied.config), tokens)
             groups = query.shape[1] // keys.shape[1]
             heads = slice(head * groups, (head + 1) * groups)
             torch.testing.assert_close(keys[:, head], used[0][1][:, head], atol=1e-4, rtol=1e-4)
@@ -221,13 +221,13 @@ def test_frequencies_that_change_survive_a_file_a_copy_and_beams(build, kind, tm
     cache = oracles.prefill(model, PROMPT, **options)
     oracles.feed(model, cache, oracles.next_chunks(1, (1,) * 45))
     loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), model)
-    twin = cache.copy()
+    copied = cache.copy()
     chunks = oracles.next_chunks(1, (1, 1, 5, 1), seed=77)
     forget = lambda: oracles.forward(model, DynamicCache(config=model.config), PROMPT[:, :5])  # noqa: E731
     # The frequencies of dynamic scaling stand on the model and grow with the longest call; a short one resets them.
     forget()
     expected = oracles.feed(model, cache, chunks)
-    for other in (loaded, twin):
+    for other in (loaded, copied):
         forget()
         for ours, theirs in zip(oracles.feed(model, other, chunks), expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

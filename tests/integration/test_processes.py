@@ -8,16 +8,16 @@ import pytest
 from launching import launch, read_results
 
 from rankkv.errors import ProcessGroupError
-from rankkv.utils.processes import Place, find_place, gather, split_samples
+from rankkv.utils.processes import ProcessRank, find_process_rank, gather, split_samples
 
 SPLIT_AND_GATHER = """
 import json
-from rankkv.utils.processes import find_place, gather, split_samples
+from rankkv.utils.processes import find_process_rank, gather, split_samples
 
 samples = [1, 2, 3, 5, 7]
 own = split_samples(samples)
 found = [gather([{"third": sample / 3} for sample in own]), gather([]), gather(split_samples(["only"]))]
-print("result: " + json.dumps([find_place().rank, [own, *found]]) + chr(10), end="", flush=True)
+print("result: " + json.dumps([find_process_rank().rank, [own, *found]]) + chr(10), end="", flush=True)
 """
 
 
@@ -35,25 +35,25 @@ def test_samples_are_split_and_results_gathered(tmp_path: Path, launcher: str, p
 
 
 def test_without_a_launcher_there_is_one_process() -> None:
-    assert find_place() == Place(0, 1)
+    assert find_process_rank() == ProcessRank(0, 1)
     assert split_samples(range(4)) == gather(range(4)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}, Place(1, 4)),
-        ({"PMI_RANK": "2", "PMI_SIZE": "3", "MASTER_ADDR": "localhost"}, Place(2, 3)),
+        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}, ProcessRank(1, 4)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "3", "MASTER_ADDR": "localhost"}, ProcessRank(2, 3)),
         # A cluster manager's names without a place to meet: this process is on its own.
-        ({"PMI_RANK": "2", "PMI_SIZE": "3"}, Place(0, 1)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "3"}, ProcessRank(0, 1)),
     ],
 )
 def test_the_environment_says_which_process_this_is(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: Place
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: ProcessRank
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert find_place() == place
+    assert find_process_rank() == place
     assert split_samples(range(7)) == list(range(7))[place.rank :: place.size]
 
 
@@ -61,18 +61,18 @@ def test_an_impossible_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessGroupError, match="RANK=4 is outside 0 to"):
-        find_place()
+        find_process_rank()
 
 
 WRONG_NUMBER = """
 import json
 from rankkv.errors import ProcessGroupError
-from rankkv.utils.processes import find_place, gather
+from rankkv.utils.processes import find_process_rank, gather
 
 try:
-    gather(["a"] * find_place().rank)
+    gather(["a"] * find_process_rank().rank)
 except ProcessGroupError as error:
-    print("result: " + json.dumps([find_place().rank, str(error)]) + chr(10), end="", flush=True)
+    print("result: " + json.dumps([find_process_rank().rank, str(error)]) + chr(10), end="", flush=True)
 """
 
 

@@ -131,11 +131,11 @@ def test_a_copy_outlives_the_cache_it_was_made_from():
     model, ids = peers.build_tiny("llama"), oracles.random_prompt(120)
     cache, _ = press_prompt(model, ids, build_press(min_budget=8))
     turn = oracles.random_prompt(5, seed=1)
-    twin = copy.deepcopy(cache)
+    copied = copy.deepcopy(cache)
     expected = continue_from(model, cache, turn, 120)
     del cache
     gc.collect()
-    assert continue_from(model, twin, turn, 120).equal(expected)
+    assert continue_from(model, copied, turn, 120).equal(expected)
 
 
 def test_the_ratio_is_the_fraction_removed_and_may_change_between_runs():

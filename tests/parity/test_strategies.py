@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from rankkv.budget.strategies import compute_weights
-from rankkv.budget.weights import Limits
+from rankkv.limits import Limits
 
 WINDOW = 16
 LAYERS = 9

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankkv.budget.distortion import make_budget_grid
-from rankkv.budget_head_curves import HeadCurves, allocate_by_head_curves, fit_head_curves
+from rankkv.budget.heads import HeadCurves, allocate_by_head_curves, fit_head_curves
+from rankkv.limits import make_budget_grid
 
 LENGTH, FLOOR = 24, 6
 GRID = make_budget_grid(LENGTH)
@@ -127,6 +127,6 @@ def test_a_prompt_too_short_to_evict_from():
 
 @given(curves=curves_strategy(), budget=st.integers(0, LENGTH))
 def test_written_down_and_read_again(curves, budget):
-    twin = HeadCurves.from_dict(json.loads(json.dumps(curves.to_dict())))
+    copied = HeadCurves.from_dict(json.loads(json.dumps(curves.to_dict())))
     room = [LENGTH] * curves.heads
-    assert twin.split(budget, room).tolist() == curves.split(budget, room).tolist()
+    assert copied.split(budget, room).tolist() == curves.split(budget, room).tolist()

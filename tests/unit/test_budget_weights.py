@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from rankkv import BudgetAllocator
 from rankkv.budget.strategies import compute_weights
-from rankkv.budget.weights import Limits, group_values
+from rankkv.budget.weights import group_values
 from rankkv.errors import ConfigError
+from rankkv.limits import Limits
 
 
 def official_pyramid(capacity, window, length, layers, beta=20):

@@ -13,9 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rankkv import compress
-from rankkv.cache.kept_tokens import analyze_kept_tokens
+from rankkv.cache.kept_tokens import analyze_kept_tokens, split_pieces
 from rankkv.cli import app
-from rankkv.token_pieces import split_pieces
 
 PROMPT = (
     "First line of the text.\n\nSecond, 中文 and 🧭 in it.\n"

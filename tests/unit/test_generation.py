@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from rankkv import RankKVCache, compress
-from rankkv.cache.prefill import analyze_generation, check_input_ids
+from rankkv.analysis.generation import analyze_generation
+from rankkv.cache.prefill import check_input_ids
 from rankkv.errors import BudgetError, ConfigError, InputError, UnknownNameError
 
 PROMPT = oracles.random_prompt(80, seed=1)

@@ -11,7 +11,7 @@ import torch
 
 from rankkv import compute_effective_rank
 from rankkv.budget.strategies import STRATEGIES
-from rankkv.budget.weights import Limits
+from rankkv.limits import Limits
 from rankkv.rank.measures import MEASURES, compute_measures
 
 WINDOW = 16

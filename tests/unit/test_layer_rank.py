@@ -8,8 +8,9 @@ import oracles
 import pytest
 import torch
 
-from rankkv import analyze_attention_ranks, full_rank
+from rankkv import analyze_attention_ranks
 from rankkv.observe.call import observe
+from rankkv.rank import observed_layer as full_rank
 from rankkv.rank.observed_layer import compute_layer_ranks
 from rankkv.rank_analysis import AGGREGATIONS, SCOPES
 

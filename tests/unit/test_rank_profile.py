@@ -15,14 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankkv import RankKVAnalyzer, RankKVCache, RankKVConfig, RankProfile, compress
-from rankkv.budget.calibrated import (
-    SENSITIVITY_FLOOR,
-    allocate_by_distortion,
-    compute_curve,
-    compute_hull,
-    compute_sensitivities,
-    fit_decreasing,
-)
+from rankkv.budget.calibrated import SENSITIVITY_FLOOR, compute_curve, compute_sensitivities
+from rankkv.budget.distortion import allocate_by_distortion, compute_hull, fit_decreasing
 from rankkv.budget.plan import BudgetPlan
 from rankkv.budget.strategies import PROFILE_STRATEGIES, compute_weights
 from rankkv.config import PROFILE_USERS

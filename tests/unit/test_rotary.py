@@ -162,9 +162,9 @@ def test_rows_and_empty_slots():
 def test_a_copy_goes_its_own_way():
     packer = PackedPositions(rotary(torch.tensor([1.0])))
     packer.note_frequencies(0)
-    twin = packer.copy()
+    copied = packer.copy()
     packer.rotation.module.inv_freq = torch.tensor([0.5])
     packer.note_frequencies(4)
-    assert [start for start, _ in twin.epochs] == [0]
+    assert [start for start, _ in copied.epochs] == [0]
     packer.reset()
     assert packer.epochs == []

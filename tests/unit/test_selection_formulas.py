@@ -17,10 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rankkv import RankKVCache, compute_query_filters, save_query_filters
 from rankkv.errors import ConfigError, InputError, UnknownNameError
 from rankkv.models.compat import cache_argument
+from rankkv.observe.queries import compute_query_moments
 from rankkv.observe.rotary import find_rotations
-from rankkv.query_moments import compute_query_moments
 from rankkv.selection import SELECTORS, get_selector
-from rankkv.selection.ties import merge_ties
+from rankkv.selection.scoring import merge_ties
 
 LENGTH, SHORT, WINDOW, SINKS = 64, 41, 16, 4
 PROMPTS = (oracles.random_prompt(LENGTH, seed=1), oracles.random_prompt(SHORT, seed=2))

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from rankkv import RankKVCache, __version__
 from rankkv.cli import app
+from rankkv.cli.check import run_selfcheck
 from rankkv.models import compat
 from rankkv.models.compat import OLDEST_TRANSFORMERS
-from rankkv.selfcheck import run_selfcheck
 
 CHECKS = ["identity", "budgets", "first token", "bytes"]
 

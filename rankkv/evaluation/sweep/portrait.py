@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.kept_tokens import KeptTokens, analyze_kept_tokens
+from ...cache.kept_tokens import KeptTokens, analyze_kept_tokens, split_pieces
 from ...rank.observed_layer import compute_head_ranks
-from ...token_pieces import split_pieces
 from ..prefill_record import PrefillRecord
 
 #: Stretches of the prompt, from its beginning to its end, by which it is told where a layer keeps tokens.

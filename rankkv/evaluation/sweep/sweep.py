@@ -17,7 +17,7 @@ from ...models.compat import cache_argument
 from ...models.loading import load_model
 from ...models.placement import find_input_device
 from ...models.texts import load_texts
-from ...utils.processes import Place, find_own_device, find_place
+from ...utils.processes import ProcessRank, find_own_device, find_process_rank
 from ..prefill_record import PrefillRecord, record_prefill
 from ..results import ResultStore, write_rows
 from ..task_runner import EXTRA_TOKENS, evaluate_blank, evaluate_sample
@@ -62,7 +62,7 @@ class Sweep:
     folder : str or Path
         Where results go: ``manifest.json``, ``parts/`` and ``portraits/`` while it runs, ``rows.parquet`` once all is
         done.
-    share : Place, optional
+    share : ProcessRank, optional
         Which part of the samples this process runs; by default what the launcher's environment says.
 
     Raises
@@ -71,10 +71,10 @@ class Sweep:
         If the folder holds another sweep, or a text cannot be used.
     """
 
-    def __init__(self, config: SweepConfig, folder: str | Path, share: Place | None = None) -> None:
+    def __init__(self, config: SweepConfig, folder: str | Path, share: ProcessRank | None = None) -> None:
         self.config = config
         self.folder = Path(folder)
-        self.share = find_place() if share is None else share
+        self.share = find_process_rank() if share is None else share
         self._texts = {
             name: "\n\n".join(text.strip() for text in load_texts(name))
             for name in dict.fromkeys(task.text for task in config.tasks)

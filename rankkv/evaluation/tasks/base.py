@@ -90,7 +90,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Place:
+class SampleSpec:
     """Which sample is made: its number, its length, and its own chance.
 
     Attributes
@@ -148,20 +148,20 @@ class Haystack:
                 "least 1 token, and a text that is longer."
             )
 
-    def cut(self, tokens: int, place: Place) -> list[int]:
+    def cut(self, tokens: int, place: SampleSpec) -> list[int]:
         """Return so many tokens from a place of the text drawn by chance."""
         self.check_room(tokens)
         start = place.draw.randint(0, len(self.ids) - tokens)
         return self.ids[start : start + tokens]
 
-    def hide(self, facts: Iterable[tuple[str, float]], place: Place) -> list[int]:
+    def hide(self, facts: Iterable[tuple[str, float]], place: SampleSpec) -> list[int]:
         """Hide facts in a piece of the text, in the order of their depths, at ends of sentences.
 
         Parameters
         ----------
         facts : iterable of (str, float)
             Each with its depth, 0 for the beginning and 1 for the end.
-        place : Place
+        place : SampleSpec
             ``place.length`` tokens come out, whatever the facts' own length.
 
         Returns

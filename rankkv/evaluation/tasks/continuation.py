@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ...errors import ConfigError, InputError
-from .base import Draft, Haystack, Place
+from .base import Draft, Haystack, SampleSpec
 
 
-def make_continuation(haystack: Haystack, place: Place, *, continuation: int = 128) -> Draft:
+def make_continuation(haystack: Haystack, place: SampleSpec, *, continuation: int = 128) -> Draft:
     """Cut a context and what follows it; samples are spread evenly over the text and share no token.
 
     The blank context is another part of the text, as far away as there is: a loss that is no better with the true
@@ -16,7 +16,7 @@ def make_continuation(haystack: Haystack, place: Place, *, continuation: int = 1
     ----------
     haystack : Haystack
         Any text of at least ``count * (length + continuation)`` tokens.
-    place : Place
+    place : SampleSpec
         Which sample.
     continuation : int, default 128
         Tokens that follow the context; the first is predicted by the context alone and not scored.

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from ...errors import ConfigError
-from .base import Draft, Haystack, Place, Question
+from .base import Draft, Haystack, SampleSpec, Question
 
 NEEDLE = " The access code for {place} is {code}."
 _COLOURS = (
@@ -21,7 +21,7 @@ _ROOMS = (
 
 def make_needles(
     haystack: Haystack,
-    place: Place,
+    place: SampleSpec,
     *,
     keys: int = 1,
     values: int = 1,
@@ -40,7 +40,7 @@ def make_needles(
     ----------
     haystack : Haystack
         Any text without access codes.
-    place : Place
+    place : SampleSpec
         Which sample.
     keys : int, default 1
         Places with codes.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ConfigError, InputError
-from .base import Draft, Haystack, Place, Question, Task
+from .base import Draft, Haystack, SampleSpec, Question, Task
 
 #: Stands for the context while a chat template is filled, to find what comes before and after it.
 _CONTEXT_MARK, _QUESTION_MARK = "\u27e6context\u27e7", "\u27e6question\u27e7"
@@ -138,7 +138,7 @@ def make_samples(
     for length in lengths:
         for index in range(count):
             draw = random.Random(f"{task.name} {seed} {length} {index}")
-            place = Place(index, count, length, draw)
+            place = SampleSpec(index, count, length, draw)
             draft = task.make(haystack, place, **{**task.defaults, **options})
             sample = Sample(
                 task=task,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ...errors import ConfigError
-from .base import Draft, Haystack, Place, Question
+from .base import Draft, Haystack, SampleSpec, Question
 
 
 def make_tracking(
-    haystack: Haystack, place: Place, *, chains: int = 2, hops: int = 4, digits: int = 5
+    haystack: Haystack, place: SampleSpec, *, chains: int = 2, hops: int = 4, digits: int = 5
 ) -> Draft:
     """Hide chains of assignments in a text and ask which variables hold the first chain's value.
 
@@ -18,7 +18,7 @@ def make_tracking(
     ----------
     haystack : Haystack
         Any text.
-    place : Place
+    place : SampleSpec
         Which sample.
     chains : int, default 2
         Chains; the first is asked for.

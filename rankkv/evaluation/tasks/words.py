@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ...errors import ConfigError, InputError
-from .base import Draft, Haystack, Place, Question
+from .base import Draft, Haystack, SampleSpec, Question
 
 
 def make_common_words(
-    haystack: Haystack, place: Place, *, common: int = 10, repeats: int = 30, contrast: int = 10
+    haystack: Haystack, place: SampleSpec, *, common: int = 10, repeats: int = 30, contrast: int = 10
 ) -> Draft:
     """List words of the text, a few of them often and all others seldom, and ask for the frequent ones.
 
@@ -23,7 +23,7 @@ def make_common_words(
     ----------
     haystack : Haystack
         Words are drawn from it.
-    place : Place
+    place : SampleSpec
         Which sample.
     common : int, default 10
         Words asked for.
@@ -75,7 +75,7 @@ def make_common_words(
 
 
 def make_frequent_words(
-    haystack: Haystack, place: Place, *, frequent: int = 3, exponent: float = 2.0, kinds: int = 40
+    haystack: Haystack, place: SampleSpec, *, frequent: int = 3, exponent: float = 2.0, kinds: int = 40
 ) -> Draft:
     """List made-up words whose counts fall as a power of their place, and ask for the most frequent ones.
 
@@ -85,7 +85,7 @@ def make_frequent_words(
     ----------
     haystack : Haystack
         Gives the tokenizer only.
-    place : Place
+    place : SampleSpec
         Which sample.
     frequent : int, default 3
         Words asked for.
@@ -135,7 +135,7 @@ def make_frequent_words(
 
 def _list_words(
     haystack: Haystack,
-    place: Place,
+    place: SampleSpec,
     listed: list[str],
     even: list[str],
     asked: Sequence[str],

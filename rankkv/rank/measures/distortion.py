@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...budget.distortion import make_budget_grid
-from ...budget.weights import Limits, check_number
+from ...limits import Limits, check_number, make_budget_grid
 from ...observe.observation import Observation
 from ...observe.output_projection import compute_projection_matrix, find_output_projection
 from ..observed_layer import compute_group_concentration, compute_group_ranks
@@ -25,7 +24,7 @@ def compute_eviction_errors(observation: Observation, limits: Sequence[Limits] |
     The ``window_size`` queries before the observation window select: of the keys before the window they keep the b
     that they attend to most, as SnapKV does.  The window itself, which had no say, is attended with these keys and with
     all: ``e(b) = ||W_o o_kept - W_o o_all|| / ||W_o o_all||`` (root mean square over the rows), at each b of
-    :func:`rankkv.budget.distortion.make_budget_grid`.  Of fewer than ``2 * window_size`` queries the older half
+    :func:`rankkv.limits.make_budget_grid`.  Of fewer than ``2 * window_size`` queries the older half
     selects.  Where the output projection W_o is not found, the heads' outputs are taken side by side.
 
     Parameters

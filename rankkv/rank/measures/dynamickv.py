@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...budget.weights import Limits
+from ...limits import Limits
 from ...observe.observation import Observation
 from .base import compute_past_attention, pool_scores
 

@@ -1,0 +1,151 @@
+"""Registry of selectors: one row a method, and the functions that read and extend it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ConfigError, UnknownNameError
+from ..utils.registry import add_entry, remove_entry
+from .base import NEEDS, Selector, WrappingSelector
+from .chunkkv import refine_chunkkv
+from .criticalkv import refine_criticalkv
+from .cur import score_cur
+from .expected_attention import score_expected_attention
+from .h2o import score_h2o
+from .keydiff import score_keydiff
+from .knorm import score_knorm
+from .lagkv import score_lagkv
+from .lava import score_lava
+from .qfilter import score_qfilter
+from .random import score_random
+from .snapkv import score_snapkv
+from .streaming_llm import score_streaming_llm
+from .tova import score_tova
+
+_SNAPKV = Selector("snapkv", score_snapkv, "window attention", "arXiv:2404.14469", "O(window x keys)")
+
+SELECTORS: dict[str, Selector] = {
+    selector.name: selector
+    for selector in (
+        _SNAPKV,
+        Selector("h2o", score_h2o, "whole attention", "arXiv:2306.14048", "O(queries x keys)", step="sum"),
+        Selector(
+            "streaming_llm", score_streaming_llm, "nothing", "arXiv:2309.17453", "O(keys)", step="rescore"
+        ),
+        Selector("tova", score_tova, "window attention", "arXiv:2401.06104", "O(keys)", step="rescore"),
+        Selector("knorm", score_knorm, "keys only", "arXiv:2406.11430", "O(keys)", step="rescore"),
+        Selector("keydiff", score_keydiff, "keys only", "arXiv:2504.15364", "O(keys)", step="rescore"),
+        Selector("lagkv", score_lagkv, "keys and values", "arXiv:2504.04704", "O(keys)", step="rescore"),
+        Selector(
+            "expected_attention",
+            score_expected_attention,
+            "queries",
+            "arXiv:2510.00636",
+            "O(queries x head_dim + keys x head_dim)",
+            step="rescore",
+            past_queries="unturned",
+        ),
+        Selector(
+            "qfilter",
+            score_qfilter,
+            "keys only",
+            "arXiv:2503.02812",
+            "O(keys)",
+            step="rescore",
+            past_queries="turned",
+            fallback=("filters", "no filters given: the prompt's own queries stand in for calibration"),
+        ),
+        Selector("cur", score_cur, "keys and values", "arXiv:2509.15038", "O(keys)", step="rescore"),
+        Selector("lava", score_lava, "window attention", "arXiv:2509.09754", "O(window x keys)"),
+        WrappingSelector.of(
+            _SNAPKV,
+            "criticalkv",
+            refine_criticalkv,
+            "arXiv:2502.03805",
+            "O(window x keys + hidden x keys)",
+            wraps=("window attention", "whole attention", "queries"),
+        ),
+        WrappingSelector.of(_SNAPKV, "chunkkv", refine_chunkkv, "arXiv:2502.00299", "O(window x keys)"),
+        Selector("random", score_random, "nothing", "control", "O(keys)", step="rescore"),
+    )
+}
+_BUILT_IN = frozenset(SELECTORS)
+
+
+def get_selector(selector: str | Selector, **options: Any) -> Selector:
+    """Return a selector by name, with options bound.
+
+    Parameters
+    ----------
+    selector : str or Selector
+        Registry key or a selector, which is passed through.
+    **options
+        Options of the method, such as ``pooling="avg"`` for SnapKV or ``recent_fraction=0.5`` for H2O.
+
+    Raises
+    ------
+    UnknownNameError
+        If no selector of that name is registered.
+    ConfigError
+        If the method has no such option.
+
+    Examples
+    --------
+    >>> get_selector("h2o", recent_fraction=0.5).recent_fraction
+    0.5
+    """
+    if not isinstance(selector, Selector):
+        if selector not in SELECTORS:
+            raise UnknownNameError.of("selector", selector, SELECTORS)
+        selector = SELECTORS[selector]
+    if isinstance(options.get("base"), str):
+        options["base"] = get_selector(options["base"])
+    return selector.with_options(**options) if options else selector
+
+
+def register_selector(selector: Selector) -> Selector:
+    """Add a method of your own to the registry, so that its name works wherever a selector is named.
+
+    Parameters
+    ----------
+    selector : Selector
+        The method: a name, ``score(observation, **options)``, what it reads, its source and its cost.
+
+    Returns
+    -------
+    Selector
+        The same.
+
+    Raises
+    ------
+    ConfigError
+        If it is no selector, its name is taken or no Python name, or it does not say what it reads.
+
+    Examples
+    --------
+    >>> def score_oldest(observation):
+    ...     return -observation.real_index.float()
+    >>> oldest = register_selector(Selector("oldest", score_oldest, "nothing", "this example", "O(keys)"))
+    >>> get_selector("oldest") is oldest
+    True
+    >>> unregister_selector("oldest")
+    """
+    if not isinstance(selector, Selector):
+        raise ConfigError(f"{selector!r} is no Selector: build one around your scoring function.")
+    if selector.needs not in NEEDS:
+        raise ConfigError(
+            f"needs={selector.needs!r} of selector {selector.name!r} must be one of: {', '.join(NEEDS)}."
+        )
+    add_entry(SELECTORS, "selector", selector.name, selector)
+    return selector
+
+
+def unregister_selector(name: str) -> None:
+    """Take a method out of the registry that :func:`register_selector` put there.
+
+    Raises
+    ------
+    UnknownNameError
+        If no method of that name was registered.
+    """
+    remove_entry(SELECTORS, "selector", name, _BUILT_IN)

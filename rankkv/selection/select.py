@@ -1,0 +1,226 @@
+"""Select kept tokens from scores: the protected ones first, then the best, per head or across the heads of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import count_spanned
+from .base import Selector
+
+# Of the tokens a head is sure of, those beyond the protected ones may become two fewer as the budget grows (rounding
+# of the halves and quarters that are protected), and the protected ones grow by one more than the budget does.
+#: Tokens a head beyond the budget that a layer keeps while its budget may still shrink.
+CASCADE_SLACK = 3
+
+
+def select_tokens(
+    scores: Tensor,
+    real_index: Tensor,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    selector: Selector,
+    window_size: int,
+    sink_size: int,
+    *,
+    protect: Sequence[tuple[int, int]] = (),
+    protect_before: Sequence[int] | None = None,
+    keep: Sequence[int] | None = None,
+) -> Tensor:
+    """Select the indices of the tokens to keep: the protected ones, then those of the highest score.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[batch, kv_head or 1, key]``; ties go to the earlier token, a score that is not a number loses.
+    real_index : Tensor
+        ``[batch, kv_head or 1, key]`` int64, index of each key in its row's real tokens, -1 where there is none.
+    lengths, budgets : sequence of int
+        Real tokens seen and tokens to keep, one entry a row.
+    selector : Selector
+        Says how much of a budget is protected.
+    window_size, sink_size : int
+        See :meth:`Selector.count_protected`.
+    protect : sequence of (start, stop)
+        Spans of real tokens that are kept before any other.
+    protect_before : sequence of int, optional
+        Length of each row when its budget was made: tokens from there on have no place in it for a span of theirs.
+    keep : sequence of int, optional
+        Tokens to select in each row where that differs from ``min(budget, length)``: fewer where fewer are there, one
+        more while budgets may still shrink, since the protected part shrinks with them.
+
+    Returns
+    -------
+    Tensor
+        Int64 ``[batch, kv_head or 1, width]``, ascending, with ``width = max(keep)``; a row that keeps fewer
+        tokens starts with -1.
+
+    Examples
+    --------
+    >>> from rankkv.selection import get_selector
+    >>> scores = torch.tensor([[[0.1, 0.9, 0.2, 0.8, 0.3, 0.0]]])
+    >>> index = torch.arange(6).view(1, 1, 6)
+    >>> select_tokens(scores, index, [6], [3], get_selector("snapkv"), window_size=1, sink_size=0).tolist()
+    [[[1, 3, 5]]]
+    """
+    if keep is None:
+        keep = [min(budget, length) for budget, length in zip(budgets, lengths, strict=True)]
+    width = max(keep)
+    scores = raise_protected(
+        scores,
+        real_index,
+        lengths,
+        budgets,
+        selector,
+        window_size,
+        sink_size,
+        protect=protect,
+        protect_before=protect_before,
+    )
+    # On a GPU the host would wait to learn where the kept tokens stand, which sorting needs not know.
+    if min(keep) < width or scores.device.type != "cpu":
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+        rank = torch.arange(width, device=order.device)
+        order = order.masked_fill(rank >= torch.tensor(keep, device=order.device).view(-1, 1, 1), -1)
+        return order.sort(dim=-1).values
+    # Nothing has to be sorted to find what lies above the least score that is kept, and the first of those at it.
+    least = scores.topk(width, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, level = scores > least, scores == least
+    is_kept = above | (level & (level.cumsum(dim=-1) <= width - above.sum(dim=-1, keepdim=True)))
+    return is_kept.nonzero()[:, -1].view(*scores.shape[:-1], width)
+
+
+def raise_protected(
+    scores: Tensor,
+    real_index: Tensor,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    selector: Selector,
+    window_size: int,
+    sink_size: int,
+    *,
+    protect: Sequence[tuple[int, int]] = (),
+    protect_before: Sequence[int] | None = None,
+) -> Tensor:
+    """Raise the scores of protected tokens to infinity and lower those of empty places to minus infinity.
+
+    Parameters
+    ----------
+    scores, real_index, lengths, budgets, selector, window_size, sink_size, protect, protect_before
+        See :func:`select_tokens`.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_head or 1, key]``; all other scores are finite.
+    """
+    device = scores.device
+    spanned_in = lengths if protect_before is None else protect_before
+    spans = [count_spanned(protect, length) for length in spanned_in]
+    counts = [
+        selector.count_protected(max(0, budget - spanned), window_size, sink_size)
+        for budget, spanned in zip(budgets, spans, strict=True)
+    ]
+    newest_from = torch.tensor(
+        [n - recent for n, (recent, _) in zip(lengths, counts, strict=True)], device=device
+    )
+    sinks = torch.tensor([first for _, first in counts], device=device)
+    shape = torch.broadcast_shapes(scores.shape, real_index.shape)
+    real_index = real_index.expand(shape)
+    # The lowest finite number, so that a score that is not a number still ranks above padding.
+    scores = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min).expand(shape)
+    is_protected = (real_index >= newest_from.view(-1, 1, 1)) | (real_index < sinks.view(-1, 1, 1))
+    stops = torch.tensor(spanned_in, device=device).view(-1, 1, 1)
+    for start, stop in protect:
+        is_protected |= (real_index >= start) & (real_index < stops.clamp(max=stop))
+    return scores.masked_fill(is_protected, float("inf")).masked_fill(real_index < 0, float("-inf"))
+
+
+def select_tokens_across_heads(
+    scores: Tensor,
+    real_index: Tensor,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    selector: Selector,
+    window_size: int,
+    sink_size: int,
+    *,
+    head_floor: float,
+    keep: Sequence[int],
+    protect: Sequence[tuple[int, int]] = (),
+    protect_before: Sequence[int] | None = None,
+) -> Tensor:
+    """Select the tokens of a layer whose heads share one budget of ``kv_heads * keep`` tokens.
+
+    Every head first gets its protected tokens and then its best, up to ``int(head_floor * budget)`` in all; what is
+    left goes to the highest scores of all heads together.  Ties go to the earlier token, then to the lower head.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[batch, kv_head, key]``; comparable between heads, as attention weights are.
+    real_index : Tensor
+        ``[batch, kv_head or 1, key]`` int64, index of each key in its row's real tokens, -1 where there is none.
+    lengths, budgets, selector, window_size, sink_size, protect, protect_before
+        See :func:`rankkv.selection.select_tokens`; a budget is an average over the heads.
+    head_floor : float
+        Fraction of the budget that every head keeps, in [0, 1].
+    keep : sequence of int
+        Tokens to select in each row, an average over the heads: :data:`CASCADE_SLACK` more than the budget (or all)
+        while that may still shrink; a smaller budget then selects from these what it would select from all.
+
+    Returns
+    -------
+    Tensor
+        Int64 ``[batch, kv_head, width]``, ascending, as wide as the head that keeps most; others start with -1.
+
+    References
+    ----------
+    Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference", 2024,
+    arXiv:2407.11550, algorithm 1 (``head_floor`` is its safeguard alpha).
+
+    Examples
+    --------
+    >>> from rankkv.selection import get_selector
+    >>> scores = torch.tensor([[[0.9, 0.8, 0.7, 0.0], [0.6, 0.1, 0.2, 0.0]]])
+    >>> index = torch.arange(4).view(1, 1, 4)
+    >>> snapkv = get_selector("snapkv")
+    >>> select_tokens_across_heads(scores, index, [4], [2], snapkv, 1, 0, head_floor=0.2, keep=[2]).tolist()
+    [[[0, 1, 3], [-1, -1, 3]]]
+    """
+    scores = raise_protected(
+        scores,
+        real_index,
+        lengths,
+        budgets,
+        selector,
+        window_size,
+        sink_size,
+        protect=protect,
+        protect_before=protect_before,
+    )
+    batch, heads, keys = scores.shape
+    device = scores.device
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    place = torch.empty_like(order).scatter_(-1, order, torch.arange(keys, device=device).expand_as(order))
+    floors = torch.tensor([int(head_floor * budget) for budget in budgets], device=device)
+    protected = (scores == float("inf")).sum(dim=-1, keepdim=True)
+    spare = torch.tensor(
+        [max(0, count - b - 1) for b, count in zip(budgets, keep, strict=True)], device=device
+    )
+    safe = torch.maximum(protected, floors.view(-1, 1, 1)) + spare.view(-1, 1, 1)
+    is_safe = (place < safe) & (real_index >= 0)
+    scores = scores.masked_fill(is_safe, float("inf"))
+    # Evicted slots stand at other places in other heads, so the order of ties is that of the tokens themselves.
+    token = (real_index * heads + torch.arange(heads, device=device).view(-1, 1)).flatten(1).argsort(dim=-1)
+    best = scores.flatten(1).gather(1, token).sort(dim=-1, descending=True, stable=True).indices
+    best = token.gather(1, best)[:, : heads * max(keep)]
+    is_within = (
+        torch.arange(best.shape[1], device=device) < heads * torch.tensor(keep, device=device)[:, None]
+    )
+    is_kept = torch.zeros(batch, heads * keys, dtype=torch.bool, device=device).scatter_(1, best, is_within)
+    is_kept = is_kept.view(batch, heads, keys)
+    index = torch.where(is_kept, torch.arange(keys, device=device), -1).sort(dim=-1).values
+    return index[..., keys - int(is_kept.sum(dim=-1).max()) :]
