@@ -120,7 +120,9 @@ def calibrate(
     subject = describe_subject(model, name)
     # Tensor-parallel processes measure each piece together.
     shared = share_processes and find_head_shards(model) is None
-    done = DoneRecords(resume_path, settings.describe(subject), find_process_rank().rank if share_processes else 0)
+    done = DoneRecords(
+        resume_path, settings.describe(subject), find_process_rank().rank if share_processes else 0
+    )
     own = split_samples(pieces) if shared else pieces
     cells = settings.count_cells(subject)
     records = []

@@ -44,7 +44,7 @@ def demo(
     tokens: Annotated[int, typer.Option(help="Length of the document in tokens.")] = 4096,
     compression_ratio: Annotated[float, typer.Option(help="Fraction of the KV cache kept, in (0, 1].")] = 0.3,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 32,
-    output_dir: Annotated[Path, typer.Option(help="Where demo.json and figures/ go.")] = Path("results"),
+    output_dir: Annotated[Path, typer.Option(help="Where demo.json and figures/ go.")] = Path("build/demo"),
     json: Annotated[bool, typer.Option("--json", help="Print the record as JSON to stdout too.")] = False,
 ) -> None:
     """Hide a fact in a long document and ask for it: full cache, uniform SnapKV and RankKV side by side."""

@@ -8,26 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ..errors import InputError, UnknownNameError
-from ..utils.hub import require
-from ..utils.processes import gather, split_samples
-from .display import show_step
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
-from ..utils.processes import find_own_device, is_main_process
+from ..errors import ConfigError, InputError, UnknownNameError
+from ..utils.hub import require
+from ..utils.processes import find_own_device, gather, is_main_process, split_samples
 from .common import check_at_least_one, collect_versions, parse_options, print_json, reports_errors
-from .display import make_console
+from .display import make_console, show_step
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from ..evaluation.comparison import Comparison

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
-
-from .display import draw_bar
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
-
-    from ..cache.kept_tokens import KeptTokens
-
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,7 +20,13 @@ from .common import (
     read_prompt,
     reports_errors,
 )
-from .display import AnswerStream, make_console, show_step, watch_layers
+from .display import AnswerStream, draw_bar, make_console, show_step, watch_layers
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..cache.kept_tokens import KeptTokens
 
 # Names of the terminal's own palette, which suits its background: share of the heads that keep a token, from where on.
 _STYLES = ((1.0, "bold reverse"), (0.75, "magenta"), (0.5, "yellow"), (0.25, "cyan"), (0.0, ""))

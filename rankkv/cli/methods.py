@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..budget.strategies import PROFILE_STRATEGIES, Strategy
-from ..budget_allocation import STRATEGIES
-from ..selection import SELECTORS, Selector, WrappingSelector
 from .common import print_json, reports_errors
+
+if TYPE_CHECKING:
+    from ..budget.strategies import Strategy
+    from ..selection import Selector
 
 
 def describe_methods() -> dict[str, list[dict[str, Any]]]:
@@ -29,6 +30,9 @@ def describe_methods() -> dict[str, list[dict[str, Any]]]:
     >>> [method["needs"] for method in methods["selectors"] if method["name"] == "h2o"]
     ['whole attention']
     """
+    from ..budget.strategies import PROFILE_STRATEGIES, STRATEGIES
+    from ..selection import SELECTORS
+
     return {
         "selectors": [describe_selector(selector) for selector in SELECTORS.values()],
         "strategies": [
@@ -40,6 +44,8 @@ def describe_methods() -> dict[str, list[dict[str, Any]]]:
 
 def describe_selector(selector: Selector) -> dict[str, Any]:
     """Describe one selector as :func:`describe_methods` does."""
+    from ..selection import WrappingSelector
+
     parameters = inspect.signature(selector.score).parameters
     options = {name: parameters[name].default for name in selector.option_names if name in parameters}
     if isinstance(selector, WrappingSelector):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from rankkv import RankKVCache, __version__
 from rankkv.cli import app
-from rankkv.cli.check import run_selfcheck
+from rankkv.analysis.selfcheck import run_selfcheck
 from rankkv.models import compat
 from rankkv.models.compat import OLDEST_TRANSFORMERS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...errors import ConfigError, UnknownNameError
 from ...utils.registry import add_entry, remove_entry
-from .base import Draft, Haystack, SampleSpec, Question, Task
+from .base import Draft, Haystack, Question, SampleSpec, Task
 from .continuation import make_continuation
 from .needles import make_needles
 from .samples import Prompt, Sample, list_options, make_samples

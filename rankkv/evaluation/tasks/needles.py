@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from ...errors import ConfigError
-from .base import Draft, Haystack, SampleSpec, Question
+from .base import Draft, Haystack, Question, SampleSpec
 
 NEEDLE = " The access code for {place} is {code}."
 _COLOURS = (

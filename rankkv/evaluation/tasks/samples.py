@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ConfigError, InputError
-from .base import Draft, Haystack, SampleSpec, Question, Task
+from .base import Draft, Haystack, Question, SampleSpec, Task
 
 #: Stands for the context while a chat template is filled, to find what comes before and after it.
 _CONTEXT_MARK, _QUESTION_MARK = "\u27e6context\u27e7", "\u27e6question\u27e7"

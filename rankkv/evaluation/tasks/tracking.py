@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...errors import ConfigError
-from .base import Draft, Haystack, SampleSpec, Question
+from .base import Draft, Haystack, Question, SampleSpec
 
 
 def make_tracking(

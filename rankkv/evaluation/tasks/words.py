@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ...errors import ConfigError, InputError
-from .base import Draft, Haystack, SampleSpec, Question
+from .base import Draft, Haystack, Question, SampleSpec
 
 
 def make_common_words(
