@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == tracked
     assert "rankkv/py.typed" in names
-    assert any(name.startswith("rankkv/profiles/") and name.endswith(".json") for name in names)
+    assert any(name.startswith("rankkv/profile/shipped/") and name.endswith(".json") for name in names)
 
 
 def test_the_wheel_says_what_the_project_says(wheel):
@@ -112,7 +112,7 @@ import pathlib, sys
 sys.path.insert(0, {str(tmp_path / "site")!r})
 import rankkv
 print(rankkv.__file__)
-(path,) = (pathlib.Path(rankkv.__file__).parent / "profiles").glob("*.json")
+(path,) = (pathlib.Path(rankkv.__file__).parent / "profile" / "shipped").glob("*.json")
 profile = rankkv.RankProfile.load(path)
 ranks = [1.0] * len(profile.layer_indices)
 print(sum(rankkv.BudgetAllocator().allocate(ranks, total_budget=900).budgets))
