@@ -37,13 +37,13 @@ CORE_SELECTORS = {"snapkv", "h2o", "streaming_llm", "expected_attention", "criti
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the other selectors' integration tests to `make test-all`; their own laws and formulas always run."""
+    """Leave the other selectors' tests outside `selection/` to `make test-all`; their laws and formulas always run."""
     for item in items:
         selector = getattr(item, "callspec", None) and item.callspec.params.get("selector")
         if (
             isinstance(selector, str)
             and selector not in CORE_SELECTORS
-            and item.path.parent.name == "integration"
+            and item.path.parent.name not in ("selection", "parity")
         ):
             item.add_marker(pytest.mark.slow)
 

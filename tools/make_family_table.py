@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001 - Chinese has its own punctuation.
 """Run the conformance of every family, keep the results, and write the table of both READMEs.
 
-python tests/make_family_table.py                 # runs everything: about ten minutes on one core
-python tests/make_family_table.py --table-only    # writes the table from results/families.json
+python tools/make_family_table.py                 # runs everything: about ten minutes on one core
+python tools/make_family_table.py --table-only    # writes the table from results/families.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 RESULTS = ROOT / "results" / "families.json"
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
 BACKENDS = ("sdpa", "eager", "flex_attention")

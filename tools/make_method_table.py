@@ -1,7 +1,7 @@
 # ruff: noqa: RUF001 - Chinese has its own punctuation.
 """Write the tables of selectors and strategies in both READMEs from the registries.
 
-python tests/make_method_table.py
+python tools/make_method_table.py
 
 English is what the registries say; a new method needs its line of Chinese in ``CHINESE`` below.
 """

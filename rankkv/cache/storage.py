@@ -111,9 +111,11 @@ class SlotLayout:
     held : Tensor
         ``[token]`` int64, flat index of the slot of each packed token.
     source : Tensor
-        ``[batch * kv_head * slot]`` int64, packed token of each slot; an empty slot shows some other token.
+        ``[batch * kv_head * slot]`` int64, packed token of each slot; an empty slot shows a token of its own head.
     counts : list of list of int
         Packed tokens, ``[row][kv_head]``.
+    blank : Tensor, optional
+        ``[head, 2]`` int64, row and key/value head of each head that holds no token; their slots are zeros.
 
     Examples
     --------
@@ -127,13 +129,18 @@ class SlotLayout:
     held: Tensor
     source: Tensor
     counts: list[list[int]]
+    blank: Tensor | None = None
 
     @classmethod
     def of(cls, valid: Tensor) -> SlotLayout:
         """Build the layout of ``valid [batch, kv_head, slot]`` bool."""
-        flat = valid.flatten()
-        source = (flat.cumsum(0) - 1).clamp(min=0)
-        return cls(tuple(valid.shape), flat.nonzero()[:, 0], source, valid.sum(-1).tolist())
+        counts = valid.sum(-1)
+        # An empty slot shows a token of its own head: that of another row could carry its NaN into this one.
+        first = counts.flatten().cumsum(0).view_as(counts) - counts
+        source = first[..., None] + (valid.cumsum(-1) - 1).clamp(min=0)
+        kept = counts.tolist()
+        blank = (counts == 0).nonzero() if not all(map(all, kept)) else None
+        return cls(tuple(valid.shape), valid.flatten().nonzero()[:, 0], source.flatten(), kept, blank)
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Pack ``[batch, kv_head, slot, head_dim]`` to ``[token, head_dim]``."""
@@ -143,7 +150,12 @@ class SlotLayout:
         """Pad ``[token, head_dim]`` to ``[batch, kv_head, slot, head_dim]``; empty slots hold finite numbers."""
         if not len(packed):
             return packed.new_zeros((*self.shape, packed.shape[-1]))
-        return packed.index_select(0, self.source).view(*self.shape, packed.shape[-1])
+        # A head without any token is past the end where it is the last one.
+        source = self.source if self.blank is None else self.source.clamp(max=len(packed) - 1)
+        padded = packed.index_select(0, source).view(*self.shape, packed.shape[-1])
+        if self.blank is not None:
+            padded[self.blank[:, 0], self.blank[:, 1]] = 0
+        return padded
 
 
 class PackedStorage(PlainStorage):

@@ -88,4 +88,4 @@ def test_the_command_prints_them():
 @pytest.mark.parametrize("kind", ["selectors", "strategies"])
 def test_the_readme_shows_them(readme, kind):
     text = (make_method_table.ROOT / readme).read_text(encoding="utf-8")
-    assert make_method_table.make_table(readme, kind) in text, "run python tests/make_method_table.py"
+    assert make_method_table.make_table(readme, kind) in text, "run python tools/make_method_table.py"
