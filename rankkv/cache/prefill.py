@@ -1,4 +1,4 @@
-"""Prefill: check a prompt, run it through the model into a cache, compress a context once."""
+"""The prefill: check a prompt, run it through the model into a cache, and compress a context once."""
 
 from __future__ import annotations
 
@@ -13,72 +13,10 @@ from ..models.placement import find_input_device
 from .cache import RankKVCache
 
 
-def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
-    """Return ``input_ids`` as ``[batch, token]`` if they are usable as a prompt.
-
-    Raises
-    ------
-    InputError
-        If they are not integers, not 1-D or 2-D, empty, or the mask has another shape.
-    """
-    if not isinstance(input_ids, Tensor):
-        raise InputError(
-            f"input_ids must be a tensor of token ids [batch, token], got {type(input_ids).__name__}."
-        )
-    if input_ids.is_floating_point() or input_ids.dim() not in (1, 2):
-        raise InputError(
-            f"input_ids must be integers of shape [batch, token], got {input_ids.dtype} {tuple(input_ids.shape)}."
-        )
-    if input_ids.numel() == 0:
-        raise InputError("the prompt is empty: give at least one token.")
-    if attention_mask is not None:
-        given = (
-            tuple(attention_mask.shape)
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
-        )
-        if given != tuple(input_ids.shape):
-            raise InputError(
-                f"attention_mask {given} must be a tensor of the shape of input_ids {tuple(input_ids.shape)}."
-            )
-    return input_ids if input_ids.dim() == 2 else input_ids[None]
-
-
-def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Run one forward over ``input_ids`` that fills ``cache``, without gradients.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The language model.
-    cache : Cache
-        An empty cache.
-    input_ids, attention_mask : Tensor
-        ``[batch, token]``, on any device; padding stands on the left.
-
-    Returns
-    -------
-    Tensor
-        Logits after the last token, ``[batch, vocabulary]``.
-    """
-    input_ids = input_ids.to(find_input_device(model))
-    options: dict[str, Any] = {"use_cache": True, **cache_argument(cache)}
-    if accepts_argument(model, "logits_to_keep"):
-        options["logits_to_keep"] = 1
-    if attention_mask is not None:
-        attention_mask = attention_mask.view(input_ids.shape).to(input_ids.device)
-        options["attention_mask"] = attention_mask
-        if accepts_argument(model, "position_ids"):
-            # As generate() does: a row's positions count its real tokens.
-            options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        return model(input_ids=input_ids, **options).logits[:, -1]
-
-
 def compress(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
 ) -> RankKVCache:
-    """Prefill a context once and return its compressed cache, to ask many questions of.
+    """Prefill a context once and return its compressed cache, ready for many questions.
 
     Parameters
     ----------
@@ -87,15 +25,15 @@ def compress(
     input_ids : Tensor
         ``[batch, token]`` or ``[token]``: the context.
     attention_mask : Tensor, optional
-        ``[batch, token]``, 0 where the (left) padding is.
+        ``[batch, token]``, 0 at padding (on the left).
     **options
-        Options of :class:`~rankkv.RankKVCache`.
+        ``config=``, or options of :class:`~rankkv.RankKVConfig`.
 
     Returns
     -------
     RankKVCache
-        Holds every token of ``input_ids``: ``model(input_ids=continuation, cache=cache.copy())`` scores a
-        continuation, and ``model.generate`` of the full ids answers a question that follows.
+        A cache that has seen every token of ``input_ids``.  ``model(input_ids=continuation, cache=cache.copy())``
+        scores a continuation; ``model.generate`` of the full ids answers a question after the context.
 
     Raises
     ------
@@ -117,3 +55,65 @@ def compress(
     cache = RankKVCache(model, **options)
     run_prefill(model, cache, input_ids, attention_mask)
     return cache.finish()
+
+
+def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
+    """Return ``input_ids`` as ``[batch, token]`` if they are a valid prompt.
+
+    Raises
+    ------
+    InputError
+        If they are not integers, not 1-D or 2-D, or empty, or if the mask has another shape.
+    """
+    if not isinstance(input_ids, Tensor):
+        raise InputError(
+            f"input_ids must be a tensor of token ids [batch, token], got {type(input_ids).__name__}."
+        )
+    if input_ids.is_floating_point() or input_ids.dim() not in (1, 2):
+        raise InputError(
+            f"input_ids must be integers of shape [batch, token], got {input_ids.dtype} {tuple(input_ids.shape)}."
+        )
+    if input_ids.numel() == 0:
+        raise InputError("the prompt is empty: give at least one token.")
+    if attention_mask is not None:
+        given = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        if given != tuple(input_ids.shape):
+            raise InputError(
+                f"attention_mask must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, got {given}."
+            )
+    return input_ids if input_ids.dim() == 2 else input_ids[None]
+
+
+def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Run one forward over ``input_ids`` that fills ``cache``, without gradients.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The language model.
+    cache : Cache
+        An empty cache.
+    input_ids, attention_mask : Tensor
+        ``[batch, token]``, on any device, padded on the left.
+
+    Returns
+    -------
+    Tensor
+        Logits after the last token, ``[batch, vocabulary]``.
+    """
+    input_ids = input_ids.to(find_input_device(model))
+    options: dict[str, Any] = {"use_cache": True, **cache_argument(cache)}
+    if accepts_argument(model, "logits_to_keep"):
+        options["logits_to_keep"] = 1
+    if attention_mask is not None:
+        attention_mask = attention_mask.view(input_ids.shape).to(input_ids.device)
+        options["attention_mask"] = attention_mask
+        if accepts_argument(model, "position_ids"):
+            # Positions count the real tokens of a row, as in generate().
+            options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(input_ids=input_ids, **options).logits[:, -1]

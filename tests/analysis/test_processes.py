@@ -116,7 +116,7 @@ def test_what_cannot_be_analyzed_is_refused(tiny_llama: Any) -> None:
         analyze_samples(analyzer, [torch.arange(60)] * 2, total_budgets=[60])
     with pytest.raises(BudgetError):
         analyze_samples(analyzer, [torch.arange(60)] * 2, total_budgets=[60, 3])
-    with pytest.raises(InputError, match="results of the same layers"):
+    with pytest.raises(InputError, match="results are empty or of different layers"):
         summarize_layers([])
 
 

@@ -443,7 +443,7 @@ def test_flex_attention(monkeypatch, way):
 
 def test_flash_attention_is_refused_by_name(tiny_llama):
     model = tiny_llama()
-    message = "head_budgets needs a mask for each head, which flash_attention_2 does not take.*'sdpa'"
+    message = "head_budgets needs a mask for each head, which flash_attention_2 does not support.*'sdpa'"
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match=message):
         RankKVCache(model, **KEEP)

@@ -30,7 +30,7 @@ QUICK = [
 ]
 EMBEDDED_TOKENS = 600
 #: Refused with a reason where heads are split.
-REFUSED = {"head budgets": "tensor parallelism keeps them in"}
+REFUSED = {"head budgets": "tensor parallelism splits them over"}
 
 
 @pytest.fixture(scope="module")
