@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigError, UnknownNameError
 from .profile.record import RankProfile, check_profile
+from .utils.frozen import FrozenOptions
 
 SCOPES = ("full", "window", "evictable")
 #: Ways to join the heads of a layer for its rank.
@@ -190,7 +190,7 @@ class RankKVConfig:
                 "scope='evictable' or prefill='single'."
             )
         if self.strategy_options is not None:
-            object.__setattr__(self, "strategy_options", MappingProxyType(dict(self.strategy_options)))
+            object.__setattr__(self, "strategy_options", FrozenOptions(self.strategy_options))
 
     def _check_profile(self) -> None:
         object.__setattr__(self, "profile", check_profile(self.profile))

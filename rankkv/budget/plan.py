@@ -139,6 +139,11 @@ class BudgetPlan:
         check_options(name, options)
 
     @property
+    def layers_added(self) -> int:
+        """Number of layers measured so far."""
+        return self._added
+
+    @property
     def layer_ranks(self) -> list[float]:
         """Effective ranks of the layers so far; empty where the strategy measures something else, or nothing."""
         return list(self.layer_measures if self.measure == "rank" else self.ranks)

@@ -18,7 +18,7 @@ from ..budget.plan import BudgetPlan
 from ..budget.strategies import get_strategy
 from ..config import RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
-from ..models.compat import check_transformers
+from ..models.compat import check_transformers, find_position_limit, set_position_offset, warn_if_dropped
 from ..models.placement import find_layer_devices
 from ..models.tensor_parallel import find_head_shards
 from ..observe import hook
@@ -137,7 +137,14 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self._schedule = CompressionSchedule(config, self.selector, self.layer_indices, rotations, shards)
         # The keys that each layer's attention last used: some models share them with layers that have none.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
+        # The attention modules of this model: no other may use the cache.
+        self._modules = weakref.WeakSet(m for m in model.modules() if hasattr(m, "layer_idx"))
+        #: The layer that was updated and whose attention was not observed yet.
+        self._awaited: int | None = None
+        #: Token ids of the prompt, ``[batch, token]`` on the CPU, where they are known.
+        self.prompt_ids: Tensor | None = None
         self._watch(model)
+        warn_if_dropped(model)
 
     def _find_rotations(self, model: Any, config: RankKVConfig) -> dict[int, LayerRotation | None]:
         if config.positions == "packed":
@@ -178,11 +185,13 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
         If heads keep different numbers of tokens, it is the average over heads.
         """
+        self._check_usable()
         return [count_slots(layer) for layer in self.layers]
 
     @property
     def kept_per_head(self) -> list[list[list[int]]]:
         """Number of tokens that each kv head keeps, ``[compressible layer][row][kv_head]``."""
+        self._check_usable()
         return [self.layers[index].kept_per_head for index in self.layer_indices]
 
     @property
@@ -223,6 +232,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
     @property
     def plans(self) -> list[BudgetPlan]:
         """Budget plans of the last compression, one per row; empty before the prefill."""
+        self._check_usable()
         return self._schedule.compressor.plans
 
     @property
@@ -240,31 +250,42 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
     def summary(self) -> str:
         """Return a short text: tokens and bytes kept, rank and budget of each layer (row 0)."""
+        self._check_usable()
         return summarize(self)
 
     # -- complete, copy, rewind, save ----------------------------------------------------------------------------
 
     def finish(self) -> RankKVCache:
         """Compress a prompt that came in chunks, check that the prefill is complete, and return the cache."""
-        hook.check_not_pending(self)
-        self._check_complete()
+        self._check_usable()
         self._schedule.finish(self.layers)
         return self
 
     def copy(self) -> RankKVCache:
         """Return an independent copy: generating with one does not change the other."""
-        hook.check_not_pending(self)
-        copied = copy.copy(self)
+        self._check_usable()
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
         copied.layers = copy.deepcopy(self.layers)
         copied._schedule = self._schedule.copy()
         # The copy has tensors of its own, so what was remembered by tensor identity does not apply.
         copied._attended, copied._step_masks = {}, {}
         copied._packers = {index: packer.copy() for index, packer in self._packers.items()}
         copied._watch(self._model())
+        copied._restore_offset()
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankKVCache:
         return self.copy()
+
+    def __copy__(self) -> RankKVCache:
+        return self.copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheStateError(
+            "a cache cannot be pickled, because it belongs to a model in this process: write it with save(path) and "
+            "read it with RankKVCache.load(path, model)."
+        )
 
     def copy_with(self, **options: Any) -> RankKVCache:
         """Return a copy of an uncompressed prefill that will be compressed with other options.
@@ -325,15 +346,34 @@ class RankKVCache(AttentionObserver, DynamicCache):
         Raises
         ------
         CacheStateError
-            If evicted tokens would be needed, or ``seen_tokens`` exceeds the tokens seen.
+            If evicted tokens or scores would be needed, ``seen_tokens`` exceeds the tokens seen, or a layer of another
+            kind (sliding window, linear attention) cannot go back.  Nothing has changed then.
         """
+        self._check_usable()
         if not 0 < seen_tokens <= self.seen_tokens:
             raise CacheStateError(
                 f"cannot rewind to {seen_tokens} tokens: the cache has seen {self.seen_tokens}; give 1 to that many."
             )
         if seen_tokens < self.seen_tokens:
+            self._check_removable(self.seen_tokens - seen_tokens)
             self.crop(seen_tokens - self.seen_tokens)
+        self._restore_offset()
         return self
+
+    def _check_removable(self, count: int) -> None:
+        """Raise, before anything changes, if the newest ``count`` tokens cannot be removed."""
+        self._schedule.check_removable()
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, RankKVLayer):
+                layer.check_removable(count)
+                continue
+            try:
+                copy.deepcopy(layer).crop(-count)
+            except RuntimeError as error:
+                raise CacheStateError(
+                    f"cannot rewind by {count} tokens: layer {index} ({type(layer).__name__}) no longer holds its "
+                    "earlier state; copy() the cache before each answer, or call activate_past_recording() first."
+                ) from error
 
     def save(self, path: str | Path) -> Path:
         """Write the compressed cache to one safetensors file and return its path.
@@ -368,6 +408,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         try:
             cache = cls(model, config=saving.restore_config(header))
             saving.restore_state(cache, path, header, find_layer_devices(model))
+            cache._restore_offset()
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} describes a cache that this version of RankKV cannot build ({error}): save it again."
@@ -381,17 +422,50 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append new keys and values, and announce the next attention call of this layer to the hook."""
+        if layer_idx >= len(self.layers):
+            raise CacheStateError(
+                f"layer {layer_idx} updates a cache of {len(self.layers)} layers: it was built for another model "
+                f"({self._describe_model()}); build a RankKVCache for the model that runs."
+            )
         layer = self.layers[layer_idx]
+        self._check_rows(key_states.shape[0])
         if isinstance(layer, RankKVLayer):
+            self._check_awaited()
             if layer_idx == self.layer_indices[0]:
                 self._check_complete()
             self._schedule.before_update(self.layers, layer, key_states.shape[-2])
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, RankKVLayer):
+            self._awaited = layer_idx
             hook.hand_off(self, layer_idx, states[0].shape[-2])
         elif key_states.shape[-2] > 1:
             release_hidden(layer)
         return states
+
+    def _check_rows(self, rows: int) -> None:
+        """Repeat the one row of the cache for as many rows as the new tokens have (beams, several answers)."""
+        held = len(self._schedule.row_start or [])
+        if held in (0, rows):
+            return
+        if held != 1:
+            raise InputError(
+                f"the new tokens have {rows} rows, the cache has {held}: give one row for each, or repeat the rows of "
+                f"the cache first with batch_repeat_interleave({rows // held or 1})."
+            )
+        self.batch_repeat_interleave(rows)
+
+    def _check_usable(self) -> None:
+        """Raise if the last forward with this cache did not run to its end, or was not observed."""
+        self._check_awaited()
+        self._check_complete()
+
+    def _check_awaited(self) -> None:
+        if self._awaited is not None:
+            raise CacheStateError(
+                f"layer {self._awaited} updated this cache, but its attention was not observed: it does not use "
+                "transformers' attention interface, or the forward was interrupted. Use a model whose attention "
+                "supports AttentionInterface; after an interruption use a new cache, or reset() this one."
+            )
 
     def _check_complete(self) -> None:
         seen = {self.layers[index].seen for index in self.layer_indices}
@@ -429,6 +503,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         """Forget everything: the next forward is a prefill."""
         super().reset()
         self._schedule.reset()
+        self._awaited = self.prompt_ids = None
         for packer in self._packers.values():
             packer.reset()
 
@@ -445,6 +520,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows ``indices`` and their budgets."""
         super().batch_select_indices(indices)
+        if self.prompt_ids is not None and len(self.prompt_ids) == len(self._schedule.row_start or []):
+            self.prompt_ids = self.prompt_ids[indices.cpu()]
         self._schedule.pick_rows(indices=indices)
 
     # -- called by the attention hook ----------------------------------------------------------------------------
@@ -453,7 +530,9 @@ class RankKVCache(AttentionObserver, DynamicCache):
         """Run the layer's attention with its own mask; during the prefill, then compress the layer."""
         layer, steps = self.layers[layer_idx], call.steps
         # The first layer stands for all: they get the same position_ids.
-        if layer_idx == self.layer_indices[0] and self._schedule.compressed:
+        if layer_idx == self.layer_indices[0]:
+            self._check_owner(call.module, layer, steps)
+            self._check_length(layer.seen, steps)
             self._schedule.check_positions(layer, steps, call.options.get("position_ids"))
         slots = layer.slot_map
         self._attended[layer_idx] = (weakref.ref(call.key), slots)
@@ -467,7 +546,46 @@ class RankKVCache(AttentionObserver, DynamicCache):
         # Until the round is over, layers stay in full: they may shrink again.
         if self._schedule.compressed:
             layer.rest()
+        self._awaited = None
         return output
+
+    def _check_owner(self, module: Any, layer: RankKVLayer, steps: int) -> None:
+        """Raise if the module belongs to another model than the one the cache was built for."""
+        if module in self._modules:
+            return
+        # The new tokens leave again, so that the cache still serves its own model.
+        layer.crop(-steps)
+        self._awaited = None
+        config = getattr(module, "config", None)
+        other = getattr(config, "_name_or_path", "") or getattr(config, "model_type", type(module).__name__)
+        raise CacheStateError(
+            f"this cache belongs to {self._describe_model()}, and another model uses it ({other!r}, with "
+            f"{type(module).__name__}): keys and values of one model mean nothing to another; build a cache for each."
+        )
+
+    def _describe_model(self) -> str:
+        model = self._model()
+        if model is None:
+            return "a model that is gone"
+        name = getattr(model.config, "_name_or_path", "") or model.config.model_type
+        return f"{type(model).__name__} {name!r} with {len(self.layers)} layers"
+
+    def _check_length(self, seen: int, steps: int) -> None:
+        """Warn once, when the text passes the positions that the model was made for."""
+        limit = find_position_limit(self._backend_of)
+        if limit is not None and seen - steps <= limit < seen:
+            warnings.warn(
+                f"the text has {seen} tokens, and the model was made for {limit} positions "
+                "(max_position_embeddings): compressing the cache does not extend that; shorten the prompt, or set the "
+                "model's rope scaling.",
+                stacklevel=2,
+            )
+
+    def _restore_offset(self) -> None:
+        """Give the model the position offset of this conversation, where it keeps one (images, multi-axis rope)."""
+        model = self._model()
+        if model is not None and self._schedule.position_offset is not None:
+            set_position_offset(model, self._schedule.position_offset)
 
     def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the attention of a layer without keys, with the mask of layer ``layer_idx``, which shares its keys."""

@@ -84,6 +84,7 @@ class Compressor:
         if layer_idx == self.layer_indices[0] or not self._open:
             self._open = [BudgetPlan(config, length, self.layer_indices) for length in observation.lengths]
         # Lasting scores may be continued by later queries; the refined ones only select now.
+        self._check_order(layer_idx)
         lasting = self._compute_lasting_scores(layer, observation)
         layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
         self.carry_queries(layer, observation)
@@ -95,6 +96,16 @@ class Compressor:
     def waits_for(self, layer_idx: int) -> bool:
         """Whether :meth:`resume` is due once the layer's attention module returns."""
         return self._waiting is not None and self._waiting.layer_idx == layer_idx
+
+    def _check_order(self, layer_idx: int) -> None:
+        """Raise if a layer of this round was skipped: its attention never reached the cache."""
+        expected = self.layer_indices[self._open[0].layers_added]
+        if layer_idx != expected:
+            self._open = []
+            raise UnsupportedModelError(
+                f"layer {layer_idx} follows, but layer {expected} did not run its attention with this cache: use a "
+                "model of which every attention layer updates the cache, or a new cache after an interrupted forward."
+            )
 
     def resume(self, layers: Sequence[RankKVLayer]) -> bool:
         """Go on with the layer whose measure has arrived; True when the round is finished."""

@@ -153,12 +153,7 @@ class RankKVLayer(DynamicLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         removed = -tokens_to_remove if tokens_to_remove < 0 else max(0, self.seen - tokens_to_remove)
-        if removed > self.seen - self.compressed_at and self.kept_positions is not None:
-            raise CacheStateError(
-                f"cannot remove {removed} tokens: the cache was compressed after {self.compressed_at} of its "
-                f"{self.seen} tokens, and evicted tokens cannot come back; remove at most "
-                f"{self.seen - self.compressed_at} tokens, or build a new cache."
-            )
+        self.check_removable(removed)
         if removed and self.buffer is not None:
             self.buffer.drop(removed)
         if removed:
@@ -171,6 +166,15 @@ class RankKVLayer(DynamicLayer):
                 self.token_changes = self.token_changes[:, : self.seen]
             if self.running_scores is not None:
                 self.running_scores = self.running_scores[..., : self.width]
+
+    def check_removable(self, removed: int) -> None:
+        """Raise CacheStateError if removing the newest tokens would need evicted ones back."""
+        if removed > self.seen - self.compressed_at and self.kept_positions is not None:
+            raise CacheStateError(
+                f"cannot remove {removed} tokens: the cache was compressed after {self.compressed_at} of its "
+                f"{self.seen} tokens, and evicted tokens cannot come back; remove at most "
+                f"{self.seen - self.compressed_at} tokens, or build a new cache."
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row the state of row ``beam_idx``."""
