@@ -430,7 +430,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         layer = self.layers[layer_idx]
         self._check_rows(key_states.shape[0])
         if isinstance(layer, RankKVLayer):
-            self._check_awaited()
+            self._check_awaited(layer_idx)
             if layer_idx == self.layer_indices[0]:
                 self._check_complete()
             self._schedule.before_update(self.layers, layer, key_states.shape[-2])
@@ -459,13 +459,21 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self._check_awaited()
         self._check_complete()
 
-    def _check_awaited(self) -> None:
-        if self._awaited is not None:
-            raise CacheStateError(
-                f"layer {self._awaited} updated this cache, but its attention was not observed: it does not use "
-                "transformers' attention interface, or the forward was interrupted. Use a model whose attention "
-                "supports AttentionInterface; after an interruption use a new cache, or reset() this one."
+    def _check_awaited(self, layer_idx: int | None = None) -> None:
+        """Raise if a layer updated the cache and its attention was not observed; ``layer_idx`` updates it now."""
+        if self._awaited is None:
+            return
+        if layer_idx is not None and layer_idx > self._awaited:
+            # The same forward has gone on to a later layer.
+            raise UnsupportedModelError(
+                f"the attention of layer {self._awaited} did not go through transformers' attention interface, so it "
+                "could not be observed: use a model whose attention supports AttentionInterface."
             )
+        raise CacheStateError(
+            f"layer {self._awaited} updated this cache, but its attention was not observed: it does not use "
+            "transformers' attention interface, or the forward was interrupted. Use a model whose attention supports "
+            "AttentionInterface; after an interruption use a new cache, or reset() this one."
+        )
 
     def _check_complete(self) -> None:
         seen = {self.layers[index].seen for index in self.layer_indices}

@@ -169,12 +169,13 @@ class CompressionSchedule:
             self._check_offset(layer, steps, position_ids)
         if not self.compressed:
             return
-        self._warn_of_chunks(steps)
         past = layer.seen - steps
         if position_ids is None or position_ids.dim() != 2 or self.row_start is None:
+            self._warn_of_chunks(steps)
             return
         # Check single steps only right after a compression: reading positions may stall the device.
         if steps == 1 and past != self.compressed_at:
+            self._first_steps = None
             return
         holes = self.holes or [0] * len(self.row_start)
         rows = [past - start - hidden for start, hidden in zip(self.row_start, holes, strict=True)]
@@ -186,6 +187,7 @@ class CompressionSchedule:
                 f"{again if given[0] == 0 else ''}: give generate() all ids, or the new ids with an attention_mask "
                 "over all tokens; give position_ids to a direct forward call if the model counts from 0."
             )
+        self._warn_of_chunks(steps)
 
     def _check_offset(self, layer: RankKVLayer, steps: int, position_ids: Tensor) -> None:
         """Note the offset of multi-axis positions in the prefill, and check that later tokens have the same."""
