@@ -14,7 +14,7 @@ from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments, split_moments
 from .scoring import without_padding
 
-FORMAT = "rankkv.calibration.query_filters/1"
+FORMAT = "rankkv.query_filters/1"
 
 
 @without_padding
