@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import ConfigError, UnknownNameError
@@ -99,8 +101,11 @@ def get_selector(selector: str | Selector, **options: Any) -> Selector:
         if selector not in SELECTORS:
             raise UnknownNameError.of("selector", selector, SELECTORS)
         selector = SELECTORS[selector]
-    if isinstance(options.get("base"), str):
-        options["base"] = get_selector(options["base"])
+    base = options.get("base")
+    if isinstance(base, str) and isinstance(selector, WrappingSelector):
+        bound = selector.with_options(**{**options, "base": get_selector(base)})
+        # Keep the name as the option's value: it is what records and messages show.
+        return replace(bound, options=MappingProxyType({**bound.options, "base": base}))
     return selector.with_options(**options) if options else selector
 
 
