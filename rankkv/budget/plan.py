@@ -165,11 +165,6 @@ class BudgetPlan:
         """True if a layer's weight depends on later layers, so that nothing can be evicted before the last."""
         return self.measure is not None and not self._strategy.layerwise
 
-    @property
-    def needs_hidden_states(self) -> bool:
-        """True if a layer's measure arrives only after its attention."""
-        return self._strategy.needs == "hidden states"
-
     def add_layer(
         self,
         measured: Any,

@@ -20,7 +20,7 @@ from .calibrated import weigh_blend, weigh_profile
 from .distortion import weigh_distortion
 
 #: Values of :attr:`Strategy.needs`: inputs that a strategy may read of each layer.
-NEEDS = ("ranks", "window attention", "whole attention", "hidden states", "nothing")
+NEEDS = ("ranks", "window attention", "whole attention", "nothing")
 
 _RANK_COST = "O(window^2 x keys)"
 _WINDOW_COST = "O(window x keys)"
@@ -171,15 +171,6 @@ STRATEGIES: dict[str, Strategy] = {
         "window attention",
         "O(window x keys + keys log keys)",
         scalar=False,
-    ),
-    "squeezeattention": Strategy(
-        weights.weigh_squeezeattention,
-        False,
-        "the group of layers whose attention changes the hidden state least keeps `squeeze` of the average",
-        "Z. Wang et al., SqueezeAttention, arXiv:2404.04793",
-        "squeezeattention",
-        "hidden states",
-        "O(hidden x keys) a layer",
     ),
     "distortion": Strategy(
         weigh_distortion,

@@ -7,7 +7,6 @@ import numbers
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import ConfigError, DegenerateAttentionError, InputError
 from ..limits import Limits, check_number
@@ -201,29 +200,6 @@ def weigh_zigzagkv(uncertainties: FloatArray, mass: float = 0.9) -> FloatArray:
     return uncertainties
 
 
-def weigh_squeezeattention(changes: FloatArray, groups: int = 3, squeeze: float = 0.35) -> FloatArray:
-    """Weigh layers by groups: those whose attention changes the hidden state least keep ``squeeze`` of the average.
-
-    What they give up is shared equally by all other layers: where s of L layers are squeezed, each of the others
-    weighs ``(L - s * squeeze) / (L - s)``.  The groups are those of k-means over the changes, solved exactly: numbers
-    on a line have one best division into intervals.
-
-    Notes
-    -----
-    The authors' program starts k-means at random, always with 3 groups, and takes the squeezed layers' length as an
-    option: its examples are 0.08 of 0.21 (``squeeze=0.38``) for Mistral 7B and 0.25 of 0.4 (``squeeze=0.63``) for
-    Llama 2 7B.  The default here lies near the first.
-    """
-    groups = check_integer("groups", groups, 2)
-    squeeze = check_number("squeeze", squeeze, 0.0, 1.0)
-    labels = group_values(changes, groups)
-    squeezed = labels == 0
-    if squeezed.all():
-        return np.ones_like(changes)
-    layers, few = len(changes), int(squeezed.sum())
-    return np.where(squeezed, squeeze, (layers - few * squeeze) / (layers - few))
-
-
 def weigh_dynamickv(
     scores: FloatArray, r_max: float = 10.0, kernel_size: int = 5, limits: Limits | None = None
 ) -> FloatArray:
@@ -268,42 +244,3 @@ def _count_best(table: FloatArray, wanted: int) -> FloatArray:
         counts[row] += taken
         missing -= taken
     return counts.astype(np.float64)
-
-
-def group_values(values: FloatArray, groups: int) -> NDArray[np.int64]:
-    """Divide numbers into at most ``groups`` groups with the least sum of squared distances to the group's mean.
-
-    Returns
-    -------
-    ndarray
-        ``[value]`` int64, 0 for the group of the smallest numbers; equal numbers share a group.
-
-    Examples
-    --------
-    >>> group_values(np.array([0.9, 0.1, 0.5, 0.11, 0.52]), 3).tolist()
-    [2, 0, 1, 0, 1]
-    """
-    distinct, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    size = len(distinct)
-    groups = min(groups, size)
-    totals = [np.concatenate([[0.0], np.cumsum(count * distinct**power)]) for power in (0, 1, 2)]
-
-    def spread(start: int, stop: int) -> float:
-        number, total, squares = (cumulated[stop] - cumulated[start] for cumulated in totals)
-        return max(0.0, float(squares - total * total / number))
-
-    # best[k][j]: the least spread of the first j numbers in k groups, and where the last of these groups starts.
-    best = [[(0.0 if stop == 0 else math.inf, 0) for stop in range(size + 1)]]
-    for _ in range(groups):
-        before = best[-1]
-        row = [(math.inf, 0)]
-        for stop in range(1, size + 1):
-            row.append(min((before[start][0] + spread(start, stop), start) for start in range(stop)))
-        best.append(row)
-    labels = np.zeros(size, dtype=np.int64)
-    stop = size
-    for group in range(groups, 0, -1):
-        start = best[group][stop][1]
-        labels[start:stop] = group - 1
-        stop = start
-    return labels[place.reshape(np.shape(values))]

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
-from ..budget.strategies import get_strategy
 from ..config import RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from ..models.compat import check_transformers, find_position_limit, set_position_offset, warn_if_dropped
@@ -23,7 +22,6 @@ from ..models.placement import find_layer_devices
 from ..models.tensor_parallel import find_head_shards
 from ..observe import hook
 from ..observe.call import AttentionCall
-from ..observe.hidden_states import watch_hidden_states
 from ..observe.hook import AttentionObserver
 from ..observe.observation import Observation
 from ..observe.rotary import LayerRotation, build_packers, find_rotations
@@ -100,7 +98,6 @@ class RankKVCache(AttentionObserver, DynamicCache):
         prefill: str = "single",
         recompress_turns: bool = False,
         storage: str = "full",
-        merging: str | None = None,
         profile: Any = "auto",
         min_budget: int | None = None,
         head_budgets: str | None = "auto",
@@ -162,10 +159,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
             return {}
 
     def _watch(self, model: Any) -> None:
-        """Register the cache with the attention hook, and with what else the strategy observes."""
+        """Register the cache with the attention hook."""
         hook.watch_for(self, model)
-        if model is not None and get_strategy(self.config.resolve_strategy()[0]).needs == "hidden states":
-            watch_hidden_states(self, model, self.layer_indices)
 
     # -- read by users -------------------------------------------------------------------------------------------
 
@@ -314,7 +309,6 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self,
         observations: Mapping[int, Observation],
         other_layers: Sequence[Any],
-        changes: Mapping[int, Tensor] | None = None,
         selector: Selector | None = None,
     ) -> RankKVCache:
         """Fill an empty cache from a recorded prefill, compress it, and return it.
@@ -325,15 +319,12 @@ class RankKVCache(AttentionObserver, DynamicCache):
             Observation of the whole prompt for each compressible layer.
         other_layers : sequence
             Layers of a plain cache after the prompt; those that are not compressible are copied.
-        changes : mapping, optional
-            How far the attention of each layer turned the hidden states, where it was recorded.
         selector : Selector, optional
             Selector with recorded scores, used in place of this cache's selector.
         """
         for index, layer in enumerate(self.layers):
             if isinstance(layer, RankKVLayer):
                 layer.update(observations[index].keys, observations[index].values)
-                layer.token_changes = (changes or {}).get(index)
             else:
                 self.layers[index] = copy.deepcopy(other_layers[index])
         with torch.no_grad():
@@ -603,10 +594,6 @@ class RankKVCache(AttentionObserver, DynamicCache):
         """Return the layer whose attention last used exactly this key tensor, or None."""
         found = (index for index, (attended, _) in self._attended.items() if attended() is key)
         return next(found, None)
-
-    def note_changes(self, layer_idx: int, changes: Tensor) -> None:
-        """Take how far the layer's attention turned the hidden state of each token, ``[batch, token]``."""
-        self._schedule.note_changes(self.layers, layer_idx, changes)
 
     def _fit_to_slots(self, layer_idx: int, slots: SlotMap | None, call: AttentionCall) -> AttentionCall:
         """Return the attention call with mask, query and key fitted to the slots that the layer keeps."""

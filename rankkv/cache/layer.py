@@ -15,7 +15,6 @@ from ..errors import CacheStateError
 from ..observe.observation import Observation
 from ..observe.queries import QueryBuffer
 from ..selection import Selector, select_tokens
-from .merging import fold_evicted
 from .storage import STORAGES, PlainStorage
 
 #: Names of a layer's tensors whose first axis is the row of the batch.
@@ -26,7 +25,6 @@ ROW_TENSORS = (
     "kept_valid",
     "running_scores",
     "query_moments",
-    "token_changes",
 )
 
 
@@ -92,8 +90,6 @@ class RankKVLayer(DynamicLayer):
         self.query_moments: Tensor | None = None
         #: The last queries; None unless a later compression needs them.
         self.buffer: QueryBuffer | None = None
-        #: How far attention turned the hidden state of each token, ``[batch, token]``, where the strategy asks for it.
-        self.token_changes: Tensor | None = None
         self._scores: Tensor | None = None
         # Scores to continue while decoding; None if they equal the scores that select.
         self._lasting: Tensor | None = None
@@ -162,8 +158,6 @@ class RankKVLayer(DynamicLayer):
             self.values = self.values[..., :-removed, :].clone(memory_format=torch.contiguous_format)
             self.seen -= removed
             self.compressed_at = min(self.compressed_at, self.seen)
-            if self.token_changes is not None:
-                self.token_changes = self.token_changes[:, : self.seen]
             if self.running_scores is not None:
                 self.running_scores = self.running_scores[..., : self.width]
 
@@ -276,9 +270,8 @@ class RankKVLayer(DynamicLayer):
         protect: Sequence[tuple[int, int]] = (),
         slack: int = 0,
         protect_before: Sequence[int] | None = None,
-        merging: str | None = None,
     ) -> None:
-        """Keep ``budgets`` tokens per row (plus ``slack``), and release the rest or merge it into the kept tokens.
+        """Keep ``budgets`` tokens per row (plus ``slack``), and release the rest.
 
         Raises
         ------
@@ -303,12 +296,8 @@ class RankKVLayer(DynamicLayer):
         )
         empty = kept < 0
         index = kept.clamp(min=0)
-        if merging is None:
-            self.keys = _gather_slots(self.keys, index)
-            self.values = _gather_slots(self.values, index)
-        else:
-            is_real = self._real_index >= 0
-            self.keys, self.values = fold_evicted(self.keys, self.values, kept, is_real, merging)
+        self.keys = _gather_slots(self.keys, index)
+        self.values = _gather_slots(self.values, index)
         self.kept_positions = (
             index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
         )

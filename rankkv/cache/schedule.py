@@ -126,7 +126,7 @@ class CompressionSchedule:
             spare = _DRAFT_QUERIES if self.recording else 0
             self._push_queries(layer, observation, self.window_queries + spare, spare)
         elif not self.compressed or (steps > 1 and (config.recompress_turns or self.streaming)):
-            self._end_round(layers, self.compressor.add_layer(layers, observation, in_attention=True))
+            self._end_round(layers, self.compressor.add_layer(layers, observation))
         elif config.decode == "bounded":
             self.compressor.step(layer, observation)
         else:
@@ -227,17 +227,6 @@ class CompressionSchedule:
                 f"cannot rewind: with decode={config.decode!r} the scores of selector {self.selector.name!r} follow "
                 "every token, and cannot go back; copy() the cache before each answer, or use decode='grow'."
             )
-
-    def note_changes(self, layers: list[Any], layer_idx: int, changes: Tensor) -> None:
-        """Take how far a layer's attention turned the hidden states, and go on with the layer if that was awaited."""
-        awaited = self.compressor.waits_for(layer_idx)
-        if not awaited and not self.deferred:
-            return
-        layer = layers[layer_idx]
-        past = layer.token_changes
-        layer.token_changes = changes if past is None else torch.cat([past, changes], dim=1)
-        if awaited:
-            self._end_round(layers, self.compressor.resume(layers))
 
     def after_crop(self, layers: list[Any]) -> None:
         """Compress the prompt after its first draft is verified."""

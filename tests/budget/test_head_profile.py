@@ -263,12 +263,6 @@ def test_beams_copies_and_turns(model, spread):
         )
 
 
-def test_merged_tokens_stay_within_their_head(model, spread):
-    cache = oracles.prefill(model, PROMPT, merging="values", **spread)
-    plain = oracles.prefill(model, PROMPT, **spread)
-    assert cache.kept_per_head == plain.kept_per_head
-
-
 # -- measuring, and what is refused --------------------------------------------------------------------------------
 
 
