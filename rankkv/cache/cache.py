@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from ..budget.plan import BudgetPlan
 from ..config import RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
-from ..models.compat import check_transformers, find_position_limit, set_position_offset, warn_if_dropped
+from ..models.compat import check_transformers, find_offset_owner, find_position_limit, warn_if_dropped
 from ..models.placement import find_layer_devices
 from ..models.tensor_parallel import find_head_shards
 from ..observe import hook
@@ -140,6 +140,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self._awaited: int | None = None
         #: Token ids of the prompt, ``[batch, token]`` on the CPU, where they are known.
         self.prompt_ids: Tensor | None = None
+        owner = find_offset_owner(model)
+        self._offset_owner = None if owner is None else weakref.ref(owner)
         self._watch(model)
         warn_if_dropped(model)
 
@@ -532,6 +534,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         if layer_idx == self.layer_indices[0]:
             self._check_owner(call.module, layer, steps)
             self._check_length(layer.seen, steps)
+            self._check_offset(steps)
             self._schedule.check_positions(layer, steps, call.options.get("position_ids"))
         slots = layer.slot_map
         self._attended[layer_idx] = (weakref.ref(call.key), slots)
@@ -580,11 +583,32 @@ class RankKVCache(AttentionObserver, DynamicCache):
                 stacklevel=2,
             )
 
+    def _check_offset(self, steps: int) -> None:
+        """Note the model's image offset in the prefill, and check that later tokens get the same one."""
+        owner = None if self._offset_owner is None else self._offset_owner()
+        if owner is None:
+            return
+        now, known = owner.rope_deltas, self._schedule.position_offset
+        if not self._schedule.compressed or now is known:
+            self._schedule.position_offset = now
+            return
+        if now is not None and known is not None and torch.equal(now.cpu(), known.cpu()):
+            return
+        says = (
+            "the model holds the position offset of another image than this cache: copy(), rewind() or load() the "
+            "cache right before it is used, which restores its own"
+        )
+        if steps == 1:
+            raise CacheStateError(f"{says}.")
+        # A new image in this turn changes the offset rightly, and cannot be told from a foreign one.
+        warnings.warn(f"{says}; if this turn brings a new image, all is well.", stacklevel=2)
+        self._schedule.position_offset = now
+
     def _restore_offset(self) -> None:
-        """Give the model the position offset of this conversation, where it keeps one (images, multi-axis rope)."""
-        model = self._model()
-        if model is not None and self._schedule.position_offset is not None:
-            set_position_offset(model, self._schedule.position_offset)
+        """Give the model the image offset of this conversation, where it keeps one."""
+        owner = None if self._offset_owner is None else self._offset_owner()
+        if owner is not None and self._schedule.compressed:
+            owner.rope_deltas = self._schedule.position_offset
 
     def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the attention of a layer without keys, with the mask of layer ``layer_idx``, which shares its keys."""

@@ -108,8 +108,6 @@ def warn_if_dropped(model: Any) -> None:
     )
 
 
-def set_position_offset(model: Any, offset: Any) -> None:
-    """Set the position offset of the last image on the module that keeps it, ``[batch]`` (Qwen2-VL and others)."""
-    for module in model.modules():
-        if "rope_deltas" in vars(module):
-            module.rope_deltas = offset.view(-1, 1).to(next(module.parameters()).device)
+def find_offset_owner(model: Any) -> Any:
+    """Find the module that keeps the position offset of the last image (Qwen2-VL and others); None without one."""
+    return next((module for module in model.modules() if "rope_deltas" in vars(module)), None)
