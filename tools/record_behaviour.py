@@ -3,7 +3,7 @@
 The record holds kept positions, budgets, ranks, generated ids and a few logits of each setting.  Settings span model
 families, head budgets, decode and prefill modes, storages, selectors and strategies.  Models are tiny and random, with
 one seed, but for the embedded one.  Only public names of ``rankkv`` are imported, so the tool runs on any layout of
-its modules.
+its modules.  A last entry holds the analyzer, the allocator and calibration, which need no cache.
 
 Usage
 -----
@@ -28,7 +28,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -462,7 +462,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     start = time.perf_counter()
-    runs = {name: functools.partial(run_setting, setting) for name, setting in SETTINGS.items()}
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        name: functools.partial(run_setting, setting) for name, setting in SETTINGS.items()
+    }
     runs["without a cache"] = run_without_cache
     chosen = [name for name in runs if not given.only or any(text in name for text in given.only)]
     found = {}
