@@ -425,6 +425,15 @@ def describe_versions() -> dict[str, str]:
     }
 
 
+def dump_record(record: dict[str, Any]) -> str:
+    """Return a record as JSON, one line per setting, so that a change of one setting is one line of a diff."""
+    lines = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(setting, sort_keys=True)}"
+        for name, setting in sorted(record["settings"].items())
+    )
+    return f'{{\n"versions": {json.dumps(record["versions"])},\n"settings": {{\n{lines}\n}}\n}}\n'
+
+
 def find_differences(recorded: Any, found: Any, path: str = "") -> Iterator[str]:
     """Yield one line per value that differs, with its place; ranks and logits have a tolerance."""
     if isinstance(recorded, dict) and isinstance(found, dict):
@@ -474,9 +483,7 @@ def main() -> int:
         print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
     if not given.check:
         given.record.parent.mkdir(parents=True, exist_ok=True)
-        given.record.write_text(
-            json.dumps({"versions": describe_versions(), "settings": found}, indent=1, sort_keys=True) + "\n"
-        )
+        given.record.write_text(dump_record({"versions": describe_versions(), "settings": found}))
         print(f"{len(found)} settings written to {given.record} in {time.perf_counter() - start:.0f} s")
         return 0
     recorded = json.loads(given.record.read_text())

@@ -200,7 +200,7 @@ def main() -> int:
         "profiles": write_calibration(FOLDER, model),
         "query_filters": write_filters(FOLDER, model),
     }
-    (FOLDER / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
+    (FOLDER / "answers.json").write_text(json.dumps(answers) + "\n")
     write_sweep(FOLDER)
     return 0
 
