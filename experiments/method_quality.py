@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from allocation_ablation import cut_contexts, describe, finish, main, read_texts
+from forced_needle import evaluate_needle
 from tqdm import tqdm
 
 from rankkv.errors import ConfigError
@@ -76,7 +77,7 @@ def score_context(
     model: Any, tokenizer: Any, ids: Any, number: int, arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Yield one row a cell and task, `full` and `blank` among them."""
-    from rankkv.evaluation import evaluate_continuation, evaluate_needle, record_prefill
+    from rankkv.evaluation import evaluate_continuation, record_prefill
 
     cells = build_cells(arguments)
 
@@ -109,7 +110,7 @@ def score_context(
     )
     for needle in needles:
         yield {
-            **name_cell(needle.cell),
+            **name_cell(needle.setting),
             "task": "needle",
             "found": needle.exact,
             "answer_loss": needle.answer_loss,

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from allocation_ablation import describe, finish, main, read_texts
+from forced_needle import evaluate_needle
 from method_quality import BUDGETS
 from tqdm import tqdm
 
@@ -94,8 +95,6 @@ def score_needle(
     arguments: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Yield one row a cache, `full` and `blank` among them."""
-    from rankkv.evaluation import evaluate_needle
-
     for score in evaluate_needle(
         model,
         tokenizer,
@@ -106,7 +105,7 @@ def score_needle(
         seeds=[seed],
         question_aware=not arguments.question_agnostic,
     ):
-        strategy, _, ratio = score.cell.partition("|")
+        strategy, _, ratio = score.setting.partition("|")
         yield {
             "strategy": strategy,
             "ratio": float(ratio or 1.0),

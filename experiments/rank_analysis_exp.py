@@ -138,8 +138,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | No
     import torch
 
     from rankkv import RankKVAnalyzer, RankKVConfig, load_model, load_texts
-    from rankkv.pipeline import analyze_samples, summarize_layers
     from rankkv.budget.plan import BudgetPlan
+    from rankkv.pipeline import analyze_samples, summarize_layers
     from rankkv.plots import plot_layer_ranks, plot_strategy_budgets, save_figure
     from rankkv.plots.style import new_figure
     from rankkv.rank.aggregation import get_aggregation

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigError, UnknownNameError
 from .profile.record import RankProfile, check_profile
+from .utils.frozen import FrozenOptions
 
 SCOPES = ("full", "window", "evictable")
 #: Ways to join the heads of a layer for its rank.
@@ -16,7 +16,6 @@ AGGREGATIONS = ("mean", "per_head", "median", "max", "min", "concat", "mass_norm
 DECODE_MODES = ("grow", "bounded", "periodic")
 POSITION_MODES = ("original", "packed")
 STORAGE_MODES = ("full", "int8", "offload")
-MERGING_MODES = ("values", "keys_and_values")
 PREFILL_MODES = ("single", "chunked", "streaming")
 #: Ways to spread a layer's budget over its kv heads; "auto" takes the way that measured best, if the model allows it.
 HEAD_BUDGETS = ("auto", "adaptive", "distortion", "profile")
@@ -39,7 +38,7 @@ class RankKVConfig:
     This is the one place that documents the options, in five groups:
 
     - size: ``compression_ratio``, ``budget``, ``min_budget``
-    - tokens: ``selector``, ``window_size``, ``sink_size``, ``protect``, ``merging``
+    - tokens: ``selector``, ``window_size``, ``sink_size``, ``protect``
     - layers: ``strategy``, ``strategy_options``, ``scope``, ``aggregation``, ``profile``
     - heads: ``head_budgets``, ``head_floor``
     - time and storage: ``prefill``, ``decode``, ``decode_interval``, ``recompress_turns``, ``positions``, ``storage``
@@ -60,10 +59,6 @@ class RankKVConfig:
         Number of first tokens protected as attention sinks; 0 protects none.
     protect : sequence of (int, int), optional
         Spans ``(start, stop)`` of real tokens that every layer keeps, such as a system prompt.  Padding does not count.
-    merging : {"values", "keys_and_values"}, optional
-        Fold evicted tokens into the kept token with the most similar key, as in D2O: their values, or their keys too.
-        Folding needs all tokens until the budgets are final, so all layers stay whole until the last one is there.
-        None drops what is evicted.
     strategy : str, optional
         Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`.  None takes the measured default:
         ``"blend"`` with a known profile of the model, else ``"distortion"``.  None also lets the heads of a layer keep
@@ -145,7 +140,6 @@ class RankKVConfig:
     prefill: str = "single"
     recompress_turns: bool = False
     storage: str = "full"
-    merging: str | None = None
     profile: Any = "auto"
     min_budget: int | None = None
     head_budgets: str | None = "auto"
@@ -167,13 +161,6 @@ class RankKVConfig:
         _check_choice("positions mode", self.positions, POSITION_MODES)
         _check_choice("prefill mode", self.prefill, PREFILL_MODES)
         _check_choice("storage", self.storage, STORAGE_MODES)
-        if self.merging is not None:
-            _check_choice("merging mode", self.merging, MERGING_MODES)
-            if self.decode == "bounded":
-                raise ConfigError(
-                    f"merging={self.merging!r} compares the tokens of one eviction with each other, and "
-                    "decode='bounded' evicts a single one at a time; use decode='grow' or 'periodic'."
-                )
         if self.head_budgets is not None:
             _check_choice("head_budgets", self.head_budgets, HEAD_BUDGETS)
         _check_floor(self.head_floor)
@@ -190,7 +177,7 @@ class RankKVConfig:
                 "scope='evictable' or prefill='single'."
             )
         if self.strategy_options is not None:
-            object.__setattr__(self, "strategy_options", MappingProxyType(dict(self.strategy_options)))
+            object.__setattr__(self, "strategy_options", FrozenOptions(self.strategy_options))
 
     def _check_profile(self) -> None:
         object.__setattr__(self, "profile", check_profile(self.profile))

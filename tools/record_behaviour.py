@@ -60,9 +60,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", COMMON),
     "phi3": ("Phi3", COMMON),
     "neox": ("GPTNeoX", COMMON),
-    "gemma2": ("Gemma2", {**COMMON, **SLIDING, "head_dim": 16, "query_pre_attn_scalar": 16, "_attn_implementation": "eager"}),
+    "gemma2": (
+        "Gemma2",
+        {**COMMON, **SLIDING, "head_dim": 16, "query_pre_attn_scalar": 16, "_attn_implementation": "eager"},
+    ),
     "gemma3": ("Gemma3", {**COMMON, **SLIDING, "head_dim": 16, "query_pre_attn_scalar": 16}),
-    "gpt_oss": ("GptOss", {**COMMON, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "_attn_implementation": "eager"}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **COMMON,
+            **SLIDING,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "_attn_implementation": "eager",
+        },
+    ),
     "deepseek": ("DeepseekV3", LATENT),
     "mistral": ("Mistral", {**COMMON, "sliding_window": None}),
     "opt": ("OPT", {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64}),
@@ -85,13 +98,21 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "periodic": ("llama", "generate", {"decode": "periodic", "decode_interval": 5}),
     "packed positions": ("llama", "generate", {"positions": "packed", "head_budgets": None}),
     "int8": ("llama", "generate", {"storage": "int8"}),
-    "offload": ("llama", "generate", {"storage": "offload", "strategy": "power", "strategy_options": {"exponent": 2}}),
+    "offload": (
+        "llama",
+        "generate",
+        {"storage": "offload", "strategy": "power", "strategy_options": {"exponent": 2}},
+    ),
     "chunked": ("llama", "chunks", {"prefill": "chunked"}),
     "streaming": ("llama", "chunks", {"prefill": "streaming", "selector": "h2o"}),
     "padded batch": ("llama", "batch", {}),
     "beams": ("llama", "beams", {"head_budgets": "distortion"}),
     "turns": ("qwen2", "turns", {"recompress_turns": True, "selector": "expected_attention"}),
-    "cake, criticalkv": ("qwen2", "generate", {"strategy": "cake", "selector": "criticalkv", "min_budget": 8}),
+    "cake, criticalkv": (
+        "qwen2",
+        "generate",
+        {"strategy": "cake", "selector": "criticalkv", "min_budget": 8},
+    ),
     "protected, tova": ("llama", "generate", {"selector": "tova", "protect": [(10, 30)], "budget": 60}),
 }
 
@@ -101,9 +122,11 @@ def build(family: str) -> Any:
     name, options = FAMILIES[family]
     torch.manual_seed(7)
     config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**options)
-    return getattr(transformers, f"{name}ForCausalLM")._from_config(
-        config, attn_implementation=options.get("_attn_implementation", "sdpa")
-    ).eval()
+    return (
+        getattr(transformers, f"{name}ForCausalLM")
+        ._from_config(config, attn_implementation=options.get("_attn_implementation", "sdpa"))
+        .eval()
+    )
 
 
 def run_setting(model: Any, way: str, options: dict[str, Any]) -> tuple[Any, torch.Tensor]:
@@ -143,11 +166,13 @@ def describe(cache: Any, model: Any, answer: torch.Tensor) -> dict[str, Any]:
     with torch.no_grad():
         mask = torch.ones(rows, cache.seen_tokens + 1, dtype=torch.long)
         position = torch.tensor([[cache.seen_tokens - start] for start in cache.row_start])
-        logits = model(
-            input_ids=torch.full((rows, 1), 9), cache=cache, attention_mask=mask, position_ids=position
-        ).logits if model.config.model_type != "opt" else model(
-            input_ids=torch.full((rows, 1), 9), cache=cache, attention_mask=mask
-        ).logits
+        logits = (
+            model(
+                input_ids=torch.full((rows, 1), 9), cache=cache, attention_mask=mask, position_ids=position
+            ).logits
+            if model.config.model_type != "opt"
+            else model(input_ids=torch.full((rows, 1), 9), cache=cache, attention_mask=mask).logits
+        )
     return {
         "kept": digest.hexdigest(),
         "kept_lengths": cache.kept_lengths,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
-from ..budget.strategies import get_strategy
 from ..cache.compressor import measure_rows
 from ..cache.resolve import resolve_profile
 from ..config import RankKVConfig
@@ -19,7 +17,6 @@ from ..errors import CacheStateError
 from ..models.tensor_parallel import find_head_shards
 from ..observe import hook
 from ..observe.call import AttentionCall, observe
-from ..observe.hidden_states import watch_hidden_states
 from ..observe.hook import AttentionObserver
 from ..observe.observation import Observation
 from ..rank.observed_layer import compute_layer_ranks
@@ -57,9 +54,6 @@ class MeasuringCache(AttentionObserver, DynamicCache):
         self.measures: dict[int, Any] = {}
         self.plan: BudgetPlan | None = None
         self._total_budget = total_budget
-        self._waiting: Observation | None = None
-        if get_strategy(config.resolve_strategy()[0]).needs == "hidden states":
-            watch_hidden_states(self, model, self.layer_indices)
         self._config = resolve_profile(config, model, self.layer_indices)
         self._on_layer = on_layer
         self._shards = find_head_shards(model)
@@ -89,13 +83,6 @@ class MeasuringCache(AttentionObserver, DynamicCache):
             self._on_layer(len(self.ranks), len(self.layer_indices))
         return output
 
-    def note_changes(self, layer_idx: int, changes: Tensor) -> None:
-        """Measure the layer by how far its attention turned the hidden state of each token."""
-        observation, self._waiting = self._waiting, None
-        if observation is not None and self.plan is not None:
-            observation = replace(observation, changes=changes)
-            self.measures[layer_idx] = measure_rows([self.plan], self._config, observation)[0]
-
     def finish_plan(self) -> BudgetPlan:
         """Return the budget plan computed from the measures of all layers.
 
@@ -122,9 +109,6 @@ class MeasuringCache(AttentionObserver, DynamicCache):
             )
         ranks = compute_layer_ranks(observation, self._config.scope, self._config.aggregation)
         self.ranks[layer_idx] = float(ranks[0])
-        if self.plan.needs_hidden_states:
-            self._waiting = observation
-            return
         # The rank is computed anyway, so it is not measured twice.
         of_rank = self.plan.measure in ("rank", None)
         measured = ranks.tolist() if of_rank else measure_rows([self.plan], self._config, observation)

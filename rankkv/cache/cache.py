@@ -15,15 +15,13 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
-from ..budget.strategies import get_strategy
 from ..config import RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
-from ..models.compat import check_transformers
+from ..models.compat import check_transformers, find_offset_owner, find_position_limit, warn_if_dropped
 from ..models.placement import find_layer_devices
 from ..models.tensor_parallel import find_head_shards
 from ..observe import hook
 from ..observe.call import AttentionCall
-from ..observe.hidden_states import watch_hidden_states
 from ..observe.hook import AttentionObserver
 from ..observe.observation import Observation
 from ..observe.rotary import LayerRotation, build_packers, find_rotations
@@ -100,7 +98,6 @@ class RankKVCache(AttentionObserver, DynamicCache):
         prefill: str = "single",
         recompress_turns: bool = False,
         storage: str = "full",
-        merging: str | None = None,
         profile: Any = "auto",
         min_budget: int | None = None,
         head_budgets: str | None = "auto",
@@ -137,7 +134,16 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self._schedule = CompressionSchedule(config, self.selector, self.layer_indices, rotations, shards)
         # The keys that each layer's attention last used: some models share them with layers that have none.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
+        # The attention modules of this model: no other may use the cache.
+        self._modules = weakref.WeakSet(m for m in model.modules() if hasattr(m, "layer_idx"))
+        #: The layer that was updated and whose attention was not observed yet.
+        self._awaited: int | None = None
+        #: Token ids of the prompt, ``[batch, token]`` on the CPU, where they are known.
+        self.prompt_ids: Tensor | None = None
+        owner = find_offset_owner(model)
+        self._offset_owner = None if owner is None else weakref.ref(owner)
         self._watch(model)
+        warn_if_dropped(model)
 
     def _find_rotations(self, model: Any, config: RankKVConfig) -> dict[int, LayerRotation | None]:
         if config.positions == "packed":
@@ -155,10 +161,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
             return {}
 
     def _watch(self, model: Any) -> None:
-        """Register the cache with the attention hook, and with what else the strategy observes."""
+        """Register the cache with the attention hook."""
         hook.watch_for(self, model)
-        if model is not None and get_strategy(self.config.resolve_strategy()[0]).needs == "hidden states":
-            watch_hidden_states(self, model, self.layer_indices)
 
     # -- read by users -------------------------------------------------------------------------------------------
 
@@ -178,11 +182,13 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
         If heads keep different numbers of tokens, it is the average over heads.
         """
+        self._check_usable()
         return [count_slots(layer) for layer in self.layers]
 
     @property
     def kept_per_head(self) -> list[list[list[int]]]:
         """Number of tokens that each kv head keeps, ``[compressible layer][row][kv_head]``."""
+        self._check_usable()
         return [self.layers[index].kept_per_head for index in self.layer_indices]
 
     @property
@@ -223,6 +229,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
     @property
     def plans(self) -> list[BudgetPlan]:
         """Budget plans of the last compression, one per row; empty before the prefill."""
+        self._check_usable()
         return self._schedule.compressor.plans
 
     @property
@@ -240,31 +247,42 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
     def summary(self) -> str:
         """Return a short text: tokens and bytes kept, rank and budget of each layer (row 0)."""
+        self._check_usable()
         return summarize(self)
 
     # -- complete, copy, rewind, save ----------------------------------------------------------------------------
 
     def finish(self) -> RankKVCache:
         """Compress a prompt that came in chunks, check that the prefill is complete, and return the cache."""
-        hook.check_not_pending(self)
-        self._check_complete()
+        self._check_usable()
         self._schedule.finish(self.layers)
         return self
 
     def copy(self) -> RankKVCache:
         """Return an independent copy: generating with one does not change the other."""
-        hook.check_not_pending(self)
-        copied = copy.copy(self)
+        self._check_usable()
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
         copied.layers = copy.deepcopy(self.layers)
         copied._schedule = self._schedule.copy()
         # The copy has tensors of its own, so what was remembered by tensor identity does not apply.
         copied._attended, copied._step_masks = {}, {}
         copied._packers = {index: packer.copy() for index, packer in self._packers.items()}
         copied._watch(self._model())
+        copied._restore_offset()
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankKVCache:
         return self.copy()
+
+    def __copy__(self) -> RankKVCache:
+        return self.copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheStateError(
+            "a cache cannot be pickled, because it belongs to a model in this process: write it with save(path) and "
+            "read it with RankKVCache.load(path, model)."
+        )
 
     def copy_with(self, **options: Any) -> RankKVCache:
         """Return a copy of an uncompressed prefill that will be compressed with other options.
@@ -293,7 +311,6 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self,
         observations: Mapping[int, Observation],
         other_layers: Sequence[Any],
-        changes: Mapping[int, Tensor] | None = None,
         selector: Selector | None = None,
     ) -> RankKVCache:
         """Fill an empty cache from a recorded prefill, compress it, and return it.
@@ -304,15 +321,12 @@ class RankKVCache(AttentionObserver, DynamicCache):
             Observation of the whole prompt for each compressible layer.
         other_layers : sequence
             Layers of a plain cache after the prompt; those that are not compressible are copied.
-        changes : mapping, optional
-            How far the attention of each layer turned the hidden states, where it was recorded.
         selector : Selector, optional
             Selector with recorded scores, used in place of this cache's selector.
         """
         for index, layer in enumerate(self.layers):
             if isinstance(layer, RankKVLayer):
                 layer.update(observations[index].keys, observations[index].values)
-                layer.token_changes = (changes or {}).get(index)
             else:
                 self.layers[index] = copy.deepcopy(other_layers[index])
         with torch.no_grad():
@@ -325,15 +339,34 @@ class RankKVCache(AttentionObserver, DynamicCache):
         Raises
         ------
         CacheStateError
-            If evicted tokens would be needed, or ``seen_tokens`` exceeds the tokens seen.
+            If evicted tokens or scores would be needed, ``seen_tokens`` exceeds the tokens seen, or a layer of another
+            kind (sliding window, linear attention) cannot go back.  Nothing has changed then.
         """
+        self._check_usable()
         if not 0 < seen_tokens <= self.seen_tokens:
             raise CacheStateError(
                 f"cannot rewind to {seen_tokens} tokens: the cache has seen {self.seen_tokens}; give 1 to that many."
             )
         if seen_tokens < self.seen_tokens:
+            self._check_removable(self.seen_tokens - seen_tokens)
             self.crop(seen_tokens - self.seen_tokens)
+        self._restore_offset()
         return self
+
+    def _check_removable(self, count: int) -> None:
+        """Raise, before anything changes, if the newest ``count`` tokens cannot be removed."""
+        self._schedule.check_removable()
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, RankKVLayer):
+                layer.check_removable(count)
+                continue
+            try:
+                copy.deepcopy(layer).crop(-count)
+            except RuntimeError as error:
+                raise CacheStateError(
+                    f"cannot rewind by {count} tokens: layer {index} ({type(layer).__name__}) no longer holds its "
+                    "earlier state; copy() the cache before each answer, or call activate_past_recording() first."
+                ) from error
 
     def save(self, path: str | Path) -> Path:
         """Write the compressed cache to one safetensors file and return its path.
@@ -368,6 +401,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         try:
             cache = cls(model, config=saving.restore_config(header))
             saving.restore_state(cache, path, header, find_layer_devices(model))
+            cache._restore_offset()
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} describes a cache that this version of RankKV cannot build ({error}): save it again."
@@ -381,17 +415,58 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append new keys and values, and announce the next attention call of this layer to the hook."""
+        if layer_idx >= len(self.layers):
+            raise CacheStateError(
+                f"layer {layer_idx} updates a cache of {len(self.layers)} layers: it was built for another model "
+                f"({self._describe_model()}); build a RankKVCache for the model that runs."
+            )
         layer = self.layers[layer_idx]
+        self._check_rows(key_states.shape[0])
         if isinstance(layer, RankKVLayer):
+            self._check_awaited(layer_idx)
             if layer_idx == self.layer_indices[0]:
                 self._check_complete()
             self._schedule.before_update(self.layers, layer, key_states.shape[-2])
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, RankKVLayer):
+            self._awaited = layer_idx
             hook.hand_off(self, layer_idx, states[0].shape[-2])
         elif key_states.shape[-2] > 1:
             release_hidden(layer)
         return states
+
+    def _check_rows(self, rows: int) -> None:
+        """Repeat the one row of the cache for as many rows as the new tokens have (beams, several answers)."""
+        held = len(self._schedule.row_start or [])
+        if held in (0, rows):
+            return
+        if held != 1:
+            raise InputError(
+                f"the new tokens have {rows} rows, the cache has {held}: give one row for each, or repeat the rows of "
+                f"the cache first with batch_repeat_interleave({rows // held or 1})."
+            )
+        self.batch_repeat_interleave(rows)
+
+    def _check_usable(self) -> None:
+        """Raise if the last forward with this cache did not run to its end, or was not observed."""
+        self._check_awaited()
+        self._check_complete()
+
+    def _check_awaited(self, layer_idx: int | None = None) -> None:
+        """Raise if a layer updated the cache and its attention was not observed; ``layer_idx`` updates it now."""
+        if self._awaited is None:
+            return
+        if layer_idx is not None and layer_idx > self._awaited:
+            # The same forward has gone on to a later layer.
+            raise UnsupportedModelError(
+                f"the attention of layer {self._awaited} did not go through transformers' attention interface, so it "
+                "could not be observed: use a model whose attention supports AttentionInterface."
+            )
+        raise CacheStateError(
+            f"layer {self._awaited} updated this cache, but its attention was not observed: it does not use "
+            "transformers' attention interface, or the forward was interrupted. Use a model whose attention supports "
+            "AttentionInterface; after an interruption use a new cache, or reset() this one."
+        )
 
     def _check_complete(self) -> None:
         seen = {self.layers[index].seen for index in self.layer_indices}
@@ -429,6 +504,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         """Forget everything: the next forward is a prefill."""
         super().reset()
         self._schedule.reset()
+        self._awaited = self.prompt_ids = None
         for packer in self._packers.values():
             packer.reset()
 
@@ -445,6 +521,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows ``indices`` and their budgets."""
         super().batch_select_indices(indices)
+        if self.prompt_ids is not None and len(self.prompt_ids) == len(self._schedule.row_start or []):
+            self.prompt_ids = self.prompt_ids[indices.cpu()]
         self._schedule.pick_rows(indices=indices)
 
     # -- called by the attention hook ----------------------------------------------------------------------------
@@ -453,7 +531,10 @@ class RankKVCache(AttentionObserver, DynamicCache):
         """Run the layer's attention with its own mask; during the prefill, then compress the layer."""
         layer, steps = self.layers[layer_idx], call.steps
         # The first layer stands for all: they get the same position_ids.
-        if layer_idx == self.layer_indices[0] and self._schedule.compressed:
+        if layer_idx == self.layer_indices[0]:
+            self._check_owner(call.module, layer, steps)
+            self._check_length(layer.seen, steps)
+            self._check_offset(steps)
             self._schedule.check_positions(layer, steps, call.options.get("position_ids"))
         slots = layer.slot_map
         self._attended[layer_idx] = (weakref.ref(call.key), slots)
@@ -467,7 +548,67 @@ class RankKVCache(AttentionObserver, DynamicCache):
         # Until the round is over, layers stay in full: they may shrink again.
         if self._schedule.compressed:
             layer.rest()
+        self._awaited = None
         return output
+
+    def _check_owner(self, module: Any, layer: RankKVLayer, steps: int) -> None:
+        """Raise if the module belongs to another model than the one the cache was built for."""
+        if module in self._modules:
+            return
+        # The new tokens leave again, so that the cache still serves its own model.
+        layer.crop(-steps)
+        self._awaited = None
+        config = getattr(module, "config", None)
+        other = getattr(config, "_name_or_path", "") or getattr(config, "model_type", type(module).__name__)
+        raise CacheStateError(
+            f"this cache belongs to {self._describe_model()}, and another model uses it ({other!r}, with "
+            f"{type(module).__name__}): keys and values of one model mean nothing to another; build a cache for each."
+        )
+
+    def _describe_model(self) -> str:
+        model = self._model()
+        if model is None:
+            return "a model that is gone"
+        name = getattr(model.config, "_name_or_path", "") or model.config.model_type
+        return f"{type(model).__name__} {name!r} with {len(self.layers)} layers"
+
+    def _check_length(self, seen: int, steps: int) -> None:
+        """Warn once, when the text passes the positions that the model was made for."""
+        limit = find_position_limit(self._backend_of)
+        if limit is not None and seen - steps <= limit < seen:
+            warnings.warn(
+                f"the text has {seen} tokens, and the model was made for {limit} positions "
+                "(max_position_embeddings): compressing the cache does not extend that; shorten the prompt, or set the "
+                "model's rope scaling.",
+                stacklevel=2,
+            )
+
+    def _check_offset(self, steps: int) -> None:
+        """Note the model's image offset in the prefill, and check that later tokens get the same one."""
+        owner = None if self._offset_owner is None else self._offset_owner()
+        if owner is None:
+            return
+        now, known = owner.rope_deltas, self._schedule.position_offset
+        if not self._schedule.compressed or now is known:
+            self._schedule.position_offset = now
+            return
+        if now is not None and known is not None and torch.equal(now.cpu(), known.cpu()):
+            return
+        says = (
+            "the model holds the position offset of another image than this cache: copy(), rewind() or load() the "
+            "cache right before it is used, which restores its own"
+        )
+        if steps == 1:
+            raise CacheStateError(f"{says}.")
+        # A new image in this turn changes the offset rightly, and cannot be told from a foreign one.
+        warnings.warn(f"{says}; if this turn brings a new image, all is well.", stacklevel=2)
+        self._schedule.position_offset = now
+
+    def _restore_offset(self) -> None:
+        """Give the model the image offset of this conversation, where it keeps one."""
+        owner = None if self._offset_owner is None else self._offset_owner()
+        if owner is not None and self._schedule.compressed:
+            owner.rope_deltas = self._schedule.position_offset
 
     def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the attention of a layer without keys, with the mask of layer ``layer_idx``, which shares its keys."""
@@ -477,10 +618,6 @@ class RankKVCache(AttentionObserver, DynamicCache):
         """Return the layer whose attention last used exactly this key tensor, or None."""
         found = (index for index, (attended, _) in self._attended.items() if attended() is key)
         return next(found, None)
-
-    def note_changes(self, layer_idx: int, changes: Tensor) -> None:
-        """Take how far the layer's attention turned the hidden state of each token, ``[batch, token]``."""
-        self._schedule.note_changes(self.layers, layer_idx, changes)
 
     def _fit_to_slots(self, layer_idx: int, slots: SlotMap | None, call: AttentionCall) -> AttentionCall:
         """Return the attention call with mask, query and key fitted to the slots that the layer keeps."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,8 +47,6 @@ class Compressor:
         self.plans: list[BudgetPlan] = []
         # One plan per row, of the round under way.
         self._open: list[BudgetPlan] = []
-        # A layer whose measure arrives only after its attention.
-        self._waiting: Observation | None = None
 
     @property
     def carries_scores(self) -> bool:
@@ -60,46 +57,34 @@ class Compressor:
         adds_up = self.selector.step == "sum" and (continued or self.config.decode == "periodic")
         return adds_up or (self.config.decode == "bounded" and self.selector.step == "decay")
 
-    def add_layer(
-        self, layers: Sequence[RankKVLayer], observation: Observation, in_attention: bool = False
-    ) -> bool:
+    def add_layer(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
         """Add the next layer of a round and shrink the layers so far; return True when the round is finished.
-
-        During the layer's attention (``in_attention``), hidden states cannot be measured yet.  If the strategy needs
-        them, nothing is shrunk before :meth:`resume`.
 
         Raises
         ------
         UnsupportedModelError
-            If the measure of an earlier layer never arrived.
+            If an earlier layer of the round was skipped.
         """
-        if self._waiting is not None:
-            missing, self._waiting = self._waiting.layer_idx, None
-            raise UnsupportedModelError(
-                f"the attention of layer {missing} ran outside the modules where its hidden states can be seen (or an "
-                "earlier forward was interrupted): use another strategy with this model, or a new cache."
-            )
         config, layer_idx = self.config, observation.layer_idx
         layer = layers[layer_idx]
         if layer_idx == self.layer_indices[0] or not self._open:
             self._open = [BudgetPlan(config, length, self.layer_indices) for length in observation.lengths]
         # Lasting scores may be continued by later queries; the refined ones only select now.
+        self._check_order(layer_idx)
         lasting = self._compute_lasting_scores(layer, observation)
         layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
         self.carry_queries(layer, observation)
-        if in_attention and self._open[0].needs_hidden_states:
-            self._waiting = observation
-            return False
         return self._measure_and_shrink(layers, observation)
 
-    def waits_for(self, layer_idx: int) -> bool:
-        """Whether :meth:`resume` is due once the layer's attention module returns."""
-        return self._waiting is not None and self._waiting.layer_idx == layer_idx
-
-    def resume(self, layers: Sequence[RankKVLayer]) -> bool:
-        """Go on with the layer whose measure has arrived; True when the round is finished."""
-        observation, self._waiting = self._waiting, None
-        return observation is not None and self._measure_and_shrink(layers, observation)
+    def _check_order(self, layer_idx: int) -> None:
+        """Raise if a layer of this round was skipped: its attention never reached the cache."""
+        expected = self.layer_indices[self._open[0].layers_added]
+        if layer_idx != expected:
+            self._open = []
+            raise UnsupportedModelError(
+                f"layer {layer_idx} follows, but layer {expected} did not run its attention with this cache: use a "
+                "model of which every attention layer updates the cache, or a new cache after an interrupted forward."
+            )
 
     def step(self, layer: RankKVLayer, observation: Observation) -> None:
         """Keep a layer at its budget while decoding: update its scores by the newest queries, then evict."""
@@ -138,8 +123,6 @@ class Compressor:
 
     def _measure_and_shrink(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
         config, layer_idx = self.config, observation.layer_idx
-        if self._open[0].needs_hidden_states:
-            observation = replace(observation, changes=layers[layer_idx].token_changes)
         rows = measure_rows(self._open, config, observation)
         ranks = measure_ranks(self._open, config, observation)
         heads = measure_heads(self._open, observation)
@@ -149,9 +132,6 @@ class Compressor:
             plan.add_layer(measured, available, rank, errors)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):
-            if config.merging is not None:
-                # Evicted tokens are folded into the tokens that the final budgets keep.
-                return False
             ceilings = [plan.compute_ceilings() for plan in self._open]
             self._shrink(layers, done, ceilings, len(done) - 1)
             self._release_excess(layers, done, ceilings)
@@ -221,7 +201,6 @@ class Compressor:
                 protect,
                 slack,
                 protect_before,
-                self.config.merging,
             )
 
     def _compute_lasting_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:

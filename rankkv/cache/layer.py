@@ -15,7 +15,6 @@ from ..errors import CacheStateError
 from ..observe.observation import Observation
 from ..observe.queries import QueryBuffer
 from ..selection import Selector, select_tokens
-from .merging import fold_evicted
 from .storage import STORAGES, PlainStorage
 
 #: Names of a layer's tensors whose first axis is the row of the batch.
@@ -26,7 +25,6 @@ ROW_TENSORS = (
     "kept_valid",
     "running_scores",
     "query_moments",
-    "token_changes",
 )
 
 
@@ -92,8 +90,6 @@ class RankKVLayer(DynamicLayer):
         self.query_moments: Tensor | None = None
         #: The last queries; None unless a later compression needs them.
         self.buffer: QueryBuffer | None = None
-        #: How far attention turned the hidden state of each token, ``[batch, token]``, where the strategy asks for it.
-        self.token_changes: Tensor | None = None
         self._scores: Tensor | None = None
         # Scores to continue while decoding; None if they equal the scores that select.
         self._lasting: Tensor | None = None
@@ -153,12 +149,7 @@ class RankKVLayer(DynamicLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         removed = -tokens_to_remove if tokens_to_remove < 0 else max(0, self.seen - tokens_to_remove)
-        if removed > self.seen - self.compressed_at and self.kept_positions is not None:
-            raise CacheStateError(
-                f"cannot remove {removed} tokens: the cache was compressed after {self.compressed_at} of its "
-                f"{self.seen} tokens, and evicted tokens cannot come back; remove at most "
-                f"{self.seen - self.compressed_at} tokens, or build a new cache."
-            )
+        self.check_removable(removed)
         if removed and self.buffer is not None:
             self.buffer.drop(removed)
         if removed:
@@ -167,10 +158,17 @@ class RankKVLayer(DynamicLayer):
             self.values = self.values[..., :-removed, :].clone(memory_format=torch.contiguous_format)
             self.seen -= removed
             self.compressed_at = min(self.compressed_at, self.seen)
-            if self.token_changes is not None:
-                self.token_changes = self.token_changes[:, : self.seen]
             if self.running_scores is not None:
                 self.running_scores = self.running_scores[..., : self.width]
+
+    def check_removable(self, removed: int) -> None:
+        """Raise CacheStateError if removing the newest tokens would need evicted ones back."""
+        if removed > self.seen - self.compressed_at and self.kept_positions is not None:
+            raise CacheStateError(
+                f"cannot remove {removed} tokens: the cache was compressed after {self.compressed_at} of its "
+                f"{self.seen} tokens, and evicted tokens cannot come back; remove at most "
+                f"{self.seen - self.compressed_at} tokens, or build a new cache."
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row the state of row ``beam_idx``."""
@@ -272,9 +270,8 @@ class RankKVLayer(DynamicLayer):
         protect: Sequence[tuple[int, int]] = (),
         slack: int = 0,
         protect_before: Sequence[int] | None = None,
-        merging: str | None = None,
     ) -> None:
-        """Keep ``budgets`` tokens per row (plus ``slack``), and release the rest or merge it into the kept tokens.
+        """Keep ``budgets`` tokens per row (plus ``slack``), and release the rest.
 
         Raises
         ------
@@ -299,12 +296,8 @@ class RankKVLayer(DynamicLayer):
         )
         empty = kept < 0
         index = kept.clamp(min=0)
-        if merging is None:
-            self.keys = _gather_slots(self.keys, index)
-            self.values = _gather_slots(self.values, index)
-        else:
-            is_real = self._real_index >= 0
-            self.keys, self.values = fold_evicted(self.keys, self.values, kept, is_real, merging)
+        self.keys = _gather_slots(self.keys, index)
+        self.values = _gather_slots(self.values, index)
         self.kept_positions = (
             index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..config import RankKVConfig
+from ..errors import InputError, UnknownNameError
 from ..models.compat import accepts_argument, cache_argument
 from ..models.placement import find_input_device
 from .cache import RankKVCache
@@ -28,6 +32,7 @@ def compress(
         ``[batch, token]``, 0 at padding (on the left).
     **options
         ``config=``, or options of :class:`~rankkv.RankKVConfig`.
+        Also further inputs of the model, such as ``pixel_values`` from a processor.
 
     Returns
     -------
@@ -52,9 +57,45 @@ def compress(
     (60, 60)
     """
     input_ids = check_input_ids(input_ids, attention_mask)
+    names = {option.name for option in fields(RankKVConfig)} | {"config"}
+    model_inputs = {name: options.pop(name) for name in list(options) if name not in names}
+    for name in model_inputs:
+        if not accepts_argument(model, name):
+            raise UnknownNameError.of("option", name, names)
     cache = RankKVCache(model, **options)
-    run_prefill(model, cache, input_ids, attention_mask)
+    run_prefill(model, cache, input_ids, attention_mask, model_inputs)
+    cache.prompt_ids = input_ids.cpu()
     return cache.finish()
+
+
+def check_same_prompt(cache: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    """Raise if ids given with a compressed cache do not begin with the prompt that it holds, where that is known.
+
+    Parameters
+    ----------
+    cache : Cache
+        Any cache; only a RankKVCache whose prompt is known is checked.
+    input_ids : Tensor
+        ``[batch, token]``: all ids, the prompt's included; or new ids alone, with a longer mask.
+    attention_mask : Tensor, optional
+        ``[batch, all tokens]``.
+
+    Raises
+    ------
+    InputError
+        If they are shorter than the prompt, or differ from it.
+    """
+    known = getattr(cache, "prompt_ids", None)
+    new_alone = attention_mask is not None and attention_mask.shape[-1] > input_ids.shape[-1]
+    if known is None or new_alone or input_ids.shape[0] % len(known):
+        return
+    known = known.repeat_interleave(input_ids.shape[0] // len(known), dim=0)
+    given = input_ids[:, : known.shape[1]].cpu()
+    if given.shape != known.shape or not bool((given == known).all()):
+        raise InputError(
+            f"input_ids ({input_ids.shape[1]} tokens) do not begin with the {known.shape[1]} tokens that this cache "
+            "was compressed from: give the same prompt and what follows it, or build a new cache for another prompt."
+        )
 
 
 def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
@@ -88,7 +129,13 @@ def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
     return input_ids if input_ids.dim() == 2 else input_ids[None]
 
 
-def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def run_prefill(
+    model: Any,
+    cache: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    model_inputs: Mapping[str, Any] = MappingProxyType({}),
+) -> Tensor:
     """Run one forward over ``input_ids`` that fills ``cache``, without gradients.
 
     Parameters
@@ -99,6 +146,8 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
         An empty cache.
     input_ids, attention_mask : Tensor
         ``[batch, token]``, on any device, padded on the left.
+    model_inputs : mapping
+        More arguments of the model's forward, such as ``pixel_values``.
 
     Returns
     -------
@@ -106,13 +155,14 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
         Logits after the last token, ``[batch, vocabulary]``.
     """
     input_ids = input_ids.to(find_input_device(model))
-    options: dict[str, Any] = {"use_cache": True, **cache_argument(cache)}
+    options: dict[str, Any] = {"use_cache": True, **model_inputs, **cache_argument(cache)}
     if accepts_argument(model, "logits_to_keep"):
         options["logits_to_keep"] = 1
     if attention_mask is not None:
         attention_mask = attention_mask.view(input_ids.shape).to(input_ids.device)
         options["attention_mask"] = attention_mask
-        if accepts_argument(model, "position_ids"):
+        # With images the model computes positions of several axes itself.
+        if not model_inputs and accepts_argument(model, "position_ids"):
             # Positions count the real tokens of a row, as in generate().
             options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():

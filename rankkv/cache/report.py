@@ -65,12 +65,7 @@ def summarize(cache: Any) -> str:
         )
     for plan in cache.plans[:1]:
         lines += plan.notes
-        if cache.config.merging is not None:
-            lines.append(
-                f"merging {cache.config.merging}: what is evicted was folded into what is kept, once all budgets were "
-                "known; nothing was released before the last layer"
-            )
-        elif plan.needs_all_layers:
+        if plan.needs_all_layers:
             lines.append(
                 f"strategy {plan.strategy} weighs all layers together: nothing was released before the last layer"
             )

@@ -130,6 +130,9 @@ def restore_config(header: dict[str, Any]) -> RankKVConfig:
         If this version does not write such a header.
     """
     options = dict(header["options"])
+    # Files of before may hold an option that is gone; it only matters where it was used.
+    if options.pop("merging", None) is not None:
+        raise ValueError("its evicted tokens were merged into kept ones, an option that is gone")
     options["selector"] = restore_selector(options["selector"])
     options["protect"] = [tuple(span) for span in options["protect"]]
     return RankKVConfig(**options)

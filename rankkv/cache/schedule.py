@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..budget.strategies import get_strategy
 from ..config import RankKVConfig
-from ..errors import CacheStateError, ConfigError, UnsupportedModelError
+from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from ..models.tensor_parallel import HeadShards
 from ..observe.call import AttentionCall, check_rows, observe
 from ..observe.observation import Observation
@@ -80,6 +81,12 @@ class CompressionSchedule:
         self.recording = False
         #: True while chunks of the prompt are compressed as they come.
         self.streaming = self.config.prefill == "streaming"
+        #: Hidden tokens inside each row of the prompt: a mask with holes.
+        self.holes: list[int] = []
+        #: Difference between position and token number, ``[batch, 1]``, where the model keeps one for its images.
+        self.position_offset: Tensor | None = None
+        # Tokens of the first forward, until a one-token step or finish() shows that it was the whole prompt.
+        self._first_steps: int | None = None
 
     @property
     def config(self) -> RankKVConfig:
@@ -119,7 +126,7 @@ class CompressionSchedule:
             spare = _DRAFT_QUERIES if self.recording else 0
             self._push_queries(layer, observation, self.window_queries + spare, spare)
         elif not self.compressed or (steps > 1 and (config.recompress_turns or self.streaming)):
-            self._end_round(layers, self.compressor.add_layer(layers, observation, in_attention=True))
+            self._end_round(layers, self.compressor.add_layer(layers, observation))
         elif config.decode == "bounded":
             self.compressor.step(layer, observation)
         else:
@@ -128,43 +135,79 @@ class CompressionSchedule:
                 self.compressor.add_layer(layers, self._observe_queries(layer, call.key, call.value))
                 self._end_round(layers, last)
         if last:
+            if self.row_start is None:
+                self._first_steps = steps
+                self.holes = self._count_holes(observation)
             self.row_start = observation.row_start
             # The first one-token step ends the prompt.
             self.streaming = self.streaming and steps > 1
 
+    def _count_holes(self, observation: Observation) -> list[int]:
+        """Count the hidden tokens inside each row of the prompt, and raise where they would change the text."""
+        holes = [n - real for n, real in zip(observation.lengths, observation.available, strict=True)]
+        config = self.config
+        plain = config.decode == "grow" and config.prefill == "single" and not config.recompress_turns
+        if any(holes) and not (plain and config.positions == "original"):
+            row = next(i for i, count in enumerate(holes) if count)
+            raise InputError(
+                f"attention_mask hides {holes[row]} tokens inside row {row}, which decode={config.decode!r}, "
+                f"prefill={config.prefill!r}, positions={config.positions!r} and "
+                f"recompress_turns={config.recompress_turns} cannot follow: leave these tokens out and pad on the "
+                "left, or use the defaults of these options."
+            )
+        return holes
+
     def check_positions(self, layer: RankKVLayer, steps: int, position_ids: Tensor | None) -> None:
-        """Check that the positions of new tokens continue after the tokens seen.
+        """Check that the positions of new tokens continue after the tokens seen, and that the prompt came whole.
 
         Raises
         ------
         CacheStateError
             If they repeat positions already seen.
         """
+        if not self.compressed:
+            return
         past = layer.seen - steps
         if position_ids is None or position_ids.dim() != 2 or self.row_start is None:
+            self._warn_of_chunks(steps)
             return
         # Check single steps only right after a compression: reading positions may stall the device.
         if steps == 1 and past != self.compressed_at:
+            self._first_steps = None
             return
-        rows = [past - start for start in self.row_start]
+        holes = self.holes or [0] * len(self.row_start)
+        rows = [past - start - hidden for start, hidden in zip(self.row_start, holes, strict=True)]
         given = position_ids[:, 0].tolist() * (len(rows) // position_ids.shape[0])
         if all(position < row for position, row in zip(given, rows, strict=True)):
+            again = " (all ids came again: use_cache=False, or assisted decoding on a prefilled cache)"
             raise CacheStateError(
-                f"the new tokens start at position {given[0]}, but the cache has seen {rows[0]} tokens (input_ids hold "
-                "nothing new, or attention_mask does not cover all tokens): give generate() all ids, or the new ids "
-                "with a mask over all tokens; give position_ids to a direct forward call if the model counts from 0."
+                f"the new tokens start at position {given[0]}, but the cache has seen {rows[0]} tokens"
+                f"{again if given[0] == 0 else ''}: give generate() all ids, or the new ids with an attention_mask "
+                "over all tokens; give position_ids to a direct forward call if the model counts from 0."
+            )
+        self._warn_of_chunks(steps)
+
+    def _warn_of_chunks(self, steps: int) -> None:
+        """Warn if a prompt seems to come in chunks, of which only the first one is compressed."""
+        first, self._first_steps = self._first_steps, None
+        alone = self.config.prefill == "single" and not self.config.recompress_turns
+        if alone and first is not None and 1 < steps == first:
+            warnings.warn(
+                f"the prompt comes in forwards of {steps} tokens, and only the first one was compressed: use "
+                f"prefill='chunked' (or 'streaming') with prefill_chunk_size={steps}, or leave the chunk size out.",
+                stacklevel=2,
             )
 
-    def note_changes(self, layers: list[Any], layer_idx: int, changes: Tensor) -> None:
-        """Take how far a layer's attention turned the hidden states, and go on with the layer if that was awaited."""
-        awaited = self.compressor.waits_for(layer_idx)
-        if not awaited and not self.deferred:
-            return
-        layer = layers[layer_idx]
-        past = layer.token_changes
-        layer.token_changes = changes if past is None else torch.cat([past, changes], dim=1)
-        if awaited:
-            self._end_round(layers, self.compressor.resume(layers))
+    def check_removable(self) -> None:
+        """Raise if the newest tokens left traces in scores or query statistics that cannot be taken back."""
+        config = self.config
+        carried = self.selector.past_queries or self.selector.step == "sum"
+        carried = carried or (config.decode == "bounded" and self.selector.step == "decay")
+        if config.decode != "grow" and carried and self.compressed:
+            raise CacheStateError(
+                f"cannot rewind: with decode={config.decode!r} the scores of selector {self.selector.name!r} follow "
+                "every token, and cannot go back; copy() the cache before each answer, or use decode='grow'."
+            )
 
     def after_crop(self, layers: list[Any]) -> None:
         """Compress the prompt after its first draft is verified."""
@@ -209,7 +252,7 @@ class CompressionSchedule:
             raise CacheStateError(
                 "the prefill did not reach the last layer: build a new cache and run the prefill again."
             )
-        self.streaming = False
+        self.streaming, self._first_steps = False, None
 
     def compress_observed(
         self, layers: list[Any], observations: Mapping[int, Observation], selector: Selector | None = None
@@ -241,6 +284,10 @@ class CompressionSchedule:
         if indices is not None:
             rows = torch.arange(len(rows))[indices.cpu()].tolist()
         self.row_start = [self.row_start[row] for row in rows]
+        if self.holes:
+            self.holes = [self.holes[row] for row in rows]
+        if self.position_offset is not None and len(self.position_offset) > 1:
+            self.position_offset = self.position_offset[rows]
         if self.compressor.plans:
             self.compressor.plans = [self.compressor.plans[row] for row in rows]
 

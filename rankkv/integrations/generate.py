@@ -14,6 +14,7 @@ from transformers.generation import GenerationMixin
 
 from .._version import __version__
 from ..cache.cache import RankKVCache
+from ..cache.prefill import check_same_prompt
 from ..cache.saving import restore_selector, serialize_selector
 from ..config import RankKVConfig, complete_options
 from ..errors import CacheStateError, ConfigError, InputError
@@ -119,6 +120,9 @@ def generate_with(preset: Mapping[str, Any], model: Any, **arguments: Any) -> An
     given = _take_options(arguments)
     arguments = {name: value for name, value in arguments.items() if value is not None}
     cache = _choose_cache(model, _take_cache(arguments), given, preset)
+    ids = arguments.get("input_ids", arguments.get("inputs"))
+    if ids is not None:
+        check_same_prompt(cache, ids, arguments.get("attention_mask"))
     # Not `model.generate`: a model loaded from such a folder has this very function there.
     return type(model).generate(model, **arguments, **cache_argument(cache))
 
@@ -187,6 +191,7 @@ def custom_generate(
             )
         prepared = None
     cache = _choose_cache(model, prepared, given, {})
+    check_same_prompt(cache, input_ids, arguments.get("attention_mask"))
     decode = getattr(GenerationMixin, _LOOPS[mode])
     return decode(
         model,

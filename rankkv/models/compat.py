@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -78,3 +79,37 @@ def find_eager_homes(model: Any) -> list[ModuleType]:
     names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     homes = (sys.modules.get(name) for name in sorted(names))
     return [home for home in homes if hasattr(home, "eager_attention_forward")]  # type: ignore[misc]
+
+
+def find_position_limit(config: Any) -> int | None:
+    """Return the number of positions of a text config; None if it has none, or its rope grows with the text."""
+    parameters = read_config(config, "rope_parameters") or read_config(config, "rope_scaling") or {}
+    kinds = {parameters.get("rope_type")} | {
+        kind.get("rope_type") for kind in parameters.values() if isinstance(kind, dict)
+    }
+    limit = read_config(config, "max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 and "dynamic" not in kinds else None
+
+
+def warn_if_dropped(model: Any) -> None:
+    """Warn if generate() of this model drops its cache once the text passes the length its rope was trained for.
+
+    Phi-3 and its relatives do so with longrope: their short and long factors turn keys differently.
+    """
+    prepare = getattr(type(model), "prepare_inputs_for_generation", None)
+    code = getattr(inspect.unwrap(prepare), "__code__", None) if prepare else None
+    name = "original_max_position_embeddings"
+    limit = getattr(model.config, name, None)
+    if code is None or limit is None or name not in (*code.co_names, *code.co_consts):
+        return
+    warnings.warn(
+        f"generate() of {type(model).__name__} drops any cache when the text passes {limit} tokens "
+        f"({name}), so such a text is not compressed: give a longer prompt to rankkv.compress() first; an answer that "
+        "passes this length continues with a full cache.",
+        stacklevel=3,
+    )
+
+
+def find_offset_owner(model: Any) -> Any:
+    """Return the module that keeps the position offset of the last image (Qwen2-VL and others); None without one."""
+    return next((module for module in model.modules() if "rope_deltas" in vars(module)), None)

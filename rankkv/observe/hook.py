@@ -133,17 +133,17 @@ def install() -> None:
     with _install_lock:
         registered = AttentionInterface._global_mapping
         for name in SUPPORTED_BACKENDS:
-            if name in _originals:
+            current = registered.get(name)
+            # Another library may have registered its own function over the wrapped one since.
+            if name in _originals and getattr(current, "_is_rankkv_wrapper", False):
                 continue
-            if name == "eager":
+            if name == "eager" and current is None:
                 # Usually nothing is registered as eager: the model passes its own function as the default.
-                registered_eager = registered.get(name)
-                finder = _find_eager if registered_eager is None else _constant(registered_eager)
-                _originals[name] = registered_eager
-                AttentionInterface.register(name, _wrap(finder, registered_eager))
-            elif name in registered:
-                _originals[name] = registered[name]
-                AttentionInterface.register(name, _wrap(_constant(registered[name]), registered[name]))
+                _originals[name] = None
+                AttentionInterface.register(name, _wrap(_find_eager, None))
+            elif current is not None:
+                _originals[name] = current
+                AttentionInterface.register(name, _wrap(_constant(current), current))
         for name, override in list(_find_overrides().items()):
             if name in SUPPORTED_BACKENDS and override is not _overrides.get(name, (None,))[0]:
                 _overrides[name] = (_wrap(_constant(override), override), override)
@@ -244,7 +244,9 @@ def _wrap(
             return inner(module, query, key, value, attention_mask, **options)
         return _dispatch(AttentionCall(inner, module, query, key, value, attention_mask, options))
 
-    return observed_attention if named_after is None else wraps(named_after)(observed_attention)
+    wrapper: Any = observed_attention if named_after is None else wraps(named_after)(observed_attention)
+    wrapper._is_rankkv_wrapper = True
+    return wrapper
 
 
 # Never part of a compiled graph: the cache of a call is known only when it runs.

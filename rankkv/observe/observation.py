@@ -62,9 +62,6 @@ class Observation:
         away (attention sinks learned by the model).
     window_size, sink_size : int
         The observation window and the number of protected first tokens.
-    changes : Tensor, optional
-        How far the layer's attention turns each token's hidden state, ``[batch, token]`` in logical positions, if
-        hidden states are watched.
     module_ref : weakref.ref, optional
         Weak reference to the attention module.
     rotation : LayerRotation, optional
@@ -99,7 +96,6 @@ class Observation:
     sink_logits: Tensor | None = None
     window_size: int = 32
     sink_size: int = 4
-    changes: Tensor | None = None
     # Weak: waiting queries keep their observation, and a copy of the cache must not copy the model.
     module_ref: weakref.ref[nn.Module] | None = None
     rotation: LayerRotation | None = None
@@ -324,7 +320,6 @@ class Observation:
             attention_mask=pick(self.attention_mask),
             position_bias=pick(self.position_bias),
             past_moments=None if self.past_moments is None else self.past_moments[row : row + 1],
-            changes=None if self.changes is None else self.changes[row : row + 1],
         )
 
     def take_group(self, row: int, key_head: int) -> Observation:

@@ -14,8 +14,8 @@ from calibrating import write_model_and_text
 from launching import launch, run
 
 from rankkv import RankKVAnalyzer, RankKVResult
-from rankkv.pipeline import analyze_samples, summarize_layers
 from rankkv.errors import BudgetError, InputError
+from rankkv.pipeline import analyze_samples, summarize_layers
 
 EXPERIMENT = str(Path(__file__).resolve().parents[2] / "experiments" / "rank_analysis_exp.py")
 LENGTHS = (130, 150, 170)

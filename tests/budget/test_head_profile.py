@@ -263,12 +263,6 @@ def test_beams_copies_and_turns(model, spread):
         )
 
 
-def test_merged_tokens_stay_within_their_head(model, spread):
-    cache = oracles.prefill(model, PROMPT, merging="values", **spread)
-    plain = oracles.prefill(model, PROMPT, **spread)
-    assert cache.kept_per_head == plain.kept_per_head
-
-
 # -- measuring, and what is refused --------------------------------------------------------------------------------
 
 
@@ -354,9 +348,9 @@ def test_options_are_those_of_the_strategy_that_runs(model, keep):
 def test_heads_that_no_mask_tells_apart_are_not_measured(tiny_llama):
     model = tiny_llama()
     settings = CalibrationSettings(heads=True)
-    assert settings.count_cells(describe_subject(model)) == 7 * 3
+    assert settings.count_steps(describe_subject(model)) == 7 * 3
     model.config._attn_implementation = "flash_attention_2"
-    assert settings.count_cells(describe_subject(model)) == 6 * 3
+    assert settings.count_steps(describe_subject(model)) == 6 * 3
 
 
 # -- heads by their errors in the prompt, and what is taken where nothing is said ----------------------------------

@@ -175,7 +175,7 @@ def test_all_backends_keep_the_same(tiny_llama, batch, selector, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"decode": "bounded"}, {"prefill": "streaming"}, {"merging": "keys_and_values"}],
+    [{}, {"decode": "bounded"}, {"prefill": "streaming"}],
     ids=str,
 )
 def test_a_floor_of_one_is_no_head_budget(model, batch, options):

@@ -457,7 +457,7 @@ def test_a_piece_that_kills_every_worker_ends_in_one_sentence(
         calibrate_on_ray(folder, [text.read_text()], address="auto", **options)
     losses = []
     with pytest.raises(
-        ProcessGroupError, match="6 workers died on the same piece, most likely for lack of mem"
+        ProcessGroupError, match="6 workers died on the same text chunk, most likely for lack of mem"
     ):
         calibrate_on_ray(folder, [text.read_text()], workers=1, on_loss=losses.append, **options)
     assert ray.is_initialized()

@@ -88,7 +88,7 @@ def test_what_cannot_be_registered_is_refused(toy):
     for selector, message in (
         (good, "a selector named 'vnorm' is already registered"),
         (SELECTORS["snapkv"], "a selector named 'snapkv' is already registered"),
-        (good.score, "is no Selector"),
+        (good.score, "is not a Selector"),
         (Selector("v norm", good.score, "nothing", "a toy"), "'v norm' must be a Python name"),
         (Selector("other", good.score, "something", "a toy"), "needs='something' .* must be one of: window"),
     ):
@@ -125,7 +125,7 @@ def test_what_is_no_new_strategy_is_refused(strategy):
         (strategy, squares, "'squares' is already registered"),
         ("power", squares, "'power' is already registered"),
         ("my strategy", squares, "'my strategy' must be a Python name"),
-        ("other", squares.function, "is no Strategy"),
+        ("other", squares.function, "is not a Strategy"),
     ):
         with pytest.raises(ConfigError, match=message):
             register_strategy(name, given)

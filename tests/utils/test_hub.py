@@ -199,7 +199,7 @@ print(json.dumps([
         ("SourceUnavailableError", "hf auth login"),
         ("SourceUnavailableError", "has no model 'someone/nothing'"),
         ("SourceUnavailableError", "has no file rankkv_profile.json"),
-        ("ProfileError", "no RankKV profile"),
+        ("ProfileError", "not a RankKV profile"),
         ("InputError", "hub id"),
     ]
     for (kind, message), (expected, part) in zip(answers, said, strict=True):

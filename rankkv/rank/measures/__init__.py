@@ -18,7 +18,6 @@ from .cake import compute_layer_preference
 from .distortion import compute_eviction_errors, compute_head_errors
 from .dynamickv import compute_best_scores
 from .lava import compute_layer_entropy
-from .squeezeattention import compute_layer_change
 from .zigzagkv import compute_layer_uncertainty
 
 #: ``function(observation, **options) -> Tensor [batch] or [batch, ...]``, non-negative, NaN where the attention is not
@@ -29,7 +28,6 @@ MEASURES: dict[str, Callable[..., Tensor]] = {
     "lava": compute_layer_entropy,
     "zigzagkv": compute_layer_uncertainty,
     "dynamickv": compute_best_scores,
-    "squeezeattention": compute_layer_change,
     "distortion": compute_eviction_errors,
     "head_distortion": compute_head_errors,
 }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from forced_needle import evaluate_needle
 
 from rankkv import load_texts
 from rankkv.errors import ConfigError, InputError
-from rankkv.evaluation.needle import evaluate_needle
 
 #: A code right before the end is inside the newest tokens that every layer keeps; at 0.3 it is not.
 CELLS = {
@@ -25,7 +25,7 @@ def scores(request, embedded, haystack):
     found = evaluate_needle(
         *embedded, haystack, CELLS, lengths=[400], depths=[0.3, 1.0], question_aware=request.param
     )
-    return {(score.depth, score.cell): score for score in found}
+    return {(score.depth, score.setting): score for score in found}
 
 
 def test_full_cache_finds_what_a_blank_haystack_does_not_hold(scores):
@@ -53,7 +53,7 @@ def test_same_seed_same_needle(embedded, haystack):
         list(evaluate_needle(*embedded, haystack, {}, lengths=[120], depths=[0.5])) for _ in range(2)
     )
     assert once == again
-    assert [score.cell for score in once] == ["full", "blank"]
+    assert [score.setting for score in once] == ["full", "blank"]
 
 
 def test_refusals(embedded, haystack):

@@ -1,4 +1,8 @@
-"""A needle in a haystack: is a fact still in the compressed cache, by depth and length."""
+"""Score a hidden code by teacher forcing: is it still in the compressed cache, by depth and length?
+
+Two experiments use it, `needle_grid.py` and `method_quality.py`.  The library's own task is `needle`, which asks a
+question and decodes the answer; the counts of the two do not compare.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, InputError
-from ..models.placement import find_input_device
-from .perplexity import predict_tokens
-from .prefill_record import PrefillRecord, record_prefill
+from rankkv.errors import ConfigError, InputError
+from rankkv.evaluation.perplexity import predict_tokens
+from rankkv.evaluation.prefill_record import PrefillRecord, record_prefill
+from rankkv.models.placement import find_input_device
 
 NEEDLE = " The access code for the {place} is {code}."
 QUESTION = "\nThe access code for the {place} is"
@@ -25,8 +29,8 @@ class NeedleScore:
 
     Attributes
     ----------
-    cell : str
-        ``"full"``, ``"blank"`` (the full cache of a haystack without the needle: what guessing gives), or a cell's
+    setting : str
+        ``"full"``, ``"blank"`` (the full cache of a haystack without the needle: what guessing gives), or a setting's
         name.
     length : int
         Tokens of the context.
@@ -40,7 +44,7 @@ class NeedleScore:
         Mean negative log-likelihood of the code's tokens, nats a token.
     """
 
-    cell: str
+    setting: str
     length: int
     depth: float
     seed: int
@@ -52,7 +56,7 @@ def evaluate_needle(
     model: Any,
     tokenizer: Any,
     haystack: str,
-    cells: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Mapping[str, Any]],
     *,
     lengths: Sequence[int] = (512, 1024),
     depths: Sequence[float] = (0.1, 0.5, 0.9),
@@ -60,7 +64,7 @@ def evaluate_needle(
     question_aware: bool = False,
     digits: int = 5,
 ) -> Iterator[NeedleScore]:
-    """Hide a code in a text, compress, ask for it; one prefill serves all cells of a (length, depth, seed).
+    """Hide a code in a text, compress, ask for it; one prefill serves all settings of a (length, depth, seed).
 
     Question-agnostic (the default), the context alone is compressed and the question comes after; question-aware, the
     question is the end of the prompt that is compressed, so it stands in the observation window, and the code's first
@@ -73,8 +77,8 @@ def evaluate_needle(
         A causal language model and its tokenizer.
     haystack : str
         Any text of at least ``max(lengths)`` tokens.
-    cells : mapping
-        Name of each cell, and its options of :class:`~rankkv.RankKVCache`.
+    settings : mapping
+        Name of each setting, and its options of :class:`~rankkv.RankKVCache`.
     lengths : sequence of int
         Tokens of a context.
     depths : sequence of float
@@ -89,7 +93,7 @@ def evaluate_needle(
     Yields
     ------
     NeedleScore
-        ``"full"``, ``"blank"``, then the cells, for each length, depth and seed.
+        ``"full"``, ``"blank"``, then the settings, for each length, depth and seed.
 
     Raises
     ------
@@ -129,10 +133,10 @@ def evaluate_needle(
                     follow = answer if question_aware else question + answer
                     tries: dict[str, Mapping[str, Any] | None] = {name: None}
                     if name == "full":
-                        tries.update(cells)
-                    for cell, options in tries.items():
+                        tries.update(settings)
+                    for setting, options in tries.items():
                         exact, loss = _ask(record, follow, len(answer), options)
-                        yield NeedleScore(cell, length, depth, seed, exact, loss)
+                        yield NeedleScore(setting, length, depth, seed, exact, loss)
 
 
 def _ask(
