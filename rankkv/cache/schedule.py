@@ -339,7 +339,7 @@ class CompressionSchedule:
             raise CacheStateError(
                 "no query of this prompt was observed: build a new cache and run the prefill again."
             )
-        observation = layer.buffer.observe(
+        observation = layer.buffer.build_observation(
             keys, values, layer.compute_positions(), layer.compute_slot_valid()
         )
         return self._add_past(layer, observation)

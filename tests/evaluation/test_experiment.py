@@ -116,8 +116,8 @@ def test_the_seed_alone_decides_what_is_drawn(experiment):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["--dataset", "wikitext"], "'python-docs' needs no network"),
-        (["--model", "nobody/nothing"], "'embedded' needs no network"),
+        (["--dataset", "wikitext"], "use 'python-docs' or the path of"),
+        (["--model", "nobody/nothing"], "use the model 'embedded', which needs no network"),
         (["--num_samples", 0], "--num_samples is 0"),
         (["--strategy", "powr"], "did you mean 'power'?"),
     ],
