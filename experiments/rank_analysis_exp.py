@@ -253,12 +253,13 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | No
 
 def draw(record: dict[str, Any], folder: Path, source: str = "") -> list[Path]:
     """Draw the rank of every layer with 95 % intervals over samples, and the budgets of every strategy."""
-    from rankkv.plots import name_budgets, plot_layer_ranks, plot_strategy_budgets, save_figure
+    from rankkv.plots import name_budgets, name_model, plot_layer_ranks, plot_strategy_budgets, save_figure
+    from rankkv.plots.style import format_share
 
     arguments, samples = record["arguments"], record["samples"]
     layers = [row["layer"] for row in record["layers"]]
     means = [row["rank_mean"] for row in record["layers"]]
-    model, text = Path(arguments["model"]).name, Path(arguments["dataset"]).name
+    model, text = name_model(Path(arguments["model"]).name), Path(arguments["dataset"]).name
     some = f"{len(samples)} samples of {arguments['max_length']:,} tokens of {text}"
     tail = f", {source}" if source else ""
     ranks = plot_layer_ranks(
@@ -269,14 +270,15 @@ def draw(record: dict[str, Any], folder: Path, source: str = "") -> list[Path]:
         f"{arguments['scope']} attention, mean over {some} with 95 % intervals{tail}",
     )
     named = {}
-    for name, budgets in record["budgets_by_strategy"].items():
+    # The default comes first: the others are what it is compared with.
+    for name, budgets in sorted(record["budgets_by_strategy"].items(), key=lambda item: item[0] != "default"):
         strategy, _, options = name.partition(" ")
         named[f"{name_budgets(strategy)} {options}".strip()] = budgets
     budgets = plot_strategy_budgets(
         named,
         layers,
         title=f"Budget of each layer by strategy: {model}\n"
-        f"{some}, {arguments['compression_ratio']:.0%} kept, dashed: average{tail}",
+        f"{some}, {format_share(arguments['compression_ratio'])} kept, dashed: average{tail}",
     )
     figures = folder / "figures"
     return [

@@ -290,13 +290,15 @@ def plot_strategy_budgets(
     if not budgets_by_strategy:
         raise InputError("budgets_by_strategy is empty: give the budgets of at least one strategy.")
     _check_lengths(layer_indices, **budgets_by_strategy)
-    columns = min(3, len(budgets_by_strategy))
+    count = len(budgets_by_strategy)
+    # Three panels in a row, or four where that leaves fewer of them empty.
+    columns = min(count, max((3, 4), key=lambda columns: (-(-count % columns), -columns)))
     rows = math.ceil(len(budgets_by_strategy) / columns)
-    figure = new_figure(max(5.0, 3.2 * columns), 0.9 + 2.1 * rows)
+    figure = new_figure(max(5.0, (3.2 if columns < 4 else 2.8) * columns), 0.9 + 2.1 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     panels = list(grid.flat)
     for place, (axes, (label, budgets)) in enumerate(zip(panels, budgets_by_strategy.items(), strict=False)):
-        axes.bar(layer_indices, budgets, color=PALETTE[place % len(PALETTE)], width=0.78)
+        axes.bar(layer_indices, budgets, color=PALETTE[1 if "RankKV" in label else 0], width=0.78)
         axes.axhline(sum(budgets) / len(budgets), color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_title(label, loc="left", fontsize=10, color=INK)
         style_axes(axes)
