@@ -376,6 +376,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         CacheStateError
             If the prefill is not complete, or a layer holds something other than keys and values.
         """
+        self._check_usable()
         model = self._model()
         if model is None:
             raise CacheStateError(
