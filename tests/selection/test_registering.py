@@ -7,7 +7,7 @@ import json
 
 import oracles
 import pytest
-from laws import test_budget_laws as budget_laws
+import test_budget_laws as budget_laws
 from selector_conformance import CHECKS
 from typer.testing import CliRunner
 
