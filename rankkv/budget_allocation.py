@@ -1,4 +1,4 @@
-"""Per-layer budgets from per-layer measures: integers that sum to the total exactly and respect the bounds."""
+"""BudgetAllocator: per-layer budgets from per-layer measures, whole tokens that sum exactly to the total."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankkv.budget.apportion import allocate_integers, allocate_shares, ceil_shares, check_integer
-from rankkv.budget.strategies import (
+from .budget.apportion import allocate_integers, allocate_shares, ceil_shares, check_integer
+from .budget.strategies import (
     STRATEGIES,
     Strategy,
     check_options,
@@ -18,94 +18,9 @@ from rankkv.budget.strategies import (
     register_strategy,
     unregister_strategy,
 )
-from rankkv.budget.weights import check_measures, check_ranks
-from rankkv.errors import BudgetError, ConfigError
-from rankkv.limits import Limits
-
-_BAR_WIDTH = 40
-
-
-@dataclass(frozen=True)
-class BudgetAllocation:
-    """Budgets of all layers and what they were computed from.
-
-    Attributes
-    ----------
-    budgets : list of int
-        Tokens each layer keeps; sums to ``total_budget``.
-    total_budget : int
-        Tokens over all layers.
-    layer_ranks, weights : list of float
-        The ranks given and the weights the strategy made of them.  No ranks where the strategy measures something
-        else: that is in ``layer_measures``.
-    strategy, strategy_options
-        The strategy and all its options, defaults included.
-    min_budget : int
-        Lower bound of a layer, tokens.
-    max_budget : int or None
-        Upper bound of a layer, tokens; None is no bound but ``seq_len``.
-    seq_len : int or None
-        Tokens a layer holds uncompressed, where known.
-    layer_measures : list
-        What was given in place of ranks, for a strategy that measures something else of each layer.
-    """
-
-    budgets: list[int]
-    total_budget: int
-    layer_ranks: list[float]
-    weights: list[float]
-    strategy: str
-    strategy_options: dict[str, Any]
-    min_budget: int
-    max_budget: int | None
-    seq_len: int | None
-    layer_measures: list[Any] = field(default_factory=list)
-
-    @property
-    def average_budget(self) -> float:
-        """Tokens a layer keeps on average."""
-        return self.total_budget / len(self.budgets)
-
-    @property
-    def compression_ratio(self) -> float | None:
-        """Fraction of the KV cache kept; None while ``seq_len`` is unknown."""
-        return None if self.seq_len is None else self.total_budget / (self.seq_len * len(self.budgets))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON types."""
-        return {
-            "budgets": list(self.budgets),
-            "total_budget": self.total_budget,
-            "average_budget": self.average_budget,
-            "compression_ratio": self.compression_ratio,
-            "layer_ranks": list(self.layer_ranks),
-            "layer_measures": list(self.layer_measures),
-            "weights": list(self.weights),
-            "strategy": self.strategy,
-            "strategy_options": dict(self.strategy_options),
-            "min_budget": self.min_budget,
-            "max_budget": self.max_budget,
-            "seq_len": self.seq_len,
-        }
-
-    def summary(self) -> str:
-        """Return a plain text table with one bar a layer, as long as its budget."""
-        options = ", ".join(f"{name}={value}" for name, value in self.strategy_options.items())
-        kept = "" if self.compression_ratio is None else f", {self.compression_ratio:.1%} of the cache kept"
-        longest = max(1, *self.budgets)
-        lines = [
-            f"strategy {self.strategy}({options}): {self.total_budget} tokens over "
-            f"{len(self.budgets)} layers, {self.average_budget:.1f} on average{kept}",
-            f"layer {'rank' if self.layer_ranks else 'weight':>9}   budget",
-        ]
-        # The weight stands for a measure that is no rank: it may be several numbers.
-        numbers = self.layer_ranks or self.weights
-        for i, (number, budget) in enumerate(zip(numbers, self.budgets, strict=True)):
-            bar = "#" * round(_BAR_WIDTH * budget / longest)
-            shown = f"{number:>9.3f}" if self.layer_ranks else f"{number:>9.4g}"
-            lines.append(f"{i:>5} {shown} {budget:>8}  {bar}".rstrip())
-        return "\n".join(lines)
-
+from .budget.weights import check_measures, check_ranks
+from .errors import BudgetError, ConfigError
+from .limits import Limits
 
 __all__ = [
     "STRATEGIES",
@@ -124,6 +39,90 @@ __all__ = [
     "unregister_strategy",
 ]
 
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class BudgetAllocation:
+    """Budgets of all layers, with the inputs they were computed from.
+
+    Attributes
+    ----------
+    budgets : list of int
+        Tokens each layer keeps; sums to ``total_budget``.
+    total_budget : int
+        Tokens over all layers.
+    layer_ranks, weights : list of float
+        The given ranks and the weights that the strategy computed. Without ranks if the strategy reads another measure,
+        which is then in ``layer_measures``.
+    strategy, strategy_options
+        The strategy and all its options, defaults included.
+    min_budget : int
+        Lower bound of a layer, tokens.
+    max_budget : int or None
+        Upper bound of a layer, tokens; with None only ``seq_len`` bounds it.
+    seq_len : int or None
+        Tokens a layer holds uncompressed; None if unknown.
+    layer_measures : list
+        The given measures, if the strategy reads another measure than ranks.
+    """
+
+    budgets: list[int]
+    total_budget: int
+    layer_ranks: list[float]
+    weights: list[float]
+    strategy: str
+    strategy_options: dict[str, Any]
+    min_budget: int
+    max_budget: int | None
+    seq_len: int | None
+    layer_measures: list[Any] = field(default_factory=list)
+
+    @property
+    def average_budget(self) -> float:
+        """Average number of tokens per layer."""
+        return self.total_budget / len(self.budgets)
+
+    @property
+    def compression_ratio(self) -> float | None:
+        """Fraction of the KV cache kept; None if ``seq_len`` is unknown."""
+        return None if self.seq_len is None else self.total_budget / (self.seq_len * len(self.budgets))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values as plain JSON types."""
+        return {
+            "budgets": list(self.budgets),
+            "total_budget": self.total_budget,
+            "average_budget": self.average_budget,
+            "compression_ratio": self.compression_ratio,
+            "layer_ranks": list(self.layer_ranks),
+            "layer_measures": list(self.layer_measures),
+            "weights": list(self.weights),
+            "strategy": self.strategy,
+            "strategy_options": dict(self.strategy_options),
+            "min_budget": self.min_budget,
+            "max_budget": self.max_budget,
+            "seq_len": self.seq_len,
+        }
+
+    def summary(self) -> str:
+        """Return a plain text table with one bar per layer, as long as its budget."""
+        options = ", ".join(f"{name}={value}" for name, value in self.strategy_options.items())
+        kept = "" if self.compression_ratio is None else f", {self.compression_ratio:.1%} of the cache kept"
+        longest = max(1, *self.budgets)
+        lines = [
+            f"strategy {self.strategy}({options}): {self.total_budget} tokens over "
+            f"{len(self.budgets)} layers, {self.average_budget:.1f} on average{kept}",
+            f"layer {'rank' if self.layer_ranks else 'weight':>9}   budget",
+        ]
+        # Without ranks the weight is shown, since another measure may be several numbers per layer.
+        column = self.layer_ranks or self.weights
+        for i, (number, budget) in enumerate(zip(column, self.budgets, strict=True)):
+            bar = "#" * round(_BAR_WIDTH * budget / longest)
+            shown = f"{number:>9.3f}" if self.layer_ranks else f"{number:>9.4g}"
+            lines.append(f"{i:>5} {shown} {budget:>8}  {bar}".rstrip())
+        return "\n".join(lines)
+
 
 class BudgetAllocator:
     """Allocate whole tokens to layers: weights by strategy, water-filling within bounds, largest remainder.
@@ -135,16 +134,16 @@ class BudgetAllocator:
     min_budget : int, default 4
         Fewest tokens a layer keeps (at most ``seq_len``).
     max_budget : int, optional
-        Most tokens a layer keeps; what a capped layer cannot take goes to the others.
+        Most tokens a layer keeps; tokens that a capped layer cannot take go to the others.
     **strategy_options
         Options of the strategy, such as ``exponent`` or ``temperature``.
 
     Raises
     ------
     UnknownNameError
-        No such strategy.
+        If no strategy has that name.
     ConfigError
-        An option the strategy does not have, or a value outside its range.
+        If the strategy does not have an option, or a value is outside its range.
 
     Examples
     --------
@@ -166,7 +165,7 @@ class BudgetAllocator:
         if self.max_budget is not None and self.max_budget < self.min_budget:
             raise ConfigError(
                 f"max_budget={self.max_budget} is below min_budget={self.min_budget}; "
-                "raise the one or lower the other."
+                "raise max_budget or lower min_budget."
             )
 
     def allocate(
@@ -182,15 +181,15 @@ class BudgetAllocator:
         Parameters
         ----------
         layer_ranks : sequence, array or tensor
-            ``[layer]`` effective ranks, finite and non-negative; for a strategy that measures something else
-            (`Strategy.measure`) that in their place. All zero gives uniform budgets.
+            ``[layer]`` effective ranks, finite and non-negative, or the strategy's own measure
+            (`Strategy.measure`). All zero gives uniform budgets.
         total_budget : int, optional
             Tokens over all layers together.
         seq_len : int, optional
             Tokens each layer holds uncompressed; caps every layer, the minimum included.
         compression_ratio : float, optional
-            Fraction of the KV cache kept, in (0, 1]; with ``seq_len`` it gives
-            ``round(compression_ratio * seq_len * layers)`` tokens. Instead of ``total_budget``.
+            Fraction of the KV cache kept, in (0, 1], instead of ``total_budget``. With ``seq_len`` it gives
+            ``round(compression_ratio * seq_len * layers)`` tokens.
 
         Returns
         -------
@@ -200,13 +199,13 @@ class BudgetAllocator:
         Raises
         ------
         ConfigError
-            Both or neither of the two ways to give the total, or a value outside its range.
+            If the total is given in both ways or in neither, or a value is outside its range.
         BudgetError
-            No budgets satisfy total and bounds; the message has the feasible total in it.
+            If no budgets satisfy total and bounds; the message names the nearest feasible total.
         InputError
-            ``layer_ranks`` is not a flat sequence of numbers.
+            If ``layer_ranks`` is not a flat sequence of numbers.
         DegenerateAttentionError
-            There is no layer, or a rank is NaN, infinite or negative.
+            If there is no layer, or a rank is NaN, infinite or negative.
 
         Examples
         --------
@@ -225,12 +224,12 @@ class BudgetAllocator:
         if total < lower * layers:
             raise BudgetError(
                 f"a total of {total} tokens over {layers} layers is below the minimum of {lower * layers} "
-                f"({lower} a layer); raise the total to at least {lower * layers} or lower min_budget."
+                f"({lower} per layer); raise the total to at least {lower * layers} or lower min_budget."
             )
         if upper is not None and total > upper * layers:
             raise BudgetError(
                 f"a total of {total} tokens over {layers} layers is above the maximum of {upper * layers} "
-                f"({upper} a layer); lower the total to at most {upper * layers} or raise max_budget "
+                f"({upper} per layer); lower the total to at most {upper * layers} or raise max_budget "
                 "(seq_len caps it)."
             )
         limits = Limits(total, seq_len)
@@ -269,14 +268,14 @@ class BudgetAllocator:
         layer_ranks, total_budget, seq_len, compression_ratio
             As in `allocate`.
         strategies : iterable of str, optional
-            Keys of `STRATEGIES`; by default all that weigh layers by rank, or by nothing that is measured.
+            Keys of `STRATEGIES`; by default all that read ranks or no measure at all.
         min_budget, max_budget
             As in the class.
 
         Returns
         -------
         dict
-            One `BudgetAllocation` a strategy, in the order asked for.
+            One `BudgetAllocation` per strategy, in the order given.
 
         Raises
         ------
@@ -304,7 +303,7 @@ class BudgetAllocator:
 def _total(
     total_budget: int | None, seq_len: int | None, compression_ratio: float | None, layers: int
 ) -> int:
-    """Resolve the two ways to say how many tokens there are over all layers."""
+    """Compute the tokens over all layers from the total, or from the ratio and the length."""
     if total_budget is not None and compression_ratio is not None:
         raise ConfigError(
             f"total_budget={total_budget!r} and compression_ratio={compression_ratio!r} both set the total; "
@@ -314,13 +313,13 @@ def _total(
         return check_integer("total_budget", total_budget, 0)
     if compression_ratio is None or seq_len is None:
         raise ConfigError(
-            "the total is unknown: give total_budget (tokens over all layers), or seq_len together with "
+            "the total is unknown: give total_budget (tokens over all layers), or both seq_len and "
             "compression_ratio (the fraction of the cache kept)."
         )
     real = isinstance(compression_ratio, numbers.Real) and not isinstance(compression_ratio, bool)
     if not real or not 0 < compression_ratio <= 1:
         raise ConfigError(
-            f"compression_ratio must be in (0, 1], got {compression_ratio!r}: it is the fraction of the KV "
+            f"compression_ratio must be in (0, 1], got {compression_ratio!r}: give the fraction of the KV "
             "cache kept (0.3 keeps 30%), not the fraction removed."
         )
     return round(float(compression_ratio) * seq_len * layers)

@@ -1,57 +1,14 @@
-"""The options of RankKV in one frozen dataclass, checked once, before any model runs."""
+"""RankKVConfig: every option of RankKV, in one frozen dataclass that checks them before a model runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigError, UnknownNameError
 from .profile.record import RankProfile, check_profile
-
-
-def check_spans(protect: Any) -> tuple[tuple[int, int], ...]:
-    """Return spans ``(start, stop)`` of real tokens (padding not counted), as a tuple of tuples.
-
-    Parameters
-    ----------
-    protect : iterable of (int, int), or None
-        Half-open spans, ``0 <= start < stop``.
-
-    Raises
-    ------
-    ConfigError
-        If an entry is no such pair.
-
-    Examples
-    --------
-    >>> check_spans([(0, 12)])
-    ((0, 12),)
-    """
-    if protect is None:
-        return ()
-    spans = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
-    for span in spans:
-        numbers = isinstance(span, Sequence) and len(span) == 2 and all(type(bound) is int for bound in span)
-        if not numbers or not 0 <= span[0] < span[1]:
-            raise ConfigError(
-                f"protect={protect!r}: {span!r} is not a span; give pairs (start, stop) of token indices with "
-                "0 <= start < stop, such as protect=[(0, 24)] for a system prompt of 24 tokens."
-            )
-    return tuple((int(start), int(stop)) for start, stop in spans)
-
-
-def count_spanned(protect: Sequence[tuple[int, int]], length: int) -> int:
-    """Count the tokens that lie in at least one of the spans ``(start, stop)`` among ``length`` tokens.
-
-    Examples
-    --------
-    >>> count_spanned([(0, 4), (2, 6)], length=5)
-    5
-    """
-    return len({index for start, stop in protect for index in range(start, min(stop, length))})
-
+from .utils.frozen import FrozenOptions
 
 SCOPES = ("full", "window", "evictable")
 #: Ways to join the heads of a layer for its rank.
@@ -59,22 +16,227 @@ AGGREGATIONS = ("mean", "per_head", "median", "max", "min", "concat", "mass_norm
 DECODE_MODES = ("grow", "bounded", "periodic")
 POSITION_MODES = ("original", "packed")
 STORAGE_MODES = ("full", "int8", "offload")
-MERGING_MODES = ("values", "keys_and_values")
 PREFILL_MODES = ("single", "chunked", "streaming")
-
-#: What `strategy=None` means without calibration: of all strategies what measured best on several kinds of text.
-DEFAULT_STRATEGY = "distortion"
-DEFAULT_STRATEGY_OPTIONS: Mapping[str, Any] = MappingProxyType({})
-
-#: What it means with a profile of the model.
-PROFILED_STRATEGY = "blend"
+#: Ways to spread a layer's budget over its kv heads; "auto" takes the way that measured best, if the model allows it.
+HEAD_BUDGETS = ("auto", "adaptive", "distortion", "profile")
 #: Strategies that use a profile.
 PROFILE_USERS = ("profile", "blend")
-#: Ways to spread a layer's budget over its key/value heads; "auto" takes the one that measured best where it can.
-HEAD_BUDGETS = ("auto", "adaptive", "distortion", "profile")
 
-#: No layer is compressed below this many tokens unless `min_budget` says so.
+#: Meaning of `strategy=None` without calibration: the best of all strategies, measured on several kinds of text.
+DEFAULT_STRATEGY = "distortion"
+#: Meaning of `strategy=None` with a profile of the model.
+PROFILED_STRATEGY = "blend"
+
+#: Fewest tokens per layer unless `min_budget` is given.
 FLOOR_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class RankKVConfig:
+    """Hold every option that decides what a :class:`~rankkv.RankKVCache` keeps.
+
+    This is the one place that documents the options, in five groups:
+
+    - size: ``compression_ratio``, ``budget``, ``min_budget``
+    - tokens: ``selector``, ``window_size``, ``sink_size``, ``protect``
+    - layers: ``strategy``, ``strategy_options``, ``scope``, ``aggregation``, ``profile``
+    - heads: ``head_budgets``, ``head_floor``
+    - time and storage: ``prefill``, ``decode``, ``decode_interval``, ``recompress_turns``, ``positions``, ``storage``
+
+    Parameters
+    ----------
+    compression_ratio : float, default 0.3
+        Fraction of the KV cache kept, in (0, 1].  kvpress gives this name to the fraction *removed*.
+    budget : int, optional
+        Average number of tokens per layer; overrides ``compression_ratio``.
+    min_budget : int, optional
+        Fewest tokens per layer; None means ``max(16, average budget // 2)``.
+    selector : str or Selector, default "snapkv"
+        Token selection method: a key of :data:`rankkv.selection.SELECTORS`, or a selector with options.
+    window_size : int, default 32
+        Number of last queries observed (the observation window).
+    sink_size : int, default 4
+        Number of first tokens protected as attention sinks; 0 protects none.
+    protect : sequence of (int, int), optional
+        Spans ``(start, stop)`` of real tokens that every layer keeps, such as a system prompt.  Padding does not count.
+    strategy : str, optional
+        Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`.  None takes the measured default:
+        ``"blend"`` with a known profile of the model, else ``"distortion"``.  None also lets the heads of a layer keep
+        different numbers of tokens, see ``head_budgets``.
+    strategy_options : mapping, optional
+        Options of the strategy, such as ``{"exponent": 2}``.
+    scope : {"evictable", "window", "full"}, default "evictable"
+        Part of the attention whose effective rank is computed.
+    aggregation : str, default "concat"
+        Way to join the heads of a layer for its rank: ``"concat"``, ``"mean"``, ``"per_head"``, ``"median"``,
+        ``"max"``, ``"min"`` or ``"mass_normalized"``.
+    profile : {"auto"}, RankProfile, path or None, default "auto"
+        Measured sensitivity of the model's layers.  ``"auto"`` uses the known profile of the model, shipped or in the
+        user's cache folder, unless ``strategy`` or its options are given.  None never uses calibration.
+    head_budgets : {"auto", None, "distortion", "profile", "adaptive"}, default "auto"
+        Way to spread a layer's budget over its kv heads.
+
+        - ``None``: all heads of a layer keep the same number of tokens.
+        - ``"distortion"``: budgets follow each head's eviction error, measured on this prompt.  With strategy
+          ``"distortion"`` (then the default) one budget is divided over all heads of all layers, and a layer's budget
+          is the sum over its heads.
+        - ``"profile"``: budgets follow each head's sensitivity in the profile.  With strategy ``"blend"`` (then the
+          default), or ``"profile"`` with an exponent, a layer's budget follows the sum over its heads; other strategies
+          leave the layers' budgets unchanged.
+        - ``"adaptive"``: the tokens of all heads compete for the layer's budget (Ada-KV, arXiv:2407.11550).
+        - ``"auto"``: ``"profile"`` if a profile with heads is used, ``"distortion"`` if no profile is used.  It is None
+          if a strategy, another scope or another aggregation is given, if the ratio is 1, on flash attention, under
+          tensor parallelism, and for models with one kv head.
+
+        Memory equals the budgets, since only kept tokens are stored.  A decode step takes longer than with None, since
+        heads are padded to equal length for each attention call.
+    head_floor : float, default 0.2
+        Fraction of the layer's budget that every head keeps if heads differ, in [0, 1].  With ``"distortion"`` it is a
+        fraction of the average budget; every layer keeps it too, and at least 16 tokens or ``min_budget``.
+    prefill : {"single", "chunked", "streaming"}, default "single"
+        ``"single"``: the first forward is the whole prompt.  ``"chunked"``: the prompt comes in several forwards; it is
+        compressed at the first one-token step or at ``finish()``, with exactly the result of one forward.
+        ``"streaming"``: the cache is compressed after each chunk, so memory stays bounded during the prefill; the
+        result is approximate.
+    decode : {"grow", "bounded", "periodic"}, default "grow"
+        Treatment of generated tokens.  ``"grow"`` keeps them all.  ``"bounded"`` lets each layer grow to its budget,
+        then evicts one token for each new one.  ``"periodic"`` compresses again every ``decode_interval`` tokens.
+    decode_interval : int, default 128
+        Tokens between two compressions with ``decode="periodic"``.
+    recompress_turns : bool, default False
+        Compress later multi-token forwards (new turns) too, each by its own observation window.
+    positions : {"original", "packed"}, default "original"
+        ``"original"``: kept keys keep the rotary positions of their tokens.  ``"packed"``: attention sees kept keys at
+        consecutive positions and new tokens right behind them, as in StreamingLLM's own code.
+    storage : {"full", "int8", "offload"}, default "full"
+        Form of kept keys and values between two forwards: unchanged, int8 with one scale per token and head, or in CPU
+        memory.  Eviction comes first; only kept tokens are stored.
+
+    Raises
+    ------
+    ConfigError, UnknownNameError
+        If an option is outside its range or names something that is not registered.
+    ProfileError, SourceUnavailableError
+        If ``profile`` is damaged or missing.
+
+    Examples
+    --------
+    >>> RankKVConfig(compression_ratio=0.2).window_size
+    32
+    """
+
+    compression_ratio: float = 0.3
+    budget: int | None = None
+    selector: Any = "snapkv"
+    strategy: str | None = None
+    scope: str = "evictable"
+    aggregation: str = "concat"
+    strategy_options: Mapping[str, Any] | None = field(default=None)
+    window_size: int = 32
+    sink_size: int = 4
+    decode: str = "grow"
+    decode_interval: int = 128
+    positions: str = "original"
+    prefill: str = "single"
+    recompress_turns: bool = False
+    storage: str = "full"
+    profile: Any = "auto"
+    min_budget: int | None = None
+    head_budgets: str | None = "auto"
+    head_floor: float = 0.2
+    protect: Any = None
+
+    def __post_init__(self) -> None:
+        # The dataclass is frozen for its users; checked values are stored through `object`.
+        object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
+        if self.budget is not None:
+            _check_int("budget", self.budget, 1, "it is the average number of tokens per layer")
+        _check_int("window_size", self.window_size, 1, "it is the number of last queries observed")
+        _check_int("sink_size", self.sink_size, 0, "it is the number of first tokens protected")
+        if self.min_budget is not None:
+            _check_int("min_budget", self.min_budget, 1, "it is the fewest tokens per layer")
+        _check_choice("scope", self.scope, SCOPES)
+        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        _check_choice("decode mode", self.decode, DECODE_MODES)
+        _check_choice("positions mode", self.positions, POSITION_MODES)
+        _check_choice("prefill mode", self.prefill, PREFILL_MODES)
+        _check_choice("storage", self.storage, STORAGE_MODES)
+        if self.head_budgets is not None:
+            _check_choice("head_budgets", self.head_budgets, HEAD_BUDGETS)
+        _check_floor(self.head_floor)
+        _check_int(
+            "decode_interval", self.decode_interval, 1, "it is the number of tokens between two compressions"
+        )
+        if not isinstance(self.recompress_turns, bool):
+            raise ConfigError(f"recompress_turns={self.recompress_turns!r} must be True or False.")
+        object.__setattr__(self, "protect", check_spans(self.protect))
+        self._check_profile()
+        if self.prefill == "chunked" and self.scope == "full":
+            raise ConfigError(
+                "scope='full' needs all queries of the prompt, which prefill='chunked' does not keep: use "
+                "scope='evictable' or prefill='single'."
+            )
+        if self.strategy_options is not None:
+            object.__setattr__(self, "strategy_options", FrozenOptions(self.strategy_options))
+
+    def _check_profile(self) -> None:
+        object.__setattr__(self, "profile", check_profile(self.profile))
+        uses_profile = self.strategy in PROFILE_USERS or self.head_budgets == "profile"
+        given = isinstance(self.profile, RankProfile)
+        if given and self.strategy is None and self.head_budgets == "distortion":
+            raise ConfigError(
+                "head_budgets='distortion' measures the prompt and uses no profile, but one is given: leave one of "
+                "them out, or use head_budgets='profile'."
+            )
+        if given and self.strategy is not None and not uses_profile:
+            raise ConfigError(
+                f"strategy={self.strategy!r} uses no profile, but one is given: leave one of them out, or use strategy "
+                f"{' or '.join(map(repr, PROFILE_USERS))}, or head_budgets='profile'."
+            )
+        if self.profile is None and uses_profile:
+            user = (
+                f"strategy={self.strategy!r}" if self.strategy in PROFILE_USERS else "head_budgets='profile'"
+            )
+            raise ConfigError(
+                f"{user} needs a profile, but profile=None forbids one: use profile='auto' or give a RankProfile."
+            )
+
+    def resolve_strategy(self) -> tuple[str, dict[str, Any]]:
+        """Return the name and options of the strategy, with the defaults filled in."""
+        options = dict(self.strategy_options or {})
+        if self.strategy is not None:
+            return self.strategy, options
+        calibrated = isinstance(self.profile, RankProfile) or self.head_budgets == "profile"
+        if calibrated and self.head_budgets != "distortion":
+            return PROFILED_STRATEGY, options
+        return DEFAULT_STRATEGY, options
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options as JSON-ready values."""
+        record = {item.name: getattr(self, item.name) for item in fields(self)}
+        record["selector"] = str(self.selector)
+        record["strategy"], record["strategy_options"] = self.resolve_strategy()
+        if isinstance(self.profile, RankProfile):
+            record["profile"] = self.profile.to_dict()
+        return record
+
+
+def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return new options, plus resets for the old options they would conflict with.
+
+    A new ratio resets ``budget``, which would override it.  A new strategy resets the old strategy's options.
+
+    Examples
+    --------
+    >>> complete_options({"compression_ratio": 0.5, "selector": "h2o"})
+    {'budget': None, 'compression_ratio': 0.5, 'selector': 'h2o'}
+    """
+    unset: dict[str, Any] = {}
+    if "compression_ratio" in given:
+        unset["budget"] = None
+    if "strategy" in given:
+        unset["strategy_options"] = None
+    return {**unset, **given}
 
 
 def check_compression_ratio(compression_ratio: float) -> float:
@@ -99,10 +261,51 @@ def check_compression_ratio(compression_ratio: float) -> float:
     if not is_number or not 0.0 < compression_ratio <= 1.0:
         raise ConfigError(
             f"compression_ratio={compression_ratio!r} is outside (0, 1]: it is the fraction of the KV cache that is "
-            "kept (0.3 keeps 30%; libraries such as kvpress mean the fraction removed), so give a number above 0 and "
-            "up to 1."
+            "kept (0.3 keeps 30%; kvpress means the fraction removed)."
         )
     return float(compression_ratio)
+
+
+def check_spans(protect: Any) -> tuple[tuple[int, int], ...]:
+    """Return the spans ``(start, stop)`` of real tokens (padding not counted) as a tuple of tuples.
+
+    Parameters
+    ----------
+    protect : iterable of (int, int), or None
+        Half-open spans, ``0 <= start < stop``.
+
+    Raises
+    ------
+    ConfigError
+        If an entry is not such a pair.
+
+    Examples
+    --------
+    >>> check_spans([(0, 12)])
+    ((0, 12),)
+    """
+    if protect is None:
+        return ()
+    spans = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
+    for span in spans:
+        numbers = isinstance(span, Sequence) and len(span) == 2 and all(type(bound) is int for bound in span)
+        if not numbers or not 0 <= span[0] < span[1]:
+            raise ConfigError(
+                f"protect={protect!r}: {span!r} is not a span; give pairs (start, stop) of token indices with "
+                "0 <= start < stop, such as [(0, 24)] for a system prompt of 24 tokens."
+            )
+    return tuple((int(start), int(stop)) for start, stop in spans)
+
+
+def count_spanned(protect: Sequence[tuple[int, int]], length: int) -> int:
+    """Count the tokens among ``length`` that lie in at least one span ``(start, stop)``.
+
+    Examples
+    --------
+    >>> count_spanned([(0, 4), (2, 6)], length=5)
+    5
+    """
+    return len({index for start, stop in protect for index in range(start, min(stop, length))})
 
 
 def _check_int(name: str, value: object, minimum: int, meaning: str) -> None:
@@ -119,210 +322,6 @@ def _check_floor(head_floor: object) -> None:
     is_number = isinstance(head_floor, int | float) and not isinstance(head_floor, bool)
     if not is_number or not 0.0 <= head_floor <= 1.0:  # type: ignore[operator]
         raise ConfigError(
-            f"head_floor={head_floor!r} is outside [0, 1]: it is the fraction of a layer's budget that every head "
-            "keeps; 1 gives all heads of a layer the same."
+            f"head_floor={head_floor!r} is outside [0, 1]: give the fraction of a layer's budget that every head "
+            "keeps (1 gives all heads of a layer the same)."
         )
-
-
-@dataclass(frozen=True)
-class RankKVConfig:
-    """Everything that decides what a :class:`~rankkv.RankKVCache` keeps.
-
-    Parameters
-    ----------
-    compression_ratio : float, default 0.3
-        Fraction of the KV cache kept, in (0, 1].  Note that kvpress gives this name to the fraction *removed*.
-    budget : int, optional
-        Average number of tokens a layer keeps; overrides ``compression_ratio``.
-    selector : str or Selector, default "snapkv"
-        Token selection method, a key of :data:`rankkv.selection.SELECTORS` or a selector with options.
-    strategy : str, optional
-        Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`; None takes the measured default
-        (``"distortion"``; with a known profile of the model ``"blend"``), and lets the heads of a layer differ, see
-        ``head_budgets``.
-    scope : {"evictable", "window", "full"}, default "evictable"
-        Part of the attention whose effective rank is taken.
-    aggregation : str, default "concat"
-        How the heads of a layer are joined for its rank.
-    strategy_options : mapping, optional
-        Options of the strategy, such as ``{"exponent": 2}``.
-    window_size : int, default 32
-        Number of last queries observed (the observation window).
-    sink_size : int, default 4
-        Number of first tokens protected as attention sinks; 0 protects none.
-    decode : {"grow", "bounded", "periodic"}, default "grow"
-        What happens to generated tokens: ``"grow"`` keeps them all; ``"bounded"`` lets each layer grow to its budget
-        and then evicts one token for each new one; ``"periodic"`` compresses anew every ``decode_interval`` tokens.
-    decode_interval : int, default 128
-        Tokens between two compressions with ``decode="periodic"``.
-    positions : {"original", "packed"}, default "original"
-        ``"original"``: kept keys keep the rotary positions of their tokens.  ``"packed"``: attention sees them at
-        consecutive positions, as in StreamingLLM's own code, and new tokens right behind them.
-    prefill : {"single", "chunked", "streaming"}, default "single"
-        ``"single"``: the first forward is the whole prompt.  ``"chunked"``: the prompt comes in several forwards and is
-        compressed, exactly as in one, at the first one-token step or at ``finish()``.  ``"streaming"``: compressed
-        after each chunk, so memory is bounded while the prompt comes in; approximate.
-    recompress_turns : bool, default False
-        Compress later multi-token forwards (new turns) too, each by its own observation window.
-    storage : {"full", "int8", "offload"}, default "full"
-        How kept tokens wait between two forwards: as they are, as int8 with one scale a token and head, or in CPU
-        memory.  Tokens are evicted first, and what stays is stored.
-    merging : {"values", "keys_and_values"}, optional
-        Fold evicted tokens into the kept token with the most similar key, as in D2O: their values, or their keys too.
-        Folding needs all tokens until the budgets are final, so all layers stay whole until the last one is there.
-        None drops what is evicted.
-    profile : {"auto"}, RankProfile, path or None, default "auto"
-        Measured sensitivity of the model's layers.  ``"auto"`` uses the known profile of the model, shipped or in the
-        user's cache folder, unless ``strategy`` or its options are given; None never uses calibration.
-    min_budget : int, optional
-        Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
-    head_budgets : {"auto", None, "distortion", "profile", "adaptive"}, default "auto"
-        ``None``: all kv heads of a layer keep the same number of tokens.  ``"distortion"``: each head keeps what
-        evicting would cost it in this very prompt; with strategy ``distortion``, the default then, the whole budget is
-        divided over all heads of all layers, and a layer has what its heads have.  ``"profile"``: each head keeps what
-        the profile says it counts for, and a layer what its heads count for together (with ``blend``, the default then,
-        or ``profile`` with an exponent; other strategies give layers what they give them without).  ``"adaptive"``:
-        their tokens compete for the layer's budget (Ada-KV, arXiv:2407.11550).  ``"auto"``: where ``strategy`` is not
-        given, ``"profile"`` if a profile with heads is used and ``"distortion"`` if none is; None with a strategy,
-        another scope or aggregation, a ratio of 1, on flash attention, under tensor parallelism and for models with one
-        kv head.  The memory is that of the budgets,
-        since only the tokens kept are held; they are padded for each attention call, so that a decode step takes longer
-        than with None.
-    head_floor : float, default 0.2
-        Fraction of the layer's budget that every head keeps where heads differ; with ``"distortion"`` of the average
-        budget, which every layer then keeps too, and no fewer than 16 tokens or ``min_budget``.
-    protect : sequence of (int, int), optional
-        Spans ``(start, stop)`` of real tokens that every layer keeps: a system prompt, instructions.
-
-    Raises
-    ------
-    ConfigError, UnknownNameError
-        If an option lies outside its range or names something that is not registered.
-    ProfileError, SourceUnavailableError
-        If ``profile`` is damaged or not there.
-
-    Examples
-    --------
-    >>> RankKVConfig(compression_ratio=0.2).window_size
-    32
-    """
-
-    compression_ratio: float = 0.3
-    budget: int | None = None
-    selector: Any = "snapkv"
-    strategy: str | None = None
-    scope: str = "evictable"
-    aggregation: str = "concat"
-    strategy_options: Mapping[str, Any] | None = field(default=None)
-    window_size: int = 32
-    sink_size: int = 4
-    decode: str = "grow"
-    decode_interval: int = 128
-    positions: str = "original"
-    prefill: str = "single"
-    recompress_turns: bool = False
-    storage: str = "full"
-    merging: str | None = None
-    profile: Any = "auto"
-    min_budget: int | None = None
-    head_budgets: str | None = "auto"
-    head_floor: float = 0.2
-    protect: Any = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
-        if self.budget is not None:
-            _check_int("budget", self.budget, 1, "the average number of tokens a layer keeps")
-        _check_int("window_size", self.window_size, 1, "the number of last queries that are observed")
-        _check_int("sink_size", self.sink_size, 0, "the number of first tokens protected as attention sinks")
-        if self.min_budget is not None:
-            _check_int("min_budget", self.min_budget, 1, "the fewest tokens a layer keeps")
-        _check_choice("scope", self.scope, SCOPES)
-        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        _check_choice("decode mode", self.decode, DECODE_MODES)
-        _check_choice("positions mode", self.positions, POSITION_MODES)
-        _check_choice("prefill mode", self.prefill, PREFILL_MODES)
-        _check_choice("storage", self.storage, STORAGE_MODES)
-        if self.merging is not None:
-            _check_choice("merging mode", self.merging, MERGING_MODES)
-            if self.decode == "bounded":
-                raise ConfigError(
-                    f"merging={self.merging!r} compares the tokens of one eviction with each other, and "
-                    "decode='bounded' evicts a single one at a time; use decode='grow' or 'periodic'."
-                )
-        if self.head_budgets is not None:
-            _check_choice("head_budgets", self.head_budgets, HEAD_BUDGETS)
-        _check_floor(self.head_floor)
-        _check_int(
-            "decode_interval", self.decode_interval, 1, "the tokens between two compressions while decoding"
-        )
-        if not isinstance(self.recompress_turns, bool):
-            raise ConfigError(f"recompress_turns={self.recompress_turns!r} must be True or False.")
-        object.__setattr__(self, "protect", check_spans(self.protect))
-        self._check_profile()
-        if self.prefill == "chunked" and self.scope == "full":
-            raise ConfigError(
-                "scope='full' needs every query of the prompt at once, which prefill='chunked' does not keep; use "
-                "scope='evictable', or prefill='single'."
-            )
-        if self.strategy_options is not None:
-            object.__setattr__(self, "strategy_options", MappingProxyType(dict(self.strategy_options)))
-
-    def _check_profile(self) -> None:
-        object.__setattr__(self, "profile", check_profile(self.profile))
-        uses_profile = self.strategy in PROFILE_USERS or self.head_budgets == "profile"
-        given = isinstance(self.profile, RankProfile)
-        if given and self.strategy is None and self.head_budgets == "distortion":
-            raise ConfigError(
-                "head_budgets='distortion' goes by the prompt and uses no profile, but one is given: leave one of them "
-                "out, or use head_budgets='profile'."
-            )
-        if given and self.strategy is not None and not uses_profile:
-            raise ConfigError(
-                f"strategy={self.strategy!r} uses no profile, but one is given: leave one of them out, or use strategy "
-                f"{' or '.join(map(repr, PROFILE_USERS))}, or head_budgets='profile'."
-            )
-        if self.profile is None and uses_profile:
-            user = (
-                f"strategy={self.strategy!r}" if self.strategy in PROFILE_USERS else "head_budgets='profile'"
-            )
-            raise ConfigError(
-                f"{user} needs a profile, but profile=None forbids one: use profile='auto', or "
-                "give a RankProfile."
-            )
-
-    def resolve_strategy(self) -> tuple[str, dict[str, Any]]:
-        """Return the strategy's name and options, with the defaults filled in."""
-        calibrated = isinstance(self.profile, RankProfile) or self.head_budgets == "profile"
-        if self.strategy is None and calibrated and self.head_budgets != "distortion":
-            return PROFILED_STRATEGY, dict(self.strategy_options or {})
-        if self.strategy is None:
-            return DEFAULT_STRATEGY, {**DEFAULT_STRATEGY_OPTIONS, **(self.strategy_options or {})}
-        return self.strategy, dict(self.strategy_options or {})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain JSON-ready values."""
-        record = {item.name: getattr(self, item.name) for item in fields(self)}
-        record["selector"] = str(self.selector)
-        record["strategy"], record["strategy_options"] = self.resolve_strategy()
-        if isinstance(self.profile, RankProfile):
-            record["profile"] = self.profile.to_dict()
-        return record
-
-
-def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options that replace others, with those that would overrule or contradict them set back.
-
-    A ratio alone sets back a budget, which would go before it; a strategy alone sets back another's options.
-
-    Examples
-    --------
-    >>> complete_options({"compression_ratio": 0.5, "selector": "h2o"})
-    {'budget': None, 'compression_ratio': 0.5, 'selector': 'h2o'}
-    """
-    unset: dict[str, Any] = {}
-    if "compression_ratio" in given:
-        unset["budget"] = None
-    if "strategy" in given:
-        unset["strategy_options"] = None
-    return {**unset, **given}

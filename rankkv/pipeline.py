@@ -1,4 +1,4 @@
-"""Analyze prompts without compressing anything: the rank and the budget of every layer, and how they spread."""
+"""Analysis of prompts without compression: rank and budget of every layer, and their spread over prompts."""
 
 from __future__ import annotations
 
@@ -24,105 +24,24 @@ from .utils.files import dump_json, write_text_atomically
 from .utils.processes import gather, split_samples
 
 
-@dataclass(frozen=True)
-class RankKVResult:
-    """Ranks and budgets of one prompt.
-
-    Attributes
-    ----------
-    budgets : list of int
-        Tokens each compressible layer would keep with equal heads (``head_budgets=None``); sums to ``total_budget``.
-    layer_ranks : list of float
-        Effective rank of each compressible layer.
-    layer_indices : list of int
-        Model indices of these layers.
-    total_budget : int
-        Tokens over all compressible layers.
-    seq_len : int
-        Real tokens of the prompt.
-    compression_ratio : float
-        Fraction of the cache kept, ``total_budget / (seq_len * layers)``.
-    strategy : str
-        Budget strategy.
-    scope, aggregation : str
-        Which part of the attention was ranked, and how its heads were joined.
-    model_name : str
-        What the model was called.
-    notes : list of str
-        What a reader must know, such as a total raised to the floor.
-    layer_measures : list of float
-        What the strategy measured of each layer where that is no rank: a CAKE preference, an entropy.  Empty otherwise.
-    """
-
-    budgets: list[int]
-    layer_ranks: list[float]
-    layer_indices: list[int]
-    total_budget: int
-    seq_len: int
-    compression_ratio: float
-    strategy: str
-    scope: str
-    aggregation: str
-    model_name: str
-    strategy_options: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    layer_measures: list[float] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """Return a plain-text table, one line a layer, with a bar for its budget."""
-        widest = max(self.budgets)
-        lines = [
-            f"{self.model_name}: {self.seq_len} tokens, {len(self.budgets)} layers compressed, "
-            f"{self.total_budget} of {self.seq_len * len(self.budgets)} slots kept ({self.compression_ratio:.1%})",
-            f"strategy {self.strategy}, scope {self.scope}, heads {self.aggregation}",
-            *self.notes,
-        ]
-        measured = [f"  {self.strategy} {number:9.4g}" for number in self.layer_measures]
-        for place, (layer_idx, budget) in enumerate(zip(self.layer_indices, self.budgets, strict=True)):
-            bar = "#" * max(1, round(30 * budget / widest))
-            shown = f"rank {self.layer_ranks[place]:8.2f}{measured[place] if measured else ''}"
-            lines.append(f"  layer {layer_idx:3d}  {shown}  budget {budget:6d}  {bar}")
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON-ready values."""
-        return asdict(self)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result as JSON, atomically, and return the path."""
-        return write_text_atomically(path, dump_json(self.to_dict()))
-
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Draw rank and budget per layer; with a path, also save the figure. Needs ``rankkv[plots]``."""
-        from .plots.figures import plot_ranks_and_budgets
-
-        return plot_ranks_and_budgets(self, path)
-
-
 class RankKVAnalyzer:
-    """Ranks and budgets of prompts, without compressing anything.
+    """Compute the ranks and budgets of prompts without compressing anything.
 
     Parameters
     ----------
     model : PreTrainedModel
         A causal language model, or the name of one for :func:`rankkv.load_model`.
     model_name : str, optional
-        What to call it in results.
+        Name of the model in results.
     strategy : str, default "proportional"
-        Budget strategy.
-    scope : {"evictable", "window", "full"}, default "evictable"
-        Part of the attention that is ranked.
-    aggregation : str, default "concat"
-        How the heads of a layer are joined.
-    window_size, sink_size : int
-        Observation window and attention sinks.
-    strategy_options : mapping, optional
-        Options of the strategy.
+        Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`.
+    scope, aggregation, window_size, sink_size, strategy_options
+        As in :class:`~rankkv.RankKVConfig`, with the same defaults.
 
     Raises
     ------
     UnsupportedModelError, ConfigError, UnknownNameError
-        If the model cannot be observed or an option is wrong.
+        If the model cannot be observed, or an option is outside its range.
 
     Examples
     --------
@@ -174,20 +93,20 @@ class RankKVAnalyzer:
         total_budget: int | None = None,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> RankKVResult:
-        """Run one forward over the prompt and return the rank and the budget of every layer.
+        """Run one forward over the prompt; return the rank and the budget of every layer.
 
         Parameters
         ----------
         input_ids : Tensor
             ``[1, token]`` or ``[token]``: one prompt.
         attention_mask : Tensor, optional
-            Of the same shape, 0 where padding is.
+            Same shape, 0 at padding.
         compression_ratio : float, default 0.3
             Fraction of the cache kept.
         total_budget : int, optional
             Tokens over all compressible layers; overrides ``compression_ratio``.
         on_layer : callable, optional
-            Called with (layers done, layers in all) after each layer.
+            Called with (layers done, all layers) after each layer.
 
         Returns
         -------
@@ -196,20 +115,20 @@ class RankKVAnalyzer:
         Raises
         ------
         InputError
-            If the prompt is empty or there are several.
+            If the prompt is empty or a batch of several.
         BudgetError
-            If ``total_budget`` lies below the sum of the layers' floors.
+            If ``total_budget`` is below the sum of the layers' floors.
         """
         input_ids = check_input_ids(input_ids, attention_mask)
         if input_ids.shape[0] != 1:
             raise InputError(
-                f"analyze takes one prompt, got a batch of {input_ids.shape[0]}: call it once a row."
+                f"analyze takes one prompt, got a batch of {input_ids.shape[0]}: call it once per row."
             )
         config = RankKVConfig(**{**self._options(), "compression_ratio": compression_ratio})
         probe = MeasuringCache(self.model, config, on_layer, total_budget)
         if not probe.layer_indices:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} has no full-attention layer to analyze."
+                f"{type(self.model).__name__} has no full-attention layer to analyze: use a model that has one."
             )
         hook.watch_for(probe, self.model)
         run_prefill(self.model, probe, input_ids, attention_mask)
@@ -240,17 +159,22 @@ class RankKVAnalyzer:
         total_budget: int | None = None,
         baselines: tuple[str, ...] = ("uniform", "pyramid"),
     ) -> dict[str, BudgetAllocation]:
-        """Return this strategy's budgets beside those of the baselines, for the same prompt and total.
+        """Return the budgets of this strategy and of baselines, for one prompt and total.
 
         Returns
         -------
         dict
-            ``"rankkv"`` and each baseline, as :class:`~rankkv.BudgetAllocation`.
+            A :class:`~rankkv.BudgetAllocation` for ``"rankkv"`` and for each baseline.
+
+        Raises
+        ------
+        ConfigError
+            If a baseline does not weigh layers by rank.
         """
         for name in baselines:
             if get_strategy(name).measure not in ("rank", None):
                 raise ConfigError(
-                    f"baseline {name!r} does not weigh layers by rank: make it the strategy instead."
+                    f"baseline {name!r} does not weigh layers by rank: use it as the strategy instead."
                 )
         result = self.analyze(input_ids, attention_mask, compression_ratio, total_budget)
         count = len(result.budgets)
@@ -261,11 +185,12 @@ class RankKVAnalyzer:
         allocations = {}
         for row, name in rows.items():
             measures = result.layer_measures if row == "rankkv" else []
-            # Several numbers a layer have been made one weight already.
+            # Such a strategy measures several numbers per layer; `measures` holds the weight made from them.
             if not get_strategy(name).scalar:
                 name = "proportional"
             allocator = BudgetAllocator(name, **bounds, **options.get(name, {}))
             allocations[row] = allocator.allocate(measures or result.layer_ranks, result.total_budget)
+        # Report the analyzed budgets, with the strategy's own name and options.
         own = replace(allocations["rankkv"], strategy=result.strategy, budgets=list(result.budgets))
         allocations["rankkv"] = replace(own, strategy_options=dict(result.strategy_options))
         return allocations
@@ -274,10 +199,87 @@ class RankKVAnalyzer:
         return {name: getattr(self.config, name) for name in self.config.__dataclass_fields__}
 
 
+@dataclass(frozen=True)
+class RankKVResult:
+    """Hold the ranks and budgets of one prompt.
+
+    Attributes
+    ----------
+    budgets : list of int
+        Tokens each compressible layer keeps with equal heads (``head_budgets=None``); they sum to ``total_budget``.
+    layer_ranks : list of float
+        Effective rank of each compressible layer.
+    layer_indices : list of int
+        Model indices of these layers.
+    total_budget : int
+        Tokens over all compressible layers.
+    seq_len : int
+        Number of real tokens of the prompt.
+    compression_ratio : float
+        Fraction of the cache kept, ``total_budget / (seq_len * layers)``.
+    strategy : str
+        Budget strategy.
+    scope, aggregation : str
+        Part of the attention that was ranked, and the way its heads were joined.
+    model_name : str
+        Name of the model.
+    strategy_options : dict
+        Options of the strategy.
+    notes : list of str
+        Remarks for the reader, such as a total raised to the floor.
+    layer_measures : list of float
+        Measure of each layer if it is not the rank, such as a CAKE preference or an entropy; else empty.
+    """
+
+    budgets: list[int]
+    layer_ranks: list[float]
+    layer_indices: list[int]
+    total_budget: int
+    seq_len: int
+    compression_ratio: float
+    strategy: str
+    scope: str
+    aggregation: str
+    model_name: str
+    strategy_options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    layer_measures: list[float] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Return a plain-text table, one line per layer, with a bar for its budget."""
+        widest = max(self.budgets)
+        lines = [
+            f"{self.model_name}: {self.seq_len} tokens, {len(self.budgets)} layers compressed, "
+            f"{self.total_budget} of {self.seq_len * len(self.budgets)} slots kept ({self.compression_ratio:.1%})",
+            f"strategy {self.strategy}, scope {self.scope}, heads {self.aggregation}",
+            *self.notes,
+        ]
+        measured = [f"  {self.strategy} {number:9.4g}" for number in self.layer_measures]
+        for place, (layer_idx, budget) in enumerate(zip(self.layer_indices, self.budgets, strict=True)):
+            bar = "#" * max(1, round(30 * budget / widest))
+            shown = f"rank {self.layer_ranks[place]:8.2f}{measured[place] if measured else ''}"
+            lines.append(f"  layer {layer_idx:3d}  {shown}  budget {budget:6d}  {bar}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON-ready values."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as JSON, atomically, and return the path."""
+        return write_text_atomically(path, dump_json(self.to_dict()))
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw rank and budget per layer, and save the figure if a path is given; needs ``rankkv[plots]``."""
+        from .plots.figures import plot_ranks_and_budgets
+
+        return plot_ranks_and_budgets(self, path)
+
+
 def quick_analyze(
     model: Any, input_ids: Tensor, compression_ratio: float = 0.3, strategy: str = "proportional"
 ) -> tuple[list[int], list[float]]:
-    """Return the budgets and the effective ranks of a prompt's layers.
+    """Return the budgets and the effective ranks of the layers for one prompt.
 
     Parameters
     ----------
@@ -293,9 +295,9 @@ def quick_analyze(
     Returns
     -------
     budgets : list of int
-        Tokens each compressible layer would keep.
+        Tokens each compressible layer keeps.
     ranks : list of float
-        Their effective ranks.
+        Effective ranks of these layers.
     """
     result = RankKVAnalyzer(model, strategy=strategy).analyze(input_ids, compression_ratio=compression_ratio)
     return result.budgets, result.layer_ranks
@@ -308,23 +310,23 @@ def analyze_samples(
     total_budgets: Sequence[int] | None = None,
     on_progress: Callable[[float, int], None] | None = None,
 ) -> list[RankKVResult]:
-    """Analyze prompts one by one, each on one of the processes that ``accelerate launch`` or ``torchrun`` started.
+    """Analyze prompts one by one, spread over the processes of ``accelerate launch`` or ``torchrun``.
 
-    All processes must call this with the same arguments, and each gets the results of all prompts; they are those of
-    one process, bit by bit where every process computes on the same kind of machine with as many threads.
+    All processes must call this with the same arguments, and each gets the results of all prompts.  The results equal
+    those of one process, bit for bit if all processes use the same kind of machine and number of threads.
 
     Parameters
     ----------
     analyzer : RankKVAnalyzer
-        Of the model; one that is itself split over the processes (tensor parallelism) sees every prompt in all of them.
+        The analyzer; if its model is split over the processes (tensor parallelism), each one runs every prompt.
     samples : sequence of Tensor
-        Token ids, ``[1, token]`` or ``[token]`` each.
+        Token ids of each prompt, ``[1, token]`` or ``[token]``.
     compression_ratio : float, default 0.3
         Fraction of the cache kept.
     total_budgets : sequence of int, optional
-        Tokens over all compressible layers, one for each prompt; overrides ``compression_ratio``.
+        Tokens over all compressible layers, one number per prompt; overrides ``compression_ratio``.
     on_progress : callable, optional
-        Called with (prompts done, in all), those of this process; a prompt under way counts by its layers.
+        Called with (prompts done, all prompts) of this process; an unfinished prompt counts by its layers.
 
     Returns
     -------
@@ -334,9 +336,9 @@ def analyze_samples(
     Raises
     ------
     InputError
-        If there is no prompt, one is empty, or the total budgets are not as many as the prompts.
+        If there is no prompt, a prompt is empty, or the number of total budgets differs from that of prompts.
     BudgetError
-        If a total budget lies below the sum of the layers' floors.
+        If a total budget is below the sum of the layers' floors.
 
     Examples
     --------
@@ -353,7 +355,7 @@ def analyze_samples(
     totals: Sequence[int | None] = [None] * len(samples) if total_budgets is None else total_budgets
     if len(totals) != len(samples):
         raise InputError(
-            f"{len(totals)} total budgets are given for {len(samples)} prompts: give one for each."
+            f"{len(totals)} total budgets are given for {len(samples)} prompts: give one per prompt."
         )
     jobs = list(zip(samples, totals, strict=True))
     shared = find_head_shards(analyzer.model) is None
@@ -369,24 +371,24 @@ def analyze_samples(
 
 
 def summarize_layers(results: Sequence[RankKVResult]) -> list[dict[str, float]]:
-    """Compute mean and sample standard deviation of each layer's rank and budget over several prompts.
+    """Compute mean and sample standard deviation of each layer's rank and budget over prompts.
 
     Parameters
     ----------
     results : sequence of RankKVResult
-        Of one model and one strategy.
+        Results of one model and one strategy.
 
     Returns
     -------
     list of dict
-        One for each compressible layer: ``layer``, ``rank_mean``, ``rank_std``, ``budget_mean``, ``budget_std`` and,
-        where the strategy measures something else than ranks, ``measure_mean`` and ``measure_std``. The deviation of a
+        One per compressible layer: ``layer``, ``rank_mean``, ``rank_std``, ``budget_mean``, ``budget_std``.  If the
+        strategy measures something other than ranks, also ``measure_mean`` and ``measure_std``.  The deviation of a
         single prompt is 0.
 
     Raises
     ------
     InputError
-        If there is no result, or not all are of the same layers.
+        If there is no result, or the results are of different layers.
 
     Examples
     --------
@@ -398,7 +400,7 @@ def summarize_layers(results: Sequence[RankKVResult]) -> list[dict[str, float]]:
     """
     if not results or any(result.layer_indices != results[0].layer_indices for result in results):
         raise InputError(
-            "results of the same layers are needed, and at least one: analyze one model at a time."
+            "the results are empty or of different layers: give at least one, all of the same model."
         )
     rows = []
     for place, layer in enumerate(results[0].layer_indices):

@@ -104,10 +104,39 @@ def test_to_dict_is_json_and_builds_the_same_config():
     assert RankKVConfig(**plain.to_dict()).to_dict() == plain.to_dict()
 
 
-def test_the_cache_takes_every_option_with_the_same_default():
-    parameters = inspect.signature(RankKVCache).parameters
-    for item in dataclasses.fields(RankKVConfig):
-        assert parameters[item.name].default == item.default
+def test_the_cache_takes_the_options_of_the_config_with_the_same_defaults():
+    parameters = inspect.signature(RankKVCache.__init__).parameters
+    taken = {
+        name: item.default for name, item in parameters.items() if name not in ("self", "model", "config")
+    }
+    assert taken == {item.name: item.default for item in dataclasses.fields(RankKVConfig)}
+
+
+def test_the_cache_passes_every_option_on(tiny_llama):
+    """Every option differs from its default, except those that another one replaces."""
+    options = {
+        "compression_ratio": 0.5,
+        "budget": 40,
+        "selector": "h2o",
+        "strategy": "power",
+        "scope": "window",
+        "aggregation": "mean",
+        "strategy_options": {"exponent": 2.0},
+        "window_size": 8,
+        "sink_size": 2,
+        "decode": "periodic",
+        "decode_interval": 16,
+        "positions": "packed",
+        "prefill": "chunked",
+        "recompress_turns": True,
+        "storage": "int8",
+        "profile": None,
+        "min_budget": 20,
+        "head_budgets": None,
+        "head_floor": 0.5,
+        "protect": [(0, 12)],
+    }
+    assert RankKVCache(tiny_llama(), **options).config == RankKVConfig(**options)
 
 
 def test_a_config_stands_for_all_options(tiny_llama):

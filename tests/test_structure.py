@@ -12,7 +12,9 @@ import pytest
 import structure
 
 MODULES = structure.list_modules(structure.ROOT / "rankkv")
-PACKAGES = sorted({name.split(".")[1] for name, path in MODULES.items() if path.parent.parent.name == "rankkv"})
+PACKAGES = sorted(
+    {name.split(".")[1] for name, path in MODULES.items() if path.parent.parent.name == "rankkv"}
+)
 
 # What a package may import beyond the standard library and rankkv itself.
 LIGHT = {
@@ -32,7 +34,7 @@ def test_the_program_finds_no_broken_rule():
     )
     record = json.loads(result.stdout)
     assert (result.returncode, result.stderr) == (0, "")
-    assert record["circles"] == [] and record["upward_imports"] == []
+    assert (record["circles"], record["upward_imports"]) == ([], [])
     assert len(record["flat_modules"]) <= 10
 
 
@@ -63,7 +65,9 @@ def test_the_table_names_only_what_is_there():
 def test_an_upward_import_is_found(code, tmp_path):
     path = tmp_path / "observation.py"
     path.write_text(code)
-    assert structure.find_upward("rankkv.observe.observation", {**MODULES, "rankkv.observe.observation": path})
+    assert structure.find_upward(
+        "rankkv.observe.observation", {**MODULES, "rankkv.observe.observation": path}
+    )
 
 
 def test_a_circle_is_found(tmp_path):
@@ -81,7 +85,10 @@ def test_a_circle_is_found(tmp_path):
 
 def test_too_long_a_readme_is_found():
     record = structure.measure_structure()
-    record["readmes"] = {"README.md": {"lines": 251, "bytes": 18_001}, "README.zh-CN.md": {"lines": 251, "bytes": 1}}
+    record["readmes"] = {
+        "README.md": {"lines": 251, "bytes": 18_001},
+        "README.zh-CN.md": {"lines": 251, "bytes": 1},
+    }
     assert len(structure.list_faults(record)) == 3
 
 
@@ -105,11 +112,15 @@ def test_light_parts_stay_light(part):
 )
 def test_importing_is_quick(module, heavy):
     code = f"import sys, {module}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not heavy & set(loaded)
 
 
-@pytest.mark.parametrize("package", [p for p in PACKAGES if (structure.ROOT / "rankkv" / p / "__init__.py").exists()])
+@pytest.mark.parametrize(
+    "package", [p for p in PACKAGES if (structure.ROOT / "rankkv" / p / "__init__.py").exists()]
+)
 def test_a_front_door_says_what_it_holds(package):
     door = importlib.import_module(f"rankkv.{package}")
     assert (door.__doc__ or "").strip().splitlines()[0].endswith(".")

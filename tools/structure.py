@@ -179,7 +179,9 @@ def main() -> int:
         print(f"flat modules        {len(record['flat_modules'])}: {', '.join(record['flat_modules'])}")
         print(f"import circles      {len(record['circles'])}")
         print(f"upward imports      {len(record['upward_imports'])}")
-        print(f"longest file        {record['longest_file']['module']}, {record['longest_file']['lines']} lines")
+        print(
+            f"longest file        {record['longest_file']['module']}, {record['longest_file']['lines']} lines"
+        )
         for name, size in record["readmes"].items():
             print(f"{name:<19} {size['lines']} lines, {size['bytes']} bytes")
     faults = list_faults(record)

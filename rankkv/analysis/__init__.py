@@ -1,4 +1,4 @@
-"""Analysis: a model and prompts go in, measured layers, samples and generations come out."""
+"""Analysis: generations, layer measures and the self-check."""
 
 from .generation import GenerationRecord, analyze_generation
 from .measuring_cache import MeasuringCache

@@ -1,9 +1,8 @@
-"""A stand-in for a cache that keeps nothing and measures each layer as its attention passes by."""
+"""MeasuringCache: stores nothing and measures each layer during one forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
-from ..budget.strategies import get_strategy
 from ..cache.compressor import measure_rows
 from ..cache.resolve import resolve_profile
 from ..config import RankKVConfig
@@ -19,33 +17,22 @@ from ..errors import CacheStateError
 from ..models.tensor_parallel import find_head_shards
 from ..observe import hook
 from ..observe.call import AttentionCall, observe
-from ..observe.hidden_states import watch_hidden_states
 from ..observe.hook import AttentionObserver
 from ..observe.observation import Observation
 from ..rank.observed_layer import compute_layer_ranks
 
 
-class _PassingLayer(DynamicLayer):
-    """A layer that hands new keys and values through and keeps nothing of them."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values."""
-        return key_states, value_states
-
-
 class MeasuringCache(AttentionObserver, DynamicCache):
-    """Stands in for a cache during one forward and measures each full-attention layer.
+    """Measure each full-attention layer during one forward, in place of a cache.
 
     Parameters
     ----------
     model : PreTrainedModel
         The model that will run.
     config : RankKVConfig
-        Scope, aggregation, window and sinks.
+        Options: strategy, scope, aggregation, window and sinks.
     on_layer : callable, optional
-        Called with (layers done, layers in all) after each layer.
+        Called with (layers done, all layers) after each layer.
     total_budget : int, optional
         Tokens over all layers; overrides the config's ``budget`` and ``compression_ratio``.
     """
@@ -67,9 +54,6 @@ class MeasuringCache(AttentionObserver, DynamicCache):
         self.measures: dict[int, Any] = {}
         self.plan: BudgetPlan | None = None
         self._total_budget = total_budget
-        self._waiting: Observation | None = None
-        if get_strategy(config.resolve_strategy()[0]).needs == "hidden states":
-            watch_hidden_states(self, model, self.layer_indices)
         self._config = resolve_profile(config, model, self.layer_indices)
         self._on_layer = on_layer
         self._shards = find_head_shards(model)
@@ -77,7 +61,7 @@ class MeasuringCache(AttentionObserver, DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Pass new keys and values through, and let this layer's attention be observed."""
+        """Pass new keys and values through, and announce the next attention call of this layer to the hook."""
         if isinstance(self.layers[layer_idx], _PassingLayer):
             hook.hand_off(self, layer_idx, key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -99,29 +83,8 @@ class MeasuringCache(AttentionObserver, DynamicCache):
             self._on_layer(len(self.ranks), len(self.layer_indices))
         return output
 
-    def _measure(self, layer_idx: int, observation: Observation) -> None:
-        if self.plan is None:
-            self.plan = BudgetPlan(
-                self._config, observation.lengths[0], self.layer_indices, self._total_budget
-            )
-        ranks = compute_layer_ranks(observation, self._config.scope, self._config.aggregation)
-        self.ranks[layer_idx] = float(ranks[0])
-        if self.plan.needs_hidden_states:
-            self._waiting = observation
-            return
-        of_rank = self.plan.measure in ("rank", None)
-        measured = ranks.tolist() if of_rank else measure_rows([self.plan], self._config, observation)
-        self.measures[layer_idx] = measured[0]
-
-    def note_changes(self, layer_idx: int, changes: Tensor) -> None:
-        """Measure the layer by how far its attention turned the hidden state of each token."""
-        observation, self._waiting = self._waiting, None
-        if observation is not None and self.plan is not None:
-            observation = replace(observation, changes=changes)
-            self.measures[layer_idx] = measure_rows([self.plan], self._config, observation)[0]
-
     def finish_plan(self) -> BudgetPlan:
-        """Return the budgets that the layers' measures come to.
+        """Return the budget plan computed from the measures of all layers.
 
         Raises
         ------
@@ -130,7 +93,7 @@ class MeasuringCache(AttentionObserver, DynamicCache):
         """
         if self.plan is None or len(self.measures) < len(self.layer_indices):
             raise CacheStateError(
-                "the forward did not reach the last layer: nothing can be said of the prompt."
+                "the forward did not reach the last layer, so the prompt was not measured: run it again."
             )
         for layer_idx in self.layer_indices:
             measured = None if self.plan.measure is None else self.measures[layer_idx]
@@ -138,3 +101,25 @@ class MeasuringCache(AttentionObserver, DynamicCache):
             self.plan.add_layer(measured, rank=rank)
         self.plan.finish()
         return self.plan
+
+    def _measure(self, layer_idx: int, observation: Observation) -> None:
+        if self.plan is None:
+            self.plan = BudgetPlan(
+                self._config, observation.lengths[0], self.layer_indices, self._total_budget
+            )
+        ranks = compute_layer_ranks(observation, self._config.scope, self._config.aggregation)
+        self.ranks[layer_idx] = float(ranks[0])
+        # The rank is computed anyway, so it is not measured twice.
+        of_rank = self.plan.measure in ("rank", None)
+        measured = ranks.tolist() if of_rank else measure_rows([self.plan], self._config, observation)
+        self.measures[layer_idx] = measured[0]
+
+
+class _PassingLayer(DynamicLayer):
+    """A layer that passes new keys and values through and stores none."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new keys and values."""
+        return key_states, value_states

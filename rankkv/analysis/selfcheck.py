@@ -1,4 +1,4 @@
-"""Self-check of an installation: compress a tiny random model and compare with what every cache promises."""
+"""Self-check of an installation: what every cache promises, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ _PROMPT_TOKENS, _NEW_TOKENS, _RATIO = 96, 8, 0.3
 
 
 def run_selfcheck() -> dict[str, Any]:
-    """Compress a tiny random Llama and check what every cache promises; downloads and prints nothing.
+    """Compress a tiny random Llama and check what every cache promises.
 
-    Checked: with everything kept, the text is the plain model's; the budgets sum to the total; the first token is the
-    plain model's; the bytes held are those of the tokens kept.
+    It downloads and prints nothing.  The checks:
+
+    - identity: with everything kept, the generated text equals the plain model's;
+    - budgets: they sum to the total;
+    - first token: it equals the plain model's;
+    - bytes: they equal the bytes of the kept tokens.
 
     Returns
     -------
     dict
         ``ok`` (bool), ``checks`` (a list of ``name``, ``passed`` and ``detail``) and ``versions`` (rankkv, torch,
-        transformers, the oldest transformers that works, python, platform and attention backend), all ready for JSON.
+        transformers, the oldest transformers that works, python, platform and attention backend), JSON-ready.
 
     Examples
     --------
@@ -65,13 +69,13 @@ def _build_model() -> tuple[Any, Tensor]:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        # Wide, so that a random model attends unevenly.
+        # Large weights, so that a random model attends unevenly.
         initializer_range=0.2,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
-    # The user's random numbers go on as if nothing had been drawn.
+    # The caller's random state must not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval(), torch.randint(3, 128, (1, _PROMPT_TOKENS))
@@ -80,7 +84,7 @@ def _build_model() -> tuple[Any, Tensor]:
 def _run(check: Callable[[Any, Tensor], tuple[bool, str]], model: Any, prompt: Tensor) -> tuple[bool, str]:
     try:
         return check(model, prompt)
-    except Exception as error:  # Whatever breaks in an installation is what is to be reported.
+    except Exception as error:  # Any error is a finding to report.
         return False, f"{type(error).__name__}: {error}"
 
 
@@ -108,8 +112,8 @@ def _check_identity(model: Any, prompt: Tensor) -> tuple[bool, str]:
     plain = _generate(model, prompt, None)
     ours = _generate(model, prompt, RankKVCache(model, compression_ratio=1.0))
     if ours == plain:
-        return True, f"{len(plain)} tokens as without RankKV, everything kept"
-    return False, f"everything kept, yet {ours} instead of {plain}"
+        return True, f"with everything kept, {len(plain)} tokens as without RankKV"
+    return False, f"with everything kept, {ours} instead of {plain}"
 
 
 def _check_budgets(model: Any, prompt: Tensor) -> tuple[bool, str]:

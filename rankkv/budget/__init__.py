@@ -1,4 +1,4 @@
-"""Budget: one number or curve for each layer goes in, whole tokens for each layer and head come out, the total exact."""
+"""Budget: turns measures of the layers into whole tokens per layer and head that sum exactly to a total."""
 
 from .plan import BudgetPlan
 from .strategies import STRATEGIES, Strategy, get_strategy, register_strategy, unregister_strategy

@@ -1,4 +1,4 @@
-"""Weights to real-valued shares (water-filling) to integers (largest remainder), in two separate halves."""
+"""Apportionment: weights to real-valued shares by water-filling, shares to integers by largest remainder."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import operator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rankkv.errors import BudgetError, ConfigError
+from ..errors import BudgetError, ConfigError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-# A share this close to an integer is that integer: lambda * w carries a few units of float noise.
+# A share this close to an integer counts as that integer: lambda * w carries a few units of rounding noise.
 _SNAP = 1e-9
-# Weights further apart than this are filled one level after the other, so that bound / weight stays finite.
+# Much smaller weights are filled in a later round: bound / weight would overflow beside the largest weight.
 _LEVEL = 1e-200
 
 
 def _sum(values: FloatArray) -> float:
-    """Add exactly rounded, so that the order of the layers does not matter."""
+    """Sum with a single rounding, so that the order of the layers does not matter."""
     return math.fsum(values.tolist())
 
 
 def _bounds(lower: ArrayLike, upper: ArrayLike, count: int) -> tuple[FloatArray, FloatArray]:
-    """Broadcast both bounds to one value a layer and check them."""
+    """Broadcast both bounds to one value per layer and check them."""
     arrays = []
     for name, bound in (("lower", lower), ("upper", upper)):
         array = np.asarray(bound, dtype=np.float64)
         if array.ndim > 1 or (array.ndim == 1 and len(array) != count):
             raise BudgetError(
-                f"{name} must be one number or {count} numbers, one a layer; got shape {array.shape}."
+                f"{name} must be one number or {count} numbers, one per layer; got shape {array.shape}."
             )
         arrays.append(np.broadcast_to(array, (count,)).copy())
     low, high = arrays
@@ -51,6 +51,7 @@ def _fill(weights: FloatArray, total: float, lower: FloatArray, upper: FloatArra
     def at(level: float) -> FloatArray:
         return np.clip(level * weights, lower, upper)
 
+    # The sum grows with lambda and is linear between breakpoints, so bisect for the interval that holds the total.
     breaks = np.unique(np.concatenate([lower / weights, upper / weights]))
     low, high = 0, len(breaks) - 1
     while low < high:
@@ -61,7 +62,7 @@ def _fill(weights: FloatArray, total: float, lower: FloatArray, upper: FloatArra
             low = middle + 1
     right = breaks[low]
     left = breaks[low - 1] if low else 0.0
-    # Between two neighbouring breakpoints the set of layers strictly inside their bounds is constant.
+    # Between two neighbouring breakpoints the same layers lie strictly inside their bounds; solve for lambda there.
     inside = (lower / weights <= left) & (upper / weights >= right) & (lower < upper)
     if not inside.any():
         return at(right)
@@ -76,11 +77,11 @@ def allocate_shares(
     """Allocate a total by water-filling: ``share_i = clip(lambda w_i, lower_i, upper_i)``, sum ``total``.
 
     Solved exactly over the sorted breakpoints ``lower_i / w_i`` and ``upper_i / w_i``, in O(n log n). Layers
-    of weight zero stay at their lower bound until every other layer is at its upper bound; then they share
-    the rest equally within their bounds (the limit of equal tiny weights). All-zero weights are thus uniform.
+    of weight zero stay at their lower bound until every other layer is at its upper bound. They share the rest
+    equally within their bounds (the limit of equal tiny weights). All-zero weights are thus uniform.
 
-    Law used by the cascade: with the total, the bounds and the other weights fixed, appending a layer never
-    raises an earlier layer's share; multiplying all weights by one positive number changes nothing.
+    The cascade relies on two laws. With the total, the bounds and the other weights fixed, appending a layer
+    never raises an earlier layer's share. Multiplying all weights by one positive number changes nothing.
 
     Parameters
     ----------
@@ -89,10 +90,10 @@ def allocate_shares(
     total : float
         Tokens to spend over all layers.
     lower, upper : float or array_like
-        Bounds in tokens, one for all layers or one a layer; ``upper`` may be infinite.
+        Bounds in tokens, one for all layers or one per layer; ``upper`` may be infinite.
     partial : bool, default False
-        If all layers at their upper bound cannot take the total, return ``upper`` instead of raising (more
-        layers are still to come).
+        Return ``upper`` instead of raising if the upper bounds sum to less than the total. Used while more
+        layers are still to come.
 
     Returns
     -------
@@ -102,8 +103,8 @@ def allocate_shares(
     Raises
     ------
     BudgetError
-        Weights or bounds are negative, not finite or crossed, or the total lies outside
-        [sum(lower), sum(upper)]; the message carries the sums.
+        If weights or bounds are negative, not finite or crossed, or the total lies outside
+        [sum(lower), sum(upper)]. The message names the sums.
 
     Examples
     --------
@@ -115,7 +116,7 @@ def allocate_shares(
     values = np.asarray(weights, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise BudgetError(
-            f"weights must be one number a layer, at least one layer; got shape {values.shape}."
+            f"weights must be one number per layer, for at least one layer; got shape {values.shape}."
         )
     wrong = np.flatnonzero(~np.isfinite(values) | (values < 0))
     if len(wrong):
@@ -139,31 +140,33 @@ def allocate_shares(
             )
         return high
     high = np.minimum(high, spend)
-    shares, open_ = low.copy(), np.ones(len(values), dtype=bool)
+    shares, unfilled = low.copy(), np.ones(len(values), dtype=bool)
+    # Each round fills the weights of one order of magnitude; weights of zero come last and share equally.
     while True:
-        remaining = spend - _sum(shares[~open_]) if not open_.all() else spend
-        largest = values[open_].max()
-        chosen = open_ & (values > largest * _LEVEL) if largest > 0 else open_
+        remaining = spend - _sum(shares[~unfilled]) if not unfilled.all() else spend
+        largest = values[unfilled].max()
+        chosen = unfilled & (values > largest * _LEVEL) if largest > 0 else unfilled
         scaled = values[chosen] / largest if largest > 0 else np.ones(int(chosen.sum()))
-        rest = open_ & ~chosen
+        rest = unfilled & ~chosen
         reachable = min(remaining - _sum(low[rest]), _sum(high[chosen]))
         shares[chosen] = _fill(scaled, reachable, low[chosen], high[chosen])
-        open_ = rest
+        unfilled = rest
         if not rest.any():
             return shares
 
 
-def _snapped(shares: FloatArray, tolerance: float) -> FloatArray:
+def _snap(shares: FloatArray, tolerance: float) -> FloatArray:
+    """Replace shares within a tolerance (relative, beyond 1) of an integer by that integer."""
     nearest = np.rint(shares)
     close = np.abs(shares - nearest) <= tolerance * np.maximum(1.0, np.abs(shares))
     return np.where(close, nearest, shares)
 
 
 def ceil_shares(shares: ArrayLike) -> IntArray:
-    """Round shares up to whole tokens, taking a share within 5e-10 of an integer as that integer.
+    """Round shares up to whole tokens.
 
-    While a cascade is under way a layer keeps ``ceil_shares(share)`` tokens: never fewer than the integer
-    that `allocate_integers` gives it after the last layer.
+    A share within 5e-10 of an integer counts as that integer. During a cascade a layer keeps
+    ``ceil_shares(share)`` tokens. That is never fewer than `allocate_integers` gives it after the last layer.
 
     Parameters
     ----------
@@ -180,7 +183,7 @@ def ceil_shares(shares: ArrayLike) -> IntArray:
     >>> ceil_shares([3.2, 4.0000000000001]).tolist()
     [4, 4]
     """
-    return np.ceil(_snapped(np.asarray(shares, dtype=np.float64), _SNAP / 2)).astype(np.int64)
+    return np.ceil(_snap(np.asarray(shares, dtype=np.float64), _SNAP / 2)).astype(np.int64)
 
 
 def allocate_integers(
@@ -198,9 +201,9 @@ def allocate_integers(
     total : int
         Tokens to spend over all layers.
     lower, upper : int or array_like
-        The integer bounds that the shares were computed under (``upper`` may be infinite).
+        The integer bounds that the shares were computed with (``upper`` may be infinite).
     weights : array_like, optional
-        ``[layer]``, breaks ties; the shares themselves by default.
+        ``[layer]``, break ties; the shares themselves by default.
 
     Returns
     -------
@@ -210,7 +213,7 @@ def allocate_integers(
     Raises
     ------
     BudgetError
-        The shares do not sum to the total or leave the bounds, or a bound or the total is not an integer.
+        If the shares do not sum to the total or leave the bounds, or a bound or the total is not an integer.
 
     Examples
     --------
@@ -223,11 +226,13 @@ def allocate_integers(
         raise BudgetError(f"the total must be an integer number of tokens, got {total!r}.") from None
     values = np.asarray(shares, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise BudgetError(f"shares must be one finite number a layer, at least one layer; got {shares!r}.")
+        raise BudgetError(
+            f"shares must be one finite number per layer, for at least one layer; got {shares!r}."
+        )
     low, high = _bounds(lower, upper, len(values))
     if (low != np.floor(low)).any() or (high != np.floor(high)).any():
         raise BudgetError(f"bounds must be integers, got lower={lower!r}, upper={upper!r}.")
-    snapped = _snapped(values, _SNAP)
+    snapped = _snap(values, _SNAP)
     wrong = np.flatnonzero((snapped < low) | (snapped > high))
     if len(wrong):
         i = int(wrong[0])
@@ -248,6 +253,7 @@ def allocate_integers(
         raise BudgetError(
             f"weights have shape {order_by.shape}, shares {values.shape}; give one weight a layer."
         )
+    # The last key counts first. Remainders are rounded so that ties survive floating-point noise.
     order = np.lexsort((np.arange(len(values)), -order_by, -np.round(remainders, 9)))
     result: IntArray = floors.astype(np.int64)
     result[order[:missing]] += 1
@@ -255,7 +261,13 @@ def allocate_integers(
 
 
 def check_integer(name: str, value: object, minimum: int) -> int:
-    """Return ``value`` as an int of at least ``minimum``, or raise a ConfigError that names it."""
+    """Check that an option is an integer of at least ``minimum`` and return it as an int.
+
+    Raises
+    ------
+    ConfigError
+        If it is not; the message names the option and its value.
+    """
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:

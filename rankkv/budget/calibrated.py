@@ -1,4 +1,4 @@
-"""Budgets from a profile: least total distortion under the total, and weights from measured sensitivities."""
+"""Distortion curves and layer weights from a measured profile, for the strategies "profile" and "blend"."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..profile.record import RankProfile
 from .apportion import FloatArray, IntArray
 from .distortion import fit_decreasing
 
-#: Nats a token below which a measured sensitivity is noise; no layer counts as less sensitive than this.
+#: Nats per token. Sensitivities below it are measurement noise, so no layer counts as less sensitive.
 SENSITIVITY_FLOOR = 0.002
-#: Budgets at which a layer's distortion curve is evaluated, spread evenly in the logarithm.
+# Budgets at which a layer's distortion curve is evaluated, spread evenly in the logarithm.
 _KNOTS = 96
 
 
@@ -22,15 +22,15 @@ def compute_curve(
 ) -> tuple[IntArray, FloatArray]:
     """Compute a layer's distortion at whole budgets between its bounds.
 
-    The measured divergences, made non-increasing and 0 at the full cache, are interpolated linearly in the logarithm
-    of the ratio, and continued below the smallest measured ratio with the slope found there.
+    The measured divergences are made non-increasing and 0 at the full cache. They are interpolated linearly in the
+    logarithm of the ratio. Below the smallest measured ratio the first slope continues.
 
     Parameters
     ----------
     profile : RankProfile
         The measured curves.
     layer : int
-        Place among the compressible layers.
+        Index among the compressible layers.
     length : int
         Tokens of the prompt.
     lower, upper : int
@@ -39,7 +39,7 @@ def compute_curve(
     Returns
     -------
     budgets, distortion : ndarray
-        ``[point]`` int64 tokens, ascending, and float64 nats a token.
+        ``[point]`` int64 tokens, ascending, and float64 nats per token.
     """
     low, high = max(1, lower), max(1, upper)
     budgets = np.unique(np.rint(np.geomspace(low, high, _KNOTS)).astype(np.int64)) if high > low else [low]
@@ -49,9 +49,10 @@ def compute_curve(
     values = np.interp(points, x, y)
     below = points < x[0]
     values[below] = y[0] + (points[below] - x[0]) * (y[1] - y[0]) / (x[1] - x[0])
-    # A slope no layer is without: tokens that no measurement asks for are spread instead of heaped on one layer.
+    # Every curve falls at least a little. Flat curves would send all spare tokens to one layer.
     values -= SENSITIVITY_FLOOR * points / abs(x[0])
     grid = np.asarray(budgets, dtype=np.int64)
+    # The logarithmic grid starts at 1; the curve must span the bounds exactly, even a lower bound of 0.
     if len(grid) > 1:
         grid[0], grid[-1] = lower, upper
     return grid, values
@@ -59,16 +60,16 @@ def compute_curve(
 
 @functools.lru_cache(maxsize=8)
 def _fit_profile(profile: RankProfile) -> tuple[FloatArray, FloatArray]:
-    """Return log ratios ``[point]`` and fitted distortions ``[layer, point]``, the full cache included."""
+    """Fit log ratios ``[point]`` and distortions ``[layer, point]``, the full cache included."""
     rows = [fit_decreasing([*np.maximum(row, 0.0), 0.0]) for row in np.array(profile.divergence)]
     return np.log(np.array([*profile.ratios, 1.0])), np.array(rows)
 
 
 def compute_sensitivities(profile: RankProfile) -> FloatArray:
-    """Compute how much each layer matters, ``[layer]`` nats a token.
+    """Compute each layer's sensitivity, ``[layer]`` nats per token.
 
-    The gain in divergence when the layer gets its full cache back while all others stay compressed, floored where
-    a measurement is noise.
+    ``sensitivity = max(gain_divergence, 0.002)``. The gain is measured when the layer alone gets its full cache back
+    and all others stay compressed. Gains below the floor are noise.
 
     Examples
     --------
@@ -82,7 +83,10 @@ def compute_sensitivities(profile: RankProfile) -> FloatArray:
 def weigh_profile(
     ranks: FloatArray, profile: RankProfile | None = None, exponent: float | None = None
 ) -> FloatArray:
-    """Weigh each layer by a power of its measured sensitivity; without an exponent the weights only break ties."""
+    """Weigh each layer by a power of its measured sensitivity.
+
+    Without an exponent, budgets come from the distortion curves and these weights only break ties.
+    """
     power = 1.0 if exponent is None else check_number("exponent", exponent, 0.0, 64.0)
     if profile is None:
         return np.ones_like(ranks)
@@ -96,6 +100,6 @@ def weigh_blend(
     profile_exponent: float = 1.0,
     rank_exponent: float = 1.0,
 ) -> FloatArray:
-    """Weigh each layer by a power of its measured sensitivity times a power of its rank in this prompt."""
+    """Weigh each layer by powers of its measured sensitivity and of its rank in this prompt."""
     measured = weigh_profile(ranks, profile, check_number("profile_exponent", profile_exponent, 0.0, 64.0))
     return measured * (ranks / ranks.max()) ** check_number("rank_exponent", rank_exponent, 0.0, 64.0)

@@ -1,4 +1,4 @@
-"""Budgets of least total distortion from what evicting costs each layer of this very prompt."""
+"""Budgets of least total distortion: monotone fits, convex hulls, and allocation by steepest slope."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def fit_decreasing(values: ArrayLike) -> FloatArray:
     Parameters
     ----------
     values : array_like
-        ``[ratio]``, measured at ascending ratios.
+        ``[point]``, measured at ascending ratios or budgets.
 
     Returns
     -------
     ndarray
-        ``[ratio]`` float64, non-increasing, with the same sum.
+        ``[point]`` float64, non-increasing, with the same sum.
 
     Examples
     --------
@@ -46,7 +46,7 @@ def fit_decreasing(values: ArrayLike) -> FloatArray:
 
 
 def compute_hull(budgets: ArrayLike, values: ArrayLike) -> IntArray:
-    """Compute which points lie on the lower convex hull of a curve.
+    """Find the points on the lower convex hull of a curve.
 
     Parameters
     ----------
@@ -58,14 +58,14 @@ def compute_hull(budgets: ArrayLike, values: ArrayLike) -> IntArray:
     Returns
     -------
     ndarray
-        ``[hull point]`` int64 indices, ascending; the first and the last point are among them.
+        ``[hull point]`` int64 indices, ascending; the first and the last point are included.
 
     Examples
     --------
     >>> compute_hull([0, 1, 2, 3], [9.0, 8.0, 1.0, 0.0]).tolist()
     [0, 2, 3]
     """
-    # Lists: single numbers of an array are slow to read.
+    # Lists, because reading single numbers of an array is slow.
     x, y = (np.asarray(line, dtype=np.float64).tolist() for line in (budgets, values))
     kept: list[int] = []
     for i in range(len(x)):
@@ -83,16 +83,18 @@ def allocate_by_distortion(
 ) -> IntArray:
     """Allocate whole tokens so that the sum of the layers' distortions is least.
 
-    ``min sum_i D_i(b_i)  subject to  sum_i b_i = total,  lower_i <= b_i <= upper_i``, where D_i is the lower convex
-    hull of the layer's curve, linear between its points. Tokens go to the steepest slope first, which is optimal for
-    convex curves; equal slopes go to the earlier layer. A layer that is added never raises the budget of another.
+    ``min sum_i D_i(b_i)  subject to  sum_i b_i = total,  lower_i <= b_i <= upper_i``
+
+    D_i is the lower convex hull of the layer's curve, linear between its points. Tokens go to the steepest slope
+    first, which is optimal for convex curves. Equal slopes go to the earlier layer. Adding a layer never raises the
+    budget of another.
 
     Parameters
     ----------
     curves : sequence of (array_like, array_like)
-        For each layer whole budgets, ascending, from its lower to its upper bound, and the distortion at each.
+        For each layer, whole budgets, ascending from its lower to its upper bound, and the distortion at each.
     total : int
-        Tokens over all layers; where it exceeds the upper bounds, these are returned.
+        Tokens over all layers. If it exceeds the sum of the upper bounds, the upper bounds are returned.
     lower, upper : array_like
         ``[layer]`` bounds, tokens.
 
@@ -120,7 +122,7 @@ def allocate_by_distortion(
     left = int(total) - int(low.sum())
     if left < 0:
         raise BudgetError(
-            f"a total of {total} tokens is below the layers' minimum, {int(low.sum())}; raise it to that at least."
+            f"a total of {total} tokens is below the layers' minimum; raise it to at least {int(low.sum())}."
         )
     steps = []
     for layer, (budgets, values) in enumerate(curves):
@@ -144,22 +146,23 @@ def weigh_distortion(
     limits: Limits | None = None,
     ranks: FloatArray | None = None,
 ) -> FloatArray:
-    """Weigh each layer by the budget it has where the layers' errors, weighted by their ranks, sum to least.
+    """Weigh each layer by its budget at the least rank-weighted sum of eviction errors.
 
-    ``min sum_i rank_i ** rank_exponent * e_i(b_i)  subject to  sum_i b_i = total``, each curve replaced by its lower
-    convex hull and never below the floor.
+    ``min sum_i rank_i ** rank_exponent * e_i(b_i)  subject to  sum_i b_i = total``
+
+    Each curve is replaced by its lower convex hull. No budget lies below the floor.
 
     Parameters
     ----------
     errors : ndarray
-        ``[layer, budget]`` at the budgets of :func:`make_budget_grid`, 0 from the prompt's length on; ``[layer]``
-        numbers are taken as weights.
+        ``[layer, budget]`` at the budgets of :func:`rankkv.limits.make_budget_grid`, 0 from the prompt's length on.
+        One number per layer, ``[layer]``, is used as a weight.
     rank_exponent : float, default 2
-        Of the layer's effective rank; 0 leaves the rank out.
+        Exponent of the layer's effective rank; 0 ignores the rank.
     limits : Limits, optional
         Total, length and floor.
     ranks : ndarray, optional
-        ``[layer]`` effective ranks; None counts every layer the same.
+        ``[layer]`` effective ranks; None weighs every layer the same.
 
     Returns
     -------
@@ -182,21 +185,44 @@ def weigh_distortion(
     layers = len(errors)
     length = limits.length or round(FIRST_BUDGET * BUDGET_STEP ** errors.shape[1])
     floor = min(limits.floor, length)
-    curves = [_fit_curve(tuple(row), length, floor) for row in errors.tolist()]
+    curves = [_fit_error_curve_once(tuple(row), length, floor) for row in errors.tolist()]
     total = max(limits.total_budget, floor * layers)
     low, high = np.full(layers, floor), np.full(layers, length)
     return allocate_by_distortion(curves, min(total, length * layers), low, high).astype(np.float64)
 
 
-# A layer's curve is asked for again with each layer that arrives after it.
-@functools.lru_cache(maxsize=1024)
-def _fit_curve(errors: tuple[float, ...], length: int, floor: int) -> tuple[IntArray, FloatArray]:
-    """Return the budgets from floor to length at which one layer was tried, and the errors fitted to them."""
-    tried = make_budget_grid(length)
-    # Where a layer holds fewer tokens than the row has seen, a budget beyond them costs nothing.
-    known = np.zeros(len(tried) + 1)
-    known[: min(len(errors), len(tried))] = errors[: len(tried)]
-    inside = [budget for budget in tried if budget > floor]
+def fit_error_curve(errors: Sequence[float], length: int, floor: int) -> tuple[IntArray, FloatArray]:
+    """Fit a non-increasing error curve at the budgets from floor to length.
+
+    Parameters
+    ----------
+    errors : sequence of float
+        ``[budget]`` at the budgets of :func:`rankkv.limits.make_budget_grid`; missing ones count as 0.
+    length : int
+        Tokens of the prompt, at least 1; the error there is 0.
+    floor : int
+        Fewest tokens kept, at most ``length``.
+
+    Returns
+    -------
+    budgets, errors : ndarray
+        ``[point]`` int64 tokens, ascending, and float64 errors, linear in the logarithm between measured budgets.
+
+    Examples
+    --------
+    >>> budgets, errors = fit_error_curve([0.9, 0.1], length=16, floor=8)
+    >>> budgets.tolist(), errors.round(6).tolist()
+    ([8, 11, 16], [0.9, 0.1, 0.0])
+    """
+    grid = make_budget_grid(length)
+    # A layer that holds fewer tokens than the prompt has fewer errors: larger budgets evict nothing there.
+    known = np.zeros(len(grid) + 1)
+    known[: min(len(errors), len(grid))] = errors[: len(grid)]
+    inside = [budget for budget in grid if budget > floor]
     budgets = np.array([floor, *inside, length] if floor < length else [length])
-    # Linear in the logarithm between the measured budgets, as damage is.
-    return budgets, np.interp(np.log(budgets), np.log([*tried, length]), fit_decreasing(known))
+    # Errors fall about linearly with the logarithm of the budget.
+    return budgets, np.interp(np.log(budgets), np.log([*grid, length]), fit_decreasing(known))
+
+
+# The curves of earlier layers are needed again with each new layer.
+_fit_error_curve_once = functools.lru_cache(maxsize=1024)(fit_error_curve)

@@ -1,4 +1,4 @@
-"""From measured sensitivities of key/value heads to how a layer's budget is spread over its heads."""
+"""Budgets per key/value head: from the heads' sensitivities in a profile, or from their errors on the prompt."""
 
 from __future__ import annotations
 
@@ -12,23 +12,35 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import ProfileError
-from ..limits import make_budget_grid
 from ..profile.record import RankProfile
 from .apportion import FloatArray, IntArray, allocate_integers, allocate_shares
 from .calibrated import SENSITIVITY_FLOOR
-from .distortion import compute_hull, fit_decreasing
+from .distortion import compute_hull, fit_error_curve
 
-#: Below 1, since what was measured on a few texts is less even than what it estimates.
+# Below 1, because sensitivities measured on a few texts spread more than the true ones.
 _EXPONENT = 0.75
+# Tokens that rounding may leave unallocated.
+_EPSILON = 1e-6
 
 
-# Asked for when a cache is built and again by the plan of each row.
+class HeadSplit(Protocol):
+    """Splits a layer's budget over its key/value heads."""
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads of the layer."""
+
+    def split(self, budget: int, room: Sequence[int], final: bool = True) -> IntArray:
+        """Split the budget, see :func:`allocate_head_budgets`."""
+
+
+# Needed when a cache is built and again by the plan of each row.
 @functools.lru_cache(maxsize=8)
 def compute_head_weights(profile: RankProfile) -> tuple[FloatArray, ...]:
-    """Compute what each key/value head counts for, ``[layer][kv_head]``.
+    """Compute the weight of each key/value head, ``[layer][kv_head]``.
 
-    ``weight = max(gain, floor / heads) ** 0.75``, where the gain is how much nearer the model comes to itself with a
-    full cache when this head alone gets its full cache back, nats a token, and the floor 0.002.
+    ``weight = max(gain, 0.002 / heads) ** 0.75``, with the gain in nats per token: the drop in divergence from the full
+    cache when this head alone gets its full cache back.
 
     Parameters
     ----------
@@ -38,7 +50,7 @@ def compute_head_weights(profile: RankProfile) -> tuple[FloatArray, ...]:
     Raises
     ------
     ProfileError
-        If its heads were not measured.
+        If the profile's heads were not measured.
 
     Examples
     --------
@@ -49,7 +61,7 @@ def compute_head_weights(profile: RankProfile) -> tuple[FloatArray, ...]:
     """
     if not profile.head_gain_divergence:
         raise ProfileError(
-            "head_budgets='profile' needs a profile whose heads were measured, and this one holds layers only: "
+            "head_budgets='profile' needs a profile whose heads were measured, but this one holds layers only: "
             "calibrate again with heads (rankkv calibrate), or use head_budgets=None."
         )
     rows = [np.asarray(row, dtype=np.float64) for row in profile.head_gain_divergence]
@@ -57,10 +69,9 @@ def compute_head_weights(profile: RankProfile) -> tuple[FloatArray, ...]:
 
 
 def join_heads(profile: RankProfile) -> RankProfile:
-    """Return a profile whose layers count for what their heads count for together.
+    """Return a copy of the profile in which a layer's sensitivity is the sum over its heads.
 
-    Heads that need all their tokens next to heads that need none take a smaller budget than a layer whose heads keep
-    the same number of tokens.
+    If some heads need all their tokens and others few, the layer needs a smaller budget than if all kept equally many.
 
     Raises
     ------
@@ -70,20 +81,9 @@ def join_heads(profile: RankProfile) -> RankProfile:
     return replace(profile, gain_divergence=tuple(float(row.sum()) for row in compute_head_weights(profile)))
 
 
-class HeadSplit(Protocol):
-    """How a layer's budget is split over its key/value heads."""
-
-    @property
-    def heads(self) -> int:
-        """Key/value heads of the layer."""
-
-    def split(self, budget: int, room: Sequence[int], final: bool = True) -> IntArray:
-        """Split the budget, see :func:`allocate_head_budgets`."""
-
-
 @dataclass(frozen=True)
 class HeadWeights:
-    """Splits a layer's budget by fixed weights.
+    """Split of a layer's budget by fixed weights.
 
     Parameters
     ----------
@@ -118,12 +118,12 @@ def allocate_head_budgets(
     budget : int
         Tokens of the layer, an average over its heads.
     upper : sequence of int
-        Tokens that each head has.
+        Tokens that each head holds.
     head_floor : float
         Fraction of the budget that every head keeps, in [0, 1].
     final : bool, default True
-        Whole tokens that sum to ``heads * budget``, or to all that is there; otherwise what no smaller budget of the
-        layer gives more than.
+        True returns whole tokens that sum to ``heads * budget``, or to all that the heads hold. False returns an upper
+        bound instead: a smaller budget of the layer never raises it.
 
     Returns
     -------
@@ -145,13 +145,9 @@ def allocate_head_budgets(
     return np.minimum(np.floor(shares).astype(np.int64) + 1, high)
 
 
-# Tokens that rounding may leave over.
-_EPSILON = 1e-6
-
-
 @dataclass(frozen=True)
 class HeadCurves:
-    """What more tokens are worth to the heads of one layer: pieces of equal worth, the most valuable first.
+    """Error curves of the heads of one layer, as linear segments sorted by slope, the steepest first.
 
     Attributes
     ----------
@@ -160,11 +156,11 @@ class HeadCurves:
     floor : int
         Tokens that every head keeps.
     slopes : ndarray
-        ``[piece]`` change of the error with a token, ascending (a large negative one comes first).
+        ``[segment]`` change of the error per token, ascending (the most negative comes first).
     widths : ndarray
-        ``[piece]`` int64 tokens of the piece.
+        ``[segment]`` int64 tokens of the segment.
     owners : ndarray
-        ``[piece]`` int64, the head whose tokens they are.
+        ``[segment]`` int64, the head that the segment belongs to.
     """
 
     heads: int
@@ -174,13 +170,13 @@ class HeadCurves:
     owners: IntArray
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain JSON-ready values."""
+        """Return all fields as plain JSON types."""
         arrays = {name: getattr(self, name).tolist() for name in ("slopes", "widths", "owners")}
         return {"heads": self.heads, "floor": self.floor, **arrays}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> HeadCurves:
-        """Build what :meth:`to_dict` described."""
+        """Build the curves from the record that :meth:`to_dict` returned."""
         slopes = np.array(record["slopes"], dtype=np.float64)
         widths, owners = (np.array(record[name], dtype=np.int64) for name in ("widths", "owners"))
         return cls(record["heads"], record["floor"], slopes, widths, owners)
@@ -193,15 +189,15 @@ class HeadCurves:
         budget : int
             Tokens of the layer, an average over its heads.
         room : sequence of int
-            Tokens that each head has.
+            Tokens that each head holds.
         final : bool, default True
-            Whether the budget will not shrink any more; makes no difference here.
+            False while the budget may still shrink. Has no effect here.
 
         Returns
         -------
         ndarray
-            ``[kv_head]`` int64 tokens that sum to ``heads * budget``, or to all that is there.  No head gets more of a
-            smaller budget.
+            ``[kv_head]`` int64 tokens that sum to ``heads * budget``, or to all that the heads hold. A smaller budget
+            never gives a head more.
 
         Examples
         --------
@@ -217,7 +213,7 @@ class HeadCurves:
             taken = min(left, width, room[head] - int(result[head]))
             result[head] += taken
             left -= taken
-        # What no measured error asks for is spread evenly: beyond the prompt, say, as a layer grows while decoding.
+        # Tokens beyond the curves are spread evenly, for example when a layer outgrows the prompt while decoding.
         while left > 0:
             waiting = [head for head in range(self.heads) if result[head] < room[head]]
             step = max(1, left // len(waiting))
@@ -231,18 +227,18 @@ class HeadCurves:
 def fit_head_curves(
     errors: ArrayLike, length: int, floor: int, factors: ArrayLike | None = None
 ) -> HeadCurves:
-    """Fit what more tokens are worth to each head of a layer: the lower convex hull of its errors.
+    """Fit the lower convex hull of the error of each head of a layer.
 
     Parameters
     ----------
     errors : array_like
-        ``[kv_head, budget]`` at the budgets of :func:`rankkv.limits.make_budget_grid`; 0 with all tokens.
+        ``[kv_head, budget]`` at the budgets of :func:`rankkv.limits.make_budget_grid`; the error with all tokens is 0.
     length : int
         Tokens of the prompt.
     floor : int
         Tokens that every head keeps.
     factors : array_like, optional
-        ``[kv_head]`` what each head's error counts for.
+        ``[kv_head]`` weight of each head's error.
 
     Examples
     --------
@@ -251,31 +247,24 @@ def fit_head_curves(
     ([0, 1, 0, 1], [3, 3, 5, 5])
     """
     rows = np.asarray(errors, dtype=np.float64)
-    grid = make_budget_grid(length)
     rows = rows if factors is None else rows * np.asarray(factors, dtype=np.float64)[:, None]
     floor = min(floor, length)
-    # A row may be too short to evict from, or hold nothing yet.
-    rising = [floor, *(budget for budget in grid if budget > floor), length] if floor < length else [1]
-    budgets = np.array(rising)
-    pieces: list[tuple[float, int, int, int]] = []
-    for head, row in enumerate(rows):
-        known = np.zeros(len(grid) + 1)
-        known[: min(len(row), len(grid))] = row[: len(grid)]
-        # Linear in the logarithm between the budgets tried, as damage is.
-        values = np.interp(np.log(budgets), np.log([*grid, max(1, length)]), fit_decreasing(known))
-        hull = compute_hull(budgets, values)
-        for place, (one, other) in enumerate(itertools.pairwise(hull)):
+    segments: list[tuple[float, int, int, int]] = []
+    # Without a token, as before the first chunk of a prompt, there is nothing to fit.
+    for head, row in enumerate(rows if length else ()):
+        budgets, values = fit_error_curve(row.tolist(), length, floor)
+        for place, (one, other) in enumerate(itertools.pairwise(compute_hull(budgets, values))):
             width = int(budgets[other] - budgets[one])
             slope = (values[other] - values[one]) / width
             if slope < 0.0:
-                pieces.append((slope, head, place, width))
-    pieces.sort()
+                segments.append((slope, head, place, width))
+    segments.sort()
     return HeadCurves(
         len(rows),
         floor,
-        np.array([slope for slope, *_ in pieces]),
-        np.array([width for *_, width in pieces], dtype=np.int64),
-        np.array([head for _, head, *_ in pieces], dtype=np.int64),
+        np.array([slope for slope, *_ in segments]),
+        np.array([width for *_, width in segments], dtype=np.int64),
+        np.array([head for _, head, *_ in segments], dtype=np.int64),
     )
 
 
@@ -284,18 +273,19 @@ def allocate_by_head_curves(
 ) -> FloatArray:
     """Allocate budgets to layers so that the sum of the errors of all their heads is least.
 
-    ``min sum_i sum_h e_ih(b_ih)  subject to  sum_i mean_h b_ih = total``, each curve replaced by its lower convex hull.
-    Tokens go to the steepest slope of all first; equal slopes go to the earlier layer.  A layer that is added never
-    raises the budget of another.
+    ``min sum_i sum_h e_ih(b_ih)  subject to  sum_i mean_h b_ih = total``
+
+    Each curve is replaced by its lower convex hull. Tokens go to the steepest slope of all heads first. Equal slopes go
+    to the earlier layer. Adding a layer never raises the budget of another.
 
     Parameters
     ----------
     layers : sequence of HeadCurves
-        One a layer.
+        One per layer.
     total : int
-        Tokens over all layers.
+        Tokens over all layers. Tokens beyond the curves are shared evenly.
     lower, upper : array_like
-        ``[layer]`` bounds, tokens; a total beyond what the curves know is shared out evenly.
+        ``[layer]`` bounds, tokens.
 
     Returns
     -------
@@ -309,15 +299,15 @@ def allocate_by_head_curves(
     [12.0, 4.0]
     """
     low, high = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
-    # No layer keeps less than all of its heads do.
+    # A layer keeps at least what its heads keep.
     low = np.maximum(low, np.minimum([float(curves.floor) for curves in layers], high))
     slopes, widths, owners = [], [], []
     for place, (curves, least, most) in enumerate(zip(layers, low, high, strict=True)):
-        # The layer keeps at least `least`: its most valuable pieces up to there are no longer to be shared out.
+        # The lower bound already covers the steepest segments up to `least`; only the rest competes.
         ends = curves.floor + np.cumsum(curves.widths) / curves.heads
         starts = ends - curves.widths / curves.heads
         widths.append(np.clip(ends, least, most) - np.clip(starts, least, most))
-        # An error of one head, a token of all of them.
+        # A token of the layer's budget is one token in each of its heads.
         slopes.append(curves.slopes * curves.heads)
         owners.append(np.full(len(ends), place))
     slope, width, owner = (np.concatenate(parts) for parts in (slopes, widths, owners))

@@ -1,4 +1,4 @@
-"""The budgets of one row of a batch, from its length and what is measured of its layers as they arrive."""
+"""BudgetPlan: the budgets of one row of a batch, updated as the measures of its layers arrive."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class BudgetPlan:
     """Budgets of the compressible layers for one prompt of ``length`` tokens.
 
     Every layer keeps between ``floor = min(length, max(16, average budget // 2))`` (or ``min_budget``) and ``length``
-    tokens.  A total that comes from a ratio is raised to the sum of the floors where it lies below; an explicit budget
-    is not.
+    tokens. A total below the sum of the floors is raised to it if it comes from a ratio. If it comes from an explicit
+    budget, it is an error.
 
     Parameters
     ----------
@@ -48,12 +48,12 @@ class BudgetPlan:
 
     Notes
     -----
-    With ``decode="bounded"`` a budget says how far a layer may grow, so neither bound is the prompt's length.
+    With ``decode="bounded"`` the budget limits how far a layer may grow, so the prompt's length bounds neither side.
 
     Raises
     ------
     BudgetError
-        If an explicit ``budget`` or ``total_budget`` lies below the floor; the message names the smallest one.
+        If an explicit ``budget`` or ``total_budget`` lies below the floor; the message names the smallest budget.
 
     Examples
     --------
@@ -74,55 +74,56 @@ class BudgetPlan:
         self._head_splits = weigh_heads(config, self._profile)
         if self._profile is not None and config.head_budgets == "profile":
             self._profile = join_heads(self._profile)
-        # Least total distortion gives budgets directly; every other strategy gives weights.
+        # Distortion curves give budgets directly; every other strategy gives weights.
         self._by_distortion = self.strategy == "profile" and self.strategy_options.get("exponent") is None
-        #: Whether each head is measured, and keeps what its own errors ask for.
+        #: True if each head's eviction error is measured and decides the head's budget.
         self.measures_heads = config.head_budgets == "distortion"
-        # Then least distortion divides the budget over all heads of all layers, and a layer has what its heads have.
+        # The total is then allocated to all heads of all layers; a layer's budget is the mean over its heads.
         self._by_heads = self.measures_heads and self.strategy == "distortion"
-        #: What more tokens are worth to the heads of each layer, where heads are measured.
+        #: Error curves of the heads of each layer, if heads are measured.
         self.head_curves: list[HeadCurves] = []
+        # Allocations by distortion curves, by the number of layers they include.
         self._allocated: dict[int, np.ndarray] = {}
-        #: What the strategy measures of each layer; None if nothing.
+        #: Name of the strategy's measure; None if it measures nothing.
         self.measure = "head_distortion" if self._by_heads else self._strategy.measure
         self.notes: list[str] = []
-        #: What was measured of each layer; after `finish`, of several numbers a layer, the weight they gave it.
+        #: Measure of each layer. After `finish`, a measure of several numbers is replaced by the layer's weight.
         self.layer_measures: list[Any] = []
-        #: Effective ranks of the layers, where the strategy reads them beside another measure.
+        #: Effective ranks of the layers, if the strategy reads them beside another measure.
         self.ranks: list[float] = []
         self.budgets: list[int] = []
         bounded = config.decode == "bounded"
         if total_budget is not None:
-            asked, total = f"total_budget={total_budget}", total_budget
+            given, total = f"total_budget={total_budget}", total_budget
         elif config.budget is not None:
-            asked, total = f"budget={config.budget} tokens a layer", config.budget * count
+            given, total = f"budget={config.budget} tokens per layer", config.budget * count
         else:
-            asked, total = "", round(config.compression_ratio * length * count)
+            given, total = "", round(config.compression_ratio * length * count)
         if not bounded:
             total = min(total, length * count)
         minimum = max(FLOOR_TOKENS, total // count // 2) if config.min_budget is None else config.min_budget
         #: Tokens in spans that the options protect.
         self.spanned = spanned = count_spanned(config.protect, length)
-        # Protected spans come on top of what a layer needs for its sinks and newest tokens.
+        # A layer needs room for its sinks and newest tokens besides the protected spans.
         minimum = max(minimum, spanned + FLOOR_TOKENS) if spanned else minimum
         self.floor = minimum if bounded else min(length, minimum)
         least = self.floor * count
-        if total < least and asked:
+        if total < least and given:
             raise BudgetError(
-                f"{asked} lies below the floor of {self.floor} tokens in each of {count} layers for a prompt of "
+                f"{given} lies below the floor of {self.floor} tokens in each of {count} layers for a prompt of "
                 f"{length} tokens{f', {spanned} of them protected' if spanned else ''}; give at least "
                 f"budget={self.floor} (total_budget={least}), or a smaller min_budget."
             )
         if total < least:
             self.notes.append(
-                f"  the ratio asks for {total} tokens, raised to the floor of {self.floor} a layer: {least}"
+                f"  the ratio gives {total} tokens, raised to {least}: the floor is {self.floor} per layer"
             )
             total = least
         self.total_budget = total
         self.limits = Limits(total, length, config.window_size, self.floor)
-        # What every head keeps, where heads are measured: no fewer than a layer, so that sinks and newest tokens stay.
+        # Every head keeps at least the fixed floor, so that its sinks and newest tokens stay.
         head_floor = max(min(FLOOR_TOKENS, self.floor), int(config.head_floor * total / count))
-        #: The limits of single heads, whose floor is lower than that of their layer.
+        #: Limits of single heads; their floor may be lower than that of their layer.
         self.head_limits = replace(self.limits, floor=head_floor)
         self._bounded = bounded
         self._least = max(self.floor, head_floor) if self._by_heads else self.floor
@@ -134,29 +135,35 @@ class BudgetPlan:
 
     @staticmethod
     def check(config: RankKVConfig) -> None:
-        """Raise, before any model runs, if the strategy or an option of it is unknown."""
+        """Check the strategy and its options before any model runs.
+
+        Raises
+        ------
+        UnknownNameError, ConfigError
+            As `check_options`.
+        """
         name, options = config.resolve_strategy()
         check_options(name, options)
 
     @property
+    def layers_added(self) -> int:
+        """Number of layers measured so far."""
+        return self._added
+
+    @property
     def layer_ranks(self) -> list[float]:
-        """Effective ranks of the layers so far; empty where the strategy measures something else, or nothing."""
+        """Effective ranks of the layers so far; empty if the strategy does not read them."""
         return list(self.layer_measures if self.measure == "rank" else self.ranks)
 
     @property
     def needs_ranks(self) -> bool:
-        """Whether the strategy reads the layers' effective ranks beside another measure."""
+        """True if the strategy reads the layers' effective ranks beside another measure."""
         return self._strategy.ranked
 
     @property
     def needs_all_layers(self) -> bool:
-        """Whether a layer's weight depends on layers still to come, so that nothing can be released before the last."""
+        """True if a layer's weight depends on later layers, so that nothing can be evicted before the last."""
         return self.measure is not None and not self._strategy.layerwise
-
-    @property
-    def needs_hidden_states(self) -> bool:
-        """Whether a layer's measure arrives only after its attention."""
-        return self._strategy.needs == "hidden states"
 
     def add_layer(
         self,
@@ -165,20 +172,20 @@ class BudgetPlan:
         rank: float | None = None,
         head_errors: Any = None,
     ) -> None:
-        """Take what was measured of the next layer (None where the strategy measures nothing).
+        """Add the measure of the next layer.
 
-        A measure that is not finite gives the layer its uniform share, with a warning that names it.
+        A measure that is not finite gives the layer its uniform share, with a warning that names the layer.
 
         Parameters
         ----------
         measured : float, array or None
-            The layer's effective rank, or what else the strategy measures.
+            The layer's effective rank, or another measure of the strategy. None if the strategy measures nothing.
         available : int, optional
-            Tokens the layer still holds, where earlier ones were evicted.
+            Tokens the layer still holds, if some were evicted earlier.
         rank : float, optional
-            The layer's effective rank, where the strategy reads it beside another measure.
+            The layer's effective rank, if the strategy reads it beside another measure.
         head_errors : array, optional
-            ``[kv_head, budget]`` what evicting costs each head, where heads are measured.
+            ``[kv_head, budget]`` eviction error of each head, if heads are measured.
         """
         if available is not None and available < self.length and not self._bounded:
             self._upper[self._added] = available
@@ -191,13 +198,14 @@ class BudgetPlan:
                 layer = self.layer_indices[self._added]
                 share = self.total_budget // len(self._lower)
                 warnings.warn(
-                    f"the attention of layer {layer} is not finite, so its {name} is unknown; the layer gets "
-                    f"its uniform share of {share} tokens. Check the model's dtype (bfloat16 or float32, not float16).",
+                    f"the attention of layer {layer} is not finite, so its {name} is unknown and it gets its "
+                    f"uniform share of {share} tokens; load the model in bfloat16 or float32, not float16.",
                     stacklevel=2,
                 )
                 self.notes.append(
                     f"  layer {layer} has no finite {name.rpartition(' ')[2]} and got its uniform share"
                 )
+                # Equal bounds fix the budget; the zero measure then has no effect on this layer.
                 share = min(share, int(self._upper[self._added]))
                 self._lower[self._added] = self._upper[self._added] = share
                 measured = 0.0 if np.ndim(measured) == 0 else np.zeros_like(measured)
@@ -211,18 +219,18 @@ class BudgetPlan:
         self._added += 1
 
     def compute_ceilings(self) -> list[int]:
-        """Compute what the layers so far may keep while others are still to come, never less than in the end."""
+        """Compute upper bounds of the budgets of the layers so far; the final budgets never exceed them."""
         if self.measure is None and self._all_there:
             shares = self._compute_shares(len(self._lower))[: self._added]
         elif self._strategy.layerwise or self.measure is None:
             shares = self._compute_shares(self._added)
         else:
-            # The weight of a layer still depends on those to come, so nothing can be released yet.
+            # The layers' weights still depend on later layers, so nothing can be evicted yet.
             return self._upper[: self._added].tolist()
         return ceil_shares(shares).tolist()
 
     def finish(self) -> list[int]:
-        """Allocate the budgets, one integer a layer, summing exactly to the total."""
+        """Allocate the budgets, one integer per layer, summing exactly to the total."""
         count = len(self._lower)
         self.total_budget = min(self.total_budget, int(self._upper.sum()))
         shares = self._compute_shares(count)
@@ -234,9 +242,14 @@ class BudgetPlan:
         return list(self.budgets)
 
     def find_head_split(self, place: int) -> HeadSplit | None:
-        """Return how a layer's budget is split over its heads, the layer's place among the compressible ones given.
+        """Return the split of a layer's budget over its heads.
 
-        None where heads keep the same number of tokens, or their tokens compete.
+        None if all heads keep the same number of tokens, or if their tokens compete for one shared budget.
+
+        Parameters
+        ----------
+        place : int
+            Index of the layer among the compressible layers.
         """
         splits = self.head_curves if self.measures_heads else self._head_splits
         return splits[place] if place < len(splits) else None
@@ -281,38 +294,45 @@ class BudgetPlan:
 
 
 def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[int]) -> RankProfile | None:
-    """Return the profile that a strategy uses, None where it uses none.
+    """Return the profile that a strategy uses, or None if it uses none.
 
     Raises
     ------
     ProfileError
-        If it needs one and none is known, or that one has other layers.
+        If the strategy needs a profile and none is known, or the profile has other layers.
     """
     if strategy not in PROFILE_USERS:
         return None
     profile = config.profile
     if not isinstance(profile, RankProfile):
         raise ProfileError(
-            f"strategy {strategy!r} needs a profile of the model and none is known: measure one with rankkv calibrate, "
-            "or give profile=RankProfile.load(path)."
+            f"strategy {strategy!r} needs a profile of the model, but none is known: measure one with rankkv "
+            "calibrate, or give profile=RankProfile.load(path)."
         )
     if list(profile.layer_indices) != layer_indices:
         raise ProfileError(
-            f"the profile has layers {list(profile.layer_indices)}, the model compresses {layer_indices}: it is one of "
-            "another model; calibrate this one."
+            f"the profile has layers {list(profile.layer_indices)} but the model compresses {layer_indices}: it "
+            "belongs to another model, so calibrate this one."
         )
     return profile
 
 
 def weigh_heads(config: RankKVConfig, profile: RankProfile | None) -> Sequence[HeadSplit]:
-    """Return how each layer's budget is split by what a profile says of its heads; nothing if it is not asked.
+    """Return the split of each layer's budget by its heads' measured weights.
+
+    Empty unless ``head_budgets="profile"``.
 
     Parameters
     ----------
     config : RankKVConfig
         All options.
     profile : RankProfile, optional
-        The one the strategy uses; None takes that of the options.
+        Profile that the strategy uses; by default the profile of the options.
+
+    Raises
+    ------
+    ProfileError
+        As `compute_head_weights`.
     """
     used = profile if profile is not None else config.profile
     if config.head_budgets != "profile" or not isinstance(used, RankProfile):
@@ -321,7 +341,7 @@ def weigh_heads(config: RankKVConfig, profile: RankProfile | None) -> Sequence[H
 
 
 def _stack(measures: list[Any]) -> Any:
-    """Join the layers' measures, filled up with zeros where a layer has fewer heads or numbers than another."""
+    """Stack the layers' measures, padded with zeros if layers differ in heads or numbers."""
     shapes = {np.shape(measured) for measured in measures}
     if len(shapes) == 1:
         return np.array(measures)

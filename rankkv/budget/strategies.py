@@ -1,4 +1,4 @@
-"""Strategies: how what is measured of the layers becomes the weights that budgets are proportional to."""
+"""Budget strategies: the registry, and the way from measures of the layers to their weights."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from rankkv.budget import weights as weights
-from rankkv.budget.apportion import FloatArray
-from rankkv.budget.calibrated import weigh_blend, weigh_profile
-from rankkv.budget.distortion import weigh_distortion
-from rankkv.budget.weights import check_measures
-from rankkv.errors import ConfigError, ProfileError, UnknownNameError
-from rankkv.limits import Limits
-from rankkv.profile.record import RankProfile
-from rankkv.utils.registry import add_entry, remove_entry
+from ..errors import ConfigError, ProfileError, UnknownNameError
+from ..limits import Limits
+from ..profile.record import RankProfile
+from ..utils.registry import add_entry, remove_entry
+from . import weights
+from .apportion import FloatArray
+from .calibrated import weigh_blend, weigh_profile
+from .distortion import weigh_distortion
 
-#: What a strategy may read of each layer, as :attr:`Strategy.needs` says it.
-NEEDS = ("ranks", "window attention", "whole attention", "hidden states", "nothing")
+#: Values of :attr:`Strategy.needs`: inputs that a strategy may read of each layer.
+NEEDS = ("ranks", "window attention", "whole attention", "nothing")
 
 _RANK_COST = "O(window^2 x keys)"
 _WINDOW_COST = "O(window x keys)"
@@ -29,35 +28,34 @@ _WINDOW_COST = "O(window x keys)"
 
 @dataclass(frozen=True)
 class Strategy:
-    """A registered way to weigh layers.
+    """Registered way to weigh layers.
 
     Attributes
     ----------
     function : callable
         ``(measures [layer] or [layer, ...] float64, **options) -> weights [layer]``, non-negative; only ratios count.
-        With a parameter ``limits`` it is told the total, the prompt's length and the window, with ``profile`` the
-        model's profile.
+        A parameter ``limits`` receives the total, the prompt's length and the window. A parameter ``profile`` receives
+        the model's profile.
     layerwise : bool
-        A layer's weight, up to a factor common to all layers, depends on its own measure alone; so shares
-        computed from the first layers only shrink as further layers arrive (what a cascade needs).
+        True if a layer's weight, up to a factor common to all layers, depends on its own measure alone. Shares computed
+        from the first layers then only shrink as further layers arrive, which the cascade needs.
     description : str
         One line.
     source : str
-        Paper, or where else it comes from.
+        Paper or other origin.
     measure : str, optional
-        What is measured of each layer and given to ``function``, a key of :data:`rankkv.rank.measures.MEASURES`:
-        ``"rank"`` is the effective rank.  None where the weights follow from the number of layers, before any
-        attention is seen.
+        Measure of each layer that ``function`` reads, a key of :data:`rankkv.rank.measures.MEASURES`: ``"rank"`` is the
+        effective rank. None if the weights follow from the number of layers alone, before any attention is seen.
     needs : str
-        What the measure reads, one of :data:`NEEDS`.
+        Input of the measure, one of :data:`NEEDS`.
     cost : str
-        Operations for each head of a layer, up to a factor of head_dim: ``"O(window x keys)"`` and the like.
+        Operations per head of a layer, up to a factor of head_dim, such as ``"O(window x keys)"``.
     scalar : bool
-        Whether the measure is one number a layer.
+        True if the measure is one number per layer.
     windows : int
-        How many times ``window_size`` queries the measure reads, the newest ones.
+        The measure reads the newest ``windows * window_size`` queries.
     ranked : bool
-        Whether the weights follow from the layers' effective ranks besides.
+        True if the weights also depend on the layers' effective ranks.
     """
 
     function: Callable[..., FloatArray]
@@ -73,12 +71,12 @@ class Strategy:
 
     @property
     def uses_ranks(self) -> bool:
-        """Whether the layers are weighed by their effective ranks, alone or among others."""
+        """True if the weights depend on the layers' effective ranks, alone or among other measures."""
         return self.measure == "rank" or self.ranked
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The options of the strategy with their default values."""
+        """Options of the strategy with their default values."""
         parameters = list(inspect.signature(self.function).parameters.values())[1:]
         return {
             parameter.name: parameter.default
@@ -95,6 +93,7 @@ class Strategy:
         ranks: FloatArray | None = None,
     ) -> FloatArray:
         """Return the weights of the layers, ``[layer]``."""
+        # A function names the inputs that it wants as parameters.
         offered = {"limits": limits, "profile": profile, "ranks": ranks}
         parameters = list(inspect.signature(self.function).parameters)[1:]
         known = {name: offered[name] for name in parameters if name in offered}
@@ -173,19 +172,10 @@ STRATEGIES: dict[str, Strategy] = {
         "O(window x keys + keys log keys)",
         scalar=False,
     ),
-    "squeezeattention": Strategy(
-        weights.weigh_squeezeattention,
-        False,
-        "the group of layers whose attention changes the hidden state least keeps `squeeze` of the average",
-        "Z. Wang et al., SqueezeAttention, arXiv:2404.04793",
-        "squeezeattention",
-        "hidden states",
-        "O(hidden x keys) a layer",
-    ),
     "distortion": Strategy(
         weigh_distortion,
         True,
-        "least sum of rank ** rank_exponent x error of the layer's output, tried on queries that had no say",
+        "least sum of rank ** rank_exponent x error of the layer's output, measured on held-out queries",
         "this project; Y. Shoham, A. Gersho, IEEE TASSP 36 (9), 1988",
         "distortion",
         "window attention",
@@ -198,8 +188,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 _BUILT_IN = frozenset(STRATEGIES)
 
-
-#: Strategies that need a profile of the model beside, or instead of, what is measured of the prompt.
+#: Strategies that need a profile of the model, with or without a measure of the prompt.
 PROFILE_STRATEGIES: dict[str, Strategy] = {
     "profile": Strategy(
         weigh_profile,
@@ -225,7 +214,7 @@ def get_strategy(name: str) -> Strategy:
     Raises
     ------
     UnknownNameError
-        No such strategy; the message lists the known ones and the closest.
+        If no strategy has that name; the message names the closest and all known ones.
     """
     known = {**STRATEGIES, **PROFILE_STRATEGIES}
     if not isinstance(name, str) or name not in known:
@@ -234,12 +223,12 @@ def get_strategy(name: str) -> Strategy:
 
 
 def register_strategy(name: str, strategy: Strategy) -> Strategy:
-    """Add a strategy of your own to the registry, so that its name works wherever a strategy is named.
+    """Add a strategy to the registry, so that every option ``strategy`` accepts its name.
 
     Raises
     ------
     ConfigError
-        It is no strategy, or its name is taken or no Python name.
+        If it is not a `Strategy`, or its name is taken or not a Python name.
 
     Examples
     --------
@@ -249,31 +238,31 @@ def register_strategy(name: str, strategy: Strategy) -> Strategy:
     >>> unregister_strategy("squares")
     """
     if not isinstance(strategy, Strategy):
-        raise ConfigError(f"{strategy!r} is no Strategy: build one around your function of the ranks.")
+        raise ConfigError(f"{strategy!r} is not a Strategy: build one around your function of the ranks.")
     add_entry(STRATEGIES, "strategy", name, strategy)
     return strategy
 
 
 def unregister_strategy(name: str) -> None:
-    """Take a strategy out of the registry that `register_strategy` put there.
+    """Remove a strategy that `register_strategy` added.
 
     Raises
     ------
     UnknownNameError
-        No strategy of that name was registered.
+        If `register_strategy` added no strategy of that name.
     """
     remove_entry(STRATEGIES, "strategy", name, _BUILT_IN)
 
 
 def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return all options of a strategy, defaults filled in, after checking their names and ranges.
+    """Check a strategy's options and return all of them, defaults included.
 
     Raises
     ------
     UnknownNameError
-        No such strategy.
+        If no strategy has that name.
     ConfigError
-        An option that the strategy does not have, or a value outside its range.
+        If the strategy does not have an option, or a value is outside its range.
 
     Examples
     --------
@@ -290,6 +279,7 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
                 f"strategy {name!r} has no option {option!r}{hint} Its options: {', '.join(known) or 'none'}."
             )
     merged = {**known, **options}
+    # The function checks the ranges of its own options, so run it on placeholder measures.
     strategy.function(np.ones(2), **merged)
     return merged
 
@@ -303,22 +293,22 @@ def compute_weights(
     ranks: FloatArray | None = None,
     **options: Any,
 ) -> FloatArray:
-    """Compute the weight of each layer under a strategy; all-zero measures weigh every layer the same.
+    """Compute the weight of each layer under a strategy.
+
+    All-zero measures weigh every layer the same.
 
     Parameters
     ----------
     layer_ranks : sequence, array or tensor
-        ``[layer]`` effective ranks, finite and non-negative; for a strategy that measures something else
-        (`Strategy.measure`) that in their place.
+        ``[layer]`` effective ranks, finite and non-negative, or the strategy's own measure (`Strategy.measure`).
     strategy : str, default "proportional"
         A key of `STRATEGIES` or `PROFILE_STRATEGIES`.
     limits : Limits, optional
-        Total, length and window, for the formulas that speak of tokens.
+        Total, length and window, for formulas in tokens.
     profile : RankProfile, optional
-        Of the model, for the strategies of `PROFILE_STRATEGIES`.
+        Profile of the model, for the strategies of `PROFILE_STRATEGIES`.
     ranks : ndarray, optional
-        ``[layer]`` effective ranks, for a strategy that measures something else and reads them besides
-        (`Strategy.ranked`).
+        ``[layer]`` effective ranks, for a strategy that reads them beside another measure (`Strategy.ranked`).
     **options
         The strategy's options.
 
@@ -332,7 +322,7 @@ def compute_weights(
     UnknownNameError, ConfigError, InputError, DegenerateAttentionError
         As `check_options` and `check_ranks`.
     ProfileError
-        If the strategy needs a profile and there is none.
+        If the strategy needs a profile and none is given.
 
     Examples
     --------
@@ -348,7 +338,7 @@ def compute_weights(
             f"strategy {strategy!r} needs a profile of the model: give profile=RankProfile.load(...), or measure one "
             "with rankkv calibrate."
         )
-    measures = check_measures(layer_ranks, strategy, known.scalar)
+    measures = weights.check_measures(layer_ranks, strategy, known.scalar)
     if not measures.any():
         return np.ones(len(measures))
     return known.weigh(measures, limits, merged, profile, ranks)

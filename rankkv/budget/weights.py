@@ -1,4 +1,4 @@
-"""The weights of the layers under every strategy, from what was measured of each layer."""
+"""Weight functions of the strategies, and the checks of the measures that they read."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import numbers
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rankkv.budget.apportion import FloatArray, check_integer
-from rankkv.errors import ConfigError, DegenerateAttentionError, InputError
-from rankkv.limits import Limits, check_number
+from ..errors import ConfigError, DegenerateAttentionError, InputError
+from ..limits import Limits, check_number
+from .apportion import FloatArray, check_integer
 
 
 def check_ranks(layer_ranks: Any) -> FloatArray:
-    """Turn ranks (list, array or tensor) into ``[layer]`` float64, finite and non-negative.
+    """Convert ranks (list, array or tensor) to ``[layer]`` float64, finite and non-negative.
 
     Raises
     ------
     InputError
-        Not a flat sequence of numbers.
+        If they are not a flat sequence of numbers.
     DegenerateAttentionError
-        Empty, or a rank is NaN, infinite or negative; the message names the layer.
+        If they are empty, or a rank is NaN, infinite or negative; the message names the layer.
 
     Examples
     --------
@@ -32,7 +31,7 @@ def check_ranks(layer_ranks: Any) -> FloatArray:
     values = layer_ranks.tolist() if hasattr(layer_ranks, "tolist") else layer_ranks
     if isinstance(values, (str, bytes, dict, set)) or not hasattr(values, "__iter__"):
         raise InputError(
-            f"layer_ranks must be a list of numbers, one a layer; got {type(layer_ranks).__name__}."
+            f"layer_ranks must be a list of numbers, one per layer; got {type(layer_ranks).__name__}."
         )
     ranks = []
     for i, value in enumerate(values):
@@ -42,22 +41,24 @@ def check_ranks(layer_ranks: Any) -> FloatArray:
             raise InputError(f"layer {i}: a rank must be a number, got {value!r} ({type(value).__name__}).")
         if not math.isfinite(number) or number < 0:
             raise DegenerateAttentionError(
-                f"layer {i}: rank {number!r} is not a finite number >= 0; look at that layer's attention for "
+                f"layer {i}: rank {number!r} is not a finite number >= 0; check that layer's attention for "
                 "NaN, or use strategy='uniform' with ranks of 1."
             )
         ranks.append(float(number))
     if not ranks:
-        raise DegenerateAttentionError("layer_ranks is empty: there is no layer to give a budget to.")
+        raise DegenerateAttentionError(
+            "layer_ranks is empty: give one rank per layer, for at least one layer."
+        )
     return np.array(ranks, dtype=np.float64)
 
 
 def check_measures(measures: Any, strategy: str, scalar: bool) -> FloatArray:
-    """Turn what a strategy measures of the layers into ``[layer]``, or unless ``scalar`` ``[layer, ...]``, float64.
+    """Convert a strategy's measures to float64, ``[layer]`` if ``scalar``, otherwise ``[layer, ...]``.
 
     Raises
     ------
     InputError, DegenerateAttentionError
-        As `check_ranks`, which sees to one number a layer.
+        As `check_ranks`, which checks measures of one number per layer.
     """
     if scalar:
         return check_ranks(measures)
@@ -65,14 +66,16 @@ def check_measures(measures: Any, strategy: str, scalar: bool) -> FloatArray:
         values = np.asarray(measures, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"the measures of {strategy!r} must be numbers, as many for every layer: {error}."
+            f"the measures of {strategy!r} must be numbers, equally many for every layer: {error}."
         ) from error
     if values.ndim == 0 or values.size == 0:
-        raise DegenerateAttentionError("layer_ranks is empty: there is no layer to give a budget to.")
+        raise DegenerateAttentionError(
+            f"the measures of {strategy!r} are empty: give them for at least one layer."
+        )
     wrong = np.flatnonzero(~((values >= 0) & (values < np.inf)).reshape(len(values), -1).all(axis=1))
     if len(wrong):
         raise DegenerateAttentionError(
-            f"layer {wrong[0]}: a measure of {strategy!r} is not a finite number >= 0; look at that layer's attention."
+            f"layer {wrong[0]}: a measure of {strategy!r} is not a finite number >= 0; check that layer's attention."
         )
     return values
 
@@ -84,7 +87,7 @@ def weigh_proportional(ranks: FloatArray) -> FloatArray:
 
 def weigh_power(ranks: FloatArray, exponent: float = 1.0) -> FloatArray:
     """Weigh each layer by a power of its rank."""
-    # Dividing by the maximum keeps the power finite; the ratios, which are all that counts, do not see it.
+    # Dividing by the maximum keeps the power finite and leaves the ratios as they are.
     return (ranks / ranks.max()) ** check_number("exponent", exponent, 0.0, 64.0)
 
 
@@ -126,23 +129,24 @@ def weigh_pyramid(
 ) -> FloatArray:
     """Weigh layers less the deeper they are.
 
-    Without ``beta`` linearly in depth, from ``1 + steepness`` to ``1 - steepness``.  With ``beta`` by PyramidKV's own
-    formula: of an average budget of C tokens the window's W are kept in every layer, and beyond them the lengths fall
-    in equal steps from ``2 (C - W) - (C - W) / beta`` to ``(C - W) / beta`` tokens; a first layer that would hold more
-    than the prompt is cut to it and the last one raised by as much; a prompt shorter than ``2 (C - W)`` is spent on
-    uniformly.
+    Without ``beta`` the weights fall linearly in depth, from ``1 + steepness`` to ``1 - steepness``.
+
+    With ``beta`` they follow PyramidKV's formula. Let C be the average budget and W the window, which every layer
+    keeps. Beyond the window the lengths fall in equal steps from ``2 (C - W) - (C - W) / beta`` to ``(C - W) / beta``
+    tokens. A first layer longer than the prompt is cut to it, and the last layer is raised by the same amount. For a
+    prompt shorter than ``2 (C - W)`` the weights are uniform.
 
     Notes
     -----
-    The authors' code divides integers on the way and so spends up to ``(layers - 1) / 2`` tokens a layer more than C;
-    here the lengths are real numbers until the total is met exactly.  kvpress counts the window inside the pyramid, not
-    beside it, which falls more steeply to the same mean, and spends uniformly where the last layer would hold less than
-    the window.  A cache's floor holds for this strategy too: with ``min_budget=1`` the lengths are the formula's.
+    The authors' code rounds in between and spends up to ``(layers - 1) / 2`` tokens per layer more than C. Here the
+    lengths stay real numbers, and the total is met exactly. kvpress counts the window inside the pyramid, which falls
+    more steeply to the same mean. It is uniform if the last layer would hold less than the window. A cache's floor
+    applies to this strategy too: with ``min_budget=1`` the lengths are exactly the formula's.
 
     Raises
     ------
     ConfigError
-        An option outside its range, or both of them.
+        If an option is outside its range, or both are given.
     """
     steepness = check_number("steepness", steepness, 0.0, 1.0)
     layers = len(ranks)
@@ -150,7 +154,7 @@ def weigh_pyramid(
         return np.linspace(1.0 + steepness, 1.0 - steepness, layers) if layers > 1 else np.ones(1)
     if steepness != 0.8:
         raise ConfigError(
-            f"steepness={steepness:g} and beta={beta!r} are two ways to draw a pyramid; give one of them."
+            f"steepness={steepness:g} and beta={beta!r} both set the shape of the pyramid; give one of them."
         )
     beta = check_number("beta", beta, 1.0, 1e6)
     window = 0 if limits is None else limits.window_size
@@ -161,7 +165,7 @@ def weigh_pyramid(
     first = 2 * base - base / beta
     if length is not None:
         first = max(base, min(first, length - window))
-    # Whatever the first layer cannot hold goes to the last, so that the mean stays the base.
+    # Tokens that the first layer cannot hold go to the last, so that the mean stays the base.
     return window + np.linspace(first, 2 * base - first, layers)
 
 
@@ -177,18 +181,16 @@ def weigh_random(ranks: FloatArray, seed: int = 0) -> FloatArray:
 
 
 def weigh_cake(preferences: FloatArray, tau1: float = 1.0, tau2: float = 1.0) -> FloatArray:
-    """Weigh each layer by its CAKE preference, which was measured with the two temperatures."""
+    """Weigh each layer by its CAKE preference, measured with the two temperatures."""
+    # The measure has used the temperatures already; they are only checked here. Likewise in the next two functions.
     check_number("tau1", tau1, 0.0, 1e3, open_low=True)
     check_number("tau2", tau2, 0.0, 1e3, open_low=True)
     return preferences
 
 
 def weigh_lava(entropies: FloatArray, kernel_size: int = 7) -> FloatArray:
-    """Weigh each layer by the entropy of its scores, which were pooled with ``kernel_size``."""
-    if check_integer("kernel_size", kernel_size, 1) % 2 == 0:
-        raise ConfigError(
-            f"kernel_size={kernel_size} must be odd: as many neighbours on either side; 1 is none."
-        )
+    """Weigh each layer by the entropy of its scores, pooled with ``kernel_size``."""
+    _check_kernel_size(kernel_size)
     return entropies
 
 
@@ -198,43 +200,17 @@ def weigh_zigzagkv(uncertainties: FloatArray, mass: float = 0.9) -> FloatArray:
     return uncertainties
 
 
-def weigh_squeezeattention(changes: FloatArray, groups: int = 3, squeeze: float = 0.35) -> FloatArray:
-    """Weigh layers by groups: those whose attention changes the hidden state least keep ``squeeze`` of the average.
-
-    What they give up is shared equally by all other layers: where s of L layers are squeezed, each of the others
-    weighs ``(L - s * squeeze) / (L - s)``.  The groups are those of k-means over the changes, solved exactly: numbers
-    on a line have one best division into intervals.
-
-    Notes
-    -----
-    The authors' program starts k-means at random, always with 3 groups, and takes the squeezed layers' length as an
-    option: its examples are 0.08 of 0.21 (``squeeze=0.38``) for Mistral 7B and 0.25 of 0.4 (``squeeze=0.63``) for
-    Llama 2 7B.  The default here lies near the first.
-    """
-    groups = check_integer("groups", groups, 2)
-    squeeze = check_number("squeeze", squeeze, 0.0, 1.0)
-    labels = group_values(changes, groups)
-    squeezed = labels == 0
-    if squeezed.all():
-        return np.ones_like(changes)
-    layers, few = len(changes), int(squeezed.sum())
-    return np.where(squeezed, squeeze, (layers - few * squeeze) / (layers - few))
-
-
 def weigh_dynamickv(
     scores: FloatArray, r_max: float = 10.0, kernel_size: int = 5, limits: Limits | None = None
 ) -> FloatArray:
     """Weigh each layer by how many of the best scores of all layers are its own.
 
-    ``scores`` are ``[layer, head, k]``, the best of each head, 0 where there is none.  Of an average budget of C tokens
-    the window's W are kept in every layer; the best ``(C - W) x heads x layers`` scores of all layers together are
-    counted layer by layer, and ``(C - W) x layers`` tokens are shared out by these counts.
+    ``scores`` are ``[layer, head, k]``, the best of each head, padded with 0. Let C be the average budget and W the
+    window, which every layer keeps. The best ``(C - W) x heads x layers`` scores over all layers are counted per layer.
+    The counts then share ``(C - W) x layers`` tokens.
     """
     check_number("r_max", r_max, 1.0, 1e3)
-    if check_integer("kernel_size", kernel_size, 1) % 2 == 0:
-        raise ConfigError(
-            f"kernel_size={kernel_size} must be odd: as many neighbours on either side; 1 is none."
-        )
+    _check_kernel_size(kernel_size)
     layers = len(scores)
     heads = scores.shape[1] if scores.ndim > 1 else 1
     table = scores.reshape(layers, -1)
@@ -249,8 +225,15 @@ def weigh_dynamickv(
     return counts if limits is None else window + counts / counts.sum() * base * layers
 
 
+def _check_kernel_size(kernel_size: int) -> None:
+    if check_integer("kernel_size", kernel_size, 1) % 2 == 0:
+        raise ConfigError(
+            f"kernel_size={kernel_size} must be odd, for equally many neighbours on either side; 1 means no pooling."
+        )
+
+
 def _count_best(table: FloatArray, wanted: int) -> FloatArray:
-    """Count the ``wanted`` largest numbers row by row; of equal ones those of the first rows."""
+    """Count the ``wanted`` largest numbers row by row; ties count for the first rows."""
     if wanted == 0:
         return np.zeros(len(table))
     least = np.partition(table, table.size - wanted, axis=None)[table.size - wanted]
@@ -261,42 +244,3 @@ def _count_best(table: FloatArray, wanted: int) -> FloatArray:
         counts[row] += taken
         missing -= taken
     return counts.astype(np.float64)
-
-
-def group_values(values: FloatArray, groups: int) -> NDArray[np.int64]:
-    """Divide numbers into at most ``groups`` groups with the least sum of squared distances to the group's mean.
-
-    Returns
-    -------
-    ndarray
-        ``[value]`` int64, 0 for the group of the smallest numbers; equal numbers share a group.
-
-    Examples
-    --------
-    >>> group_values(np.array([0.9, 0.1, 0.5, 0.11, 0.52]), 3).tolist()
-    [2, 0, 1, 0, 1]
-    """
-    distinct, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    size = len(distinct)
-    groups = min(groups, size)
-    totals = [np.concatenate([[0.0], np.cumsum(count * distinct**power)]) for power in (0, 1, 2)]
-
-    def spread(start: int, stop: int) -> float:
-        number, total, squares = (cumulated[stop] - cumulated[start] for cumulated in totals)
-        return max(0.0, float(squares - total * total / number))
-
-    # best[k][j]: the least spread of the first j numbers in k groups, and where the last of these groups starts.
-    best = [[(0.0 if stop == 0 else math.inf, 0) for stop in range(size + 1)]]
-    for _ in range(groups):
-        before = best[-1]
-        row = [(math.inf, 0)]
-        for stop in range(1, size + 1):
-            row.append(min((before[start][0] + spread(start, stop), start) for start in range(stop)))
-        best.append(row)
-    labels = np.zeros(size, dtype=np.int64)
-    stop = size
-    for group in range(groups, 0, -1):
-        start = best[group][stop][1]
-        labels[start:stop] = group - 1
-        stop = start
-    return labels[place.reshape(np.shape(values))]

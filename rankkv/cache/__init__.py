@@ -1,4 +1,4 @@
-"""Cache: a model and a config go in, a RankKVCache for `model.generate()` comes out."""
+"""The KV cache: built from a model and a config, passed to `model.generate()`."""
 
 from .cache import RankKVCache
 from .kept_tokens import analyze_kept_tokens

@@ -1,9 +1,8 @@
-"""From observations, layer after layer, to budgets and kept tokens."""
+"""The compressor: turns the observations of all layers, one after the other, into budgets and kept tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,52 +17,17 @@ from ..rank.measures import compute_measures
 from ..selection import Selector
 from .layer import RankKVLayer
 
-# Slots that may stand over the budget while a prefill goes on, as a share of (total budget + one layer): earlier
-# layers are not gathered anew for every layer that arrives.
-_CASCADE_SLACK = 0.04
-
-
-def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation) -> list[Any]:
-    """Measure a layer as the plans' strategy wants it: one number (or array) a row, None where it wants nothing."""
-    plan = plans[0]
-    if plan.measure is None:
-        return [None] * len(plans)
-    options = {"scope": config.scope, "aggregation": config.aggregation, **plan.strategy_options}
-    measured = compute_measures(
-        observation,
-        plan.measure,
-        limits=[row.head_limits if plan.measure == "head_distortion" else row.limits for row in plans],
-        layers=len(plan.layer_indices),
-        **options,
-    )
-    return measured.tolist() if measured.dim() == 1 else list(measured.numpy())
-
-
-def measure_ranks(
-    plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation
-) -> list[float | None]:
-    """Measure a layer's effective rank, one a row, where the plans' strategy reads it beside another measure."""
-    if not plans[0].needs_ranks:
-        return [None] * len(plans)
-    return list(
-        compute_measures(observation, "rank", scope=config.scope, aggregation=config.aggregation).tolist()
-    )
-
-
-def measure_heads(plans: Sequence[BudgetPlan], observation: Observation) -> list[Any]:
-    """Measure a layer's heads, ``[kv_head, budget]`` a row, where they are split by it and the layers are not."""
-    if not plans[0].measures_heads or plans[0].measure == "head_distortion":
-        return [None] * len(plans)
-    limits = [row.head_limits for row in plans]
-    return list(compute_measures(observation, "head_distortion", limits=limits).numpy())
+# Slots held above the budget during a prefill, as a fraction of (total budget + one layer).
+# Without this slack every new layer would copy all earlier layers once more.
+_RELEASE_SLACK = 0.04
 
 
 class Compressor:
-    """Compresses the layers of one cache, in rounds: all compressible layers, in order, make a round.
+    """Compress the layers of one cache in rounds; a round is all compressible layers in order.
 
-    While a round is under way, budgets are computed from the layers so far and these shrink at once (a cascade): a
-    share only falls as layers arrive, and the best tokens of the best tokens are the best tokens, so the outcome is
-    that of one decision at the end, while no more than the total budget and one layer is ever held.
+    During a round, budgets are computed from the layers so far, and these layers shrink at once (a cascade).  The
+    outcome equals one decision at the end, for two reasons: a layer's share only falls as layers arrive, and the best
+    tokens among the best tokens are the best of all.  The cascade never holds more than the total budget and one layer.
 
     Parameters
     ----------
@@ -79,90 +43,51 @@ class Compressor:
         self.config = config
         self.selector = selector
         self.layer_indices = layer_indices
-        #: One plan a row, of the last round that was finished.
+        #: One plan per row, of the last finished round.
         self.plans: list[BudgetPlan] = []
+        # One plan per row, of the round under way.
         self._open: list[BudgetPlan] = []
-        # A layer whose measure arrives only after its attention.
-        self._waiting: Observation | None = None
 
     @property
     def carries_scores(self) -> bool:
-        """Whether scores outlive a round, to be continued by the queries that follow."""
+        """True if scores are kept after a round, because later queries will continue them."""
         continued = (
             self.config.decode == "bounded" or self.config.prefill != "single" or self.config.recompress_turns
         )
         adds_up = self.selector.step == "sum" and (continued or self.config.decode == "periodic")
         return adds_up or (self.config.decode == "bounded" and self.selector.step == "decay")
 
-    def waits_for(self, layer_idx: int) -> bool:
-        """Whether :meth:`resume` is due once the layer's attention module returns."""
-        return self._waiting is not None and self._waiting.layer_idx == layer_idx
-
-    def add_layer(
-        self, layers: Sequence[RankKVLayer], observation: Observation, in_attention: bool = False
-    ) -> bool:
-        """Take the next layer of a round and shrink what can be shrunk; True when the round is finished.
-
-        Called from inside the layer's attention, what is measured of hidden states is not there yet: then nothing is
-        shrunk before :meth:`resume`.
+    def add_layer(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
+        """Add the next layer of a round and shrink the layers so far; return True when the round is finished.
 
         Raises
         ------
         UnsupportedModelError
-            If the measure of an earlier layer never arrived.
+            If an earlier layer of the round was skipped.
         """
-        if self._waiting is not None:
-            missing, self._waiting = self._waiting.layer_idx, None
-            raise UnsupportedModelError(
-                f"the attention of layer {missing} ran outside the modules where its hidden states can be seen (or an "
-                "earlier forward was interrupted): use another strategy with this model, or a new cache."
-            )
         config, layer_idx = self.config, observation.layer_idx
         layer = layers[layer_idx]
         if layer_idx == self.layer_indices[0] or not self._open:
             self._open = [BudgetPlan(config, length, self.layer_indices) for length in observation.lengths]
+        # Lasting scores may be continued by later queries; the refined ones only select now.
+        self._check_order(layer_idx)
         lasting = self._compute_lasting_scores(layer, observation)
         layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
         self.carry_queries(layer, observation)
-        if in_attention and self._open[0].needs_hidden_states:
-            self._waiting = observation
-            return False
         return self._measure_and_shrink(layers, observation)
 
-    def resume(self, layers: Sequence[RankKVLayer]) -> bool:
-        """Go on with the layer whose measure has arrived; True when the round is finished."""
-        observation, self._waiting = self._waiting, None
-        return observation is not None and self._measure_and_shrink(layers, observation)
-
-    def _measure_and_shrink(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
-        config, layer_idx = self.config, observation.layer_idx
-        if self._open[0].needs_hidden_states:
-            observation = replace(observation, changes=layers[layer_idx].token_changes)
-        rows = measure_rows(self._open, config, observation)
-        ranks = measure_ranks(self._open, config, observation)
-        heads = measure_heads(self._open, observation)
-        for plan, measured, available, rank, errors in zip(
-            self._open, rows, observation.available, ranks, heads, strict=True
-        ):
-            plan.add_layer(measured, available, rank, errors)
-        done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
-        if len(done) < len(self.layer_indices):
-            if config.merging is not None:
-                # What a later budget evicts has to be folded into what the last one keeps.
-                return False
-            ceilings = [plan.compute_ceilings() for plan in self._open]
-            self._shrink(layers, done, ceilings, len(done) - 1)
-            self._release_excess(layers, done, ceilings)
-            return False
-        budgets = [plan.finish() for plan in self._open]
-        for place, index in enumerate(done):
-            self._shrink(layers, done, budgets, place, final=True)
-            layers[index].end_compression(keep_scores=self.carries_scores)
-        self.plans, self._open = self._open, []
-        return True
+    def _check_order(self, layer_idx: int) -> None:
+        """Raise if a layer of this round was skipped: its attention never reached the cache."""
+        expected = self.layer_indices[self._open[0].layers_added]
+        if layer_idx != expected:
+            self._open = []
+            raise UnsupportedModelError(
+                f"layer {layer_idx} follows, but layer {expected} did not run its attention with this cache: use a "
+                "model of which every attention layer updates the cache, or a new cache after an interrupted forward."
+            )
 
     def step(self, layer: RankKVLayer, observation: Observation) -> None:
-        """Keep a layer at its budget while decoding: continue its scores by the newest queries, then evict."""
+        """Keep a layer at its budget while decoding: update its scores by the newest queries, then evict."""
         if self.selector.step == "rescore":
             lasting = self.selector.compute_lasting_scores(observation)
         else:
@@ -179,13 +104,13 @@ class Compressor:
         layer.end_compression(keep_scores=self.selector.step != "rescore")
 
     def carry(self, layer: RankKVLayer, observation: Observation) -> None:
-        """Continue a layer's scores by queries that will not be there when it is compressed."""
+        """Add the scores of queries that will be gone when the layer is compressed."""
         layer.running_scores = self._continue_scores(layer, observation.compute_column_sums())
 
     def carry_queries(self, layer: RankKVLayer, observation: Observation, more: bool = False) -> None:
-        """Keep the moments of queries that will not be there again, where later scores need them.
+        """Keep the moments of queries that will be gone, if later scores need them.
 
-        ``more``: the layer is yet to be compressed, so they are needed whatever comes after.
+        With ``more`` the layer is not compressed yet, so the moments are needed in every decode mode.
         """
         config = self.config
         continued = (
@@ -196,27 +121,32 @@ class Compressor:
         else:
             layer.query_moments = None
 
-    def _compute_lasting_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:
-        scores = self.selector.compute_lasting_scores(observation)
-        if self.selector.step == "sum" and layer.running_scores is not None:
-            scores = self._continue_scores(layer, scores)
-        return scores
-
-    def _continue_scores(self, layer: RankKVLayer, scores: Tensor) -> Tensor:
-        past = layer.running_scores
-        if past is None:
-            return scores
-        keep = 1.0 if self.selector.step == "sum" else 1.0 - 1.0 / self.config.window_size
-        scores = scores.clone()
-        if keep < 1.0:
-            scores *= 1.0 - keep
-        scores[..., : past.shape[-1]] += past * keep
-        return scores
+    def _measure_and_shrink(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
+        config, layer_idx = self.config, observation.layer_idx
+        rows = measure_rows(self._open, config, observation)
+        ranks = measure_ranks(self._open, config, observation)
+        heads = measure_heads(self._open, observation)
+        for plan, measured, available, rank, errors in zip(
+            self._open, rows, observation.available, ranks, heads, strict=True
+        ):
+            plan.add_layer(measured, available, rank, errors)
+        done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
+        if len(done) < len(self.layer_indices):
+            ceilings = [plan.compute_ceilings() for plan in self._open]
+            self._shrink(layers, done, ceilings, len(done) - 1)
+            self._release_excess(layers, done, ceilings)
+            return False
+        budgets = [plan.finish() for plan in self._open]
+        for place, index in enumerate(done):
+            self._shrink(layers, done, budgets, place, final=True)
+            layers[index].end_compression(keep_scores=self.carries_scores)
+        self.plans, self._open = self._open, []
+        return True
 
     def _release_excess(
         self, layers: Sequence[RankKVLayer], done: list[int], ceilings: list[list[int]]
     ) -> None:
-        """Shrink the layers with most to release until what is held fits the total, and no further."""
+        """Shrink the layers with most to release until the slots held fit the total; spare the others."""
         excess = {}
         for place, index in enumerate(done):
             budgets = [row[place] for row in ceilings]
@@ -224,7 +154,7 @@ class Compressor:
                 layers[index].kept_length - max(budgets) - self._count_slack(layers[index], budgets)
             )
         total = max(plan.total_budget for plan in self._open)
-        limit = total + _CASCADE_SLACK * (total + layers[done[-1]].seen)
+        limit = total + _RELEASE_SLACK * (total + layers[done[-1]].seen)
         over = sum(layers[index].kept_length for index in done) - limit
         for place in sorted(excess, key=lambda place: -excess[place]):
             if over <= 0:
@@ -245,11 +175,12 @@ class Compressor:
         self._shrink_layer(layer, own, slack=0 if final else self._count_slack(layer, own))
 
     def _count_slack(self, layer: RankKVLayer, budgets: list[int]) -> int:
-        """Count the tokens that a layer keeps beyond ``budgets``, one a row, while these may still shrink."""
+        """Count the tokens kept beyond ``budgets`` (one per row) while these may still shrink."""
         window, sinks = self.config.window_size, self.config.sink_size
         settled = True
         for plan, budget in zip(self._open, budgets, strict=True):
-            # What is protected grows with a budget, so that what the smallest and this one protect tells for all.
+            # The number of protected tokens grows with the budget: if the smallest budget and this one protect
+            # equally many, so does every budget between them.
             least, most = (
                 self.selector.count_protected(max(0, count - plan.spanned), window, sinks)
                 for count in (min(plan.floor, budget), budget)
@@ -270,5 +201,57 @@ class Compressor:
                 protect,
                 slack,
                 protect_before,
-                self.config.merging,
             )
+
+    def _compute_lasting_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:
+        scores = self.selector.compute_lasting_scores(observation)
+        if self.selector.step == "sum" and layer.running_scores is not None:
+            scores = self._continue_scores(layer, scores)
+        return scores
+
+    def _continue_scores(self, layer: RankKVLayer, scores: Tensor) -> Tensor:
+        past = layer.running_scores
+        if past is None:
+            return scores
+        # Sums accumulate; decaying scores forget the past over about one window.
+        keep = 1.0 if self.selector.step == "sum" else 1.0 - 1.0 / self.config.window_size
+        scores = scores.clone()
+        if keep < 1.0:
+            scores *= 1.0 - keep
+        scores[..., : past.shape[-1]] += past * keep
+        return scores
+
+
+def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation) -> list[Any]:
+    """Measure a layer for the plans' strategy: one number or array per row, None if it measures nothing."""
+    plan = plans[0]
+    if plan.measure is None:
+        return [None] * len(plans)
+    options = {"scope": config.scope, "aggregation": config.aggregation, **plan.strategy_options}
+    measured = compute_measures(
+        observation,
+        plan.measure,
+        limits=[row.head_limits if plan.measure == "head_distortion" else row.limits for row in plans],
+        layers=len(plan.layer_indices),
+        **options,
+    )
+    return measured.tolist() if measured.dim() == 1 else list(measured.numpy())
+
+
+def measure_ranks(
+    plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation
+) -> list[float | None]:
+    """Measure a layer's effective rank per row; None unless the strategy reads it beside another measure."""
+    if not plans[0].needs_ranks:
+        return [None] * len(plans)
+    return list(
+        compute_measures(observation, "rank", scope=config.scope, aggregation=config.aggregation).tolist()
+    )
+
+
+def measure_heads(plans: Sequence[BudgetPlan], observation: Observation) -> list[Any]:
+    """Measure the eviction errors of a layer's heads, ``[kv_head, budget]`` per row; None if not needed."""
+    if not plans[0].measures_heads or plans[0].measure == "head_distortion":
+        return [None] * len(plans)  # Either unused, or already the measure of the layer.
+    limits = [row.head_limits for row in plans]
+    return list(compute_measures(observation, "head_distortion", limits=limits).numpy())

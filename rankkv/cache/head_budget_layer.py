@@ -1,4 +1,4 @@
-"""A cache layer whose heads keep different numbers of tokens, and whose memory is that of the tokens kept."""
+"""A cache layer whose heads keep different numbers of tokens; memory holds only the kept tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..errors import ProfileError
 from ..observe.observation import Observation
 from ..selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
 from .layer import StoredLayer
-from .storage import STORAGES, PackedStorage, SlotLayout
+from .storage import STORAGES, SlotLayout, UnpaddedStorage
 
 
 class HeadBudgetLayer(StoredLayer):
-    """Spreads the layer's budget over its heads; keys and values wait packed and are padded for attention only.
+    """Spread the layer's budget over its heads; pad keys and values only for attention.
 
-    Empty slots stand at the start of a head.  Without a split for each row the heads' tokens compete; with one head, or
-    with scores that are the same for all heads, every head then keeps as many as any other.
+    Empty slots come first in each head.  Without a head split for each row, the tokens of all heads compete.  With one
+    head, or with scores that are equal for all heads, every head then keeps equally many.
 
     Parameters
     ----------
@@ -32,74 +32,75 @@ class HeadBudgetLayer(StoredLayer):
 
     def __init__(self, storage: str, head_floor: float) -> None:
         super().__init__(storage)
-        self._stores: Mapping[str, PackedStorage] = {
-            name: PackedStorage(STORAGES[storage]) for name in ("keys", "values")
+        self._stores: Mapping[str, UnpaddedStorage] = {
+            name: UnpaddedStorage(STORAGES[storage]) for name in ("keys", "values")
         }
         self._head_floor = head_floor
+        # Tokens of each head when the compression began, [row][kv_head]; None until they are counted.
         self._room: list[list[int]] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens and return all that are kept, padded."""
+        """Append new keys and values, and return all kept ones, padded."""
         if self._layout is None:
             return super().update(key_states, value_states, *args, **kwargs)
         self.seen += key_states.shape[-2]
         return self._stores["keys"].append(key_states), self._stores["values"].append(value_states)
 
-    @property
-    def _layout(self) -> SlotLayout | None:
-        return self._stores["keys"].layout
+    def rest(self) -> None:
+        """Drop empty slots, and convert keys and values to the stored form."""
+        self._unpad()
+        super().rest()
+
+    def begin_compression(
+        self, scores: Tensor, observation: Observation, lasting: Tensor | None = None
+    ) -> None:
+        """Store the scores for the coming compression, and forget the token counts of the last one."""
+        super().begin_compression(scores, observation, lasting)
+        self._room = None
+
+    def shrink(self, *args: Any, **kwargs: Any) -> None:
+        """Keep as many tokens as the budgets allow, spread over the heads, and release the rest."""
+        super().shrink(*args, **kwargs)
+        self._unpad()
 
     @property
     def width(self) -> int:
-        """Number of slots of the padded form (the widest head's kept tokens)."""
+        """Number of slots of the padded form (the largest head of all rows)."""
         return self._stores["keys"].slots
 
     @property
     def kept_length(self) -> int:
-        """Tokens that a head keeps on average, rounded up, in the row that keeps most."""
+        """Average number of tokens per head, rounded up, in the row that keeps most."""
         if self._layout is None:
             return self.width
         return max(-(-sum(row) // len(row)) for row in self.kept_per_head)
 
-    def count_slack(self, protection_settled: bool) -> int:
-        """Return the tokens a head beyond a budget that may still shrink."""
-        return CASCADE_SLACK
-
     @property
     def kept_per_head(self) -> list[list[int]]:
-        """Tokens kept, ``[row][kv_head]``."""
+        """Number of tokens kept, ``[row][kv_head]``."""
         layout = self._layout
         if layout is None:
             return super().kept_per_head
         later = self.width - layout.shape[-1]
         return [[count + later for count in row] for row in layout.counts]
 
-    def begin_compression(
-        self, scores: Tensor, observation: Observation, lasting: Tensor | None = None
-    ) -> None:
-        """Take the scores by which the layer may shrink, and note how many tokens each head has."""
-        super().begin_compression(scores, observation, lasting)
-        self._room = None
+    def count_slack(self, protection_settled: bool) -> int:
+        """Return the tokens per head kept beyond a budget that may still shrink."""
+        return CASCADE_SLACK
 
-    def shrink(self, *args: Any, **kwargs: Any) -> None:
-        """Keep as many tokens as the budgets say, spread over the heads, and release the rest."""
-        super().shrink(*args, **kwargs)
-        self._pack()
+    @property
+    def _layout(self) -> SlotLayout | None:
+        return self._stores["keys"].layout
 
-    def rest(self) -> None:
-        """Go over to the packed form, stored as the storage says."""
-        self._pack()
-        super().rest()
-
-    def _pack(self) -> None:
+    def _unpad(self) -> None:
         if self._layout is not None or self.kept_valid is None:
             return
         valid = self.kept_valid if self.kept_valid.dim() == 3 else self.kept_valid[:, None]
         layout = SlotLayout.of(valid.expand(-1, self.keys.shape[1], -1))
         for store in self._stores.values():
-            store.pack(layout)
+            store.unpad(layout)
 
     def _select(
         self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
@@ -108,8 +109,8 @@ class HeadBudgetLayer(StoredLayer):
         splits = [split for split in self.head_splits if split is not None]
         if splits and splits[0].heads != heads:
             raise ProfileError(
-                f"the profile weighs {splits[0].heads} heads of a layer that has {heads} key/value heads: it is "
-                "damaged or of another model; calibrate this one (rankkv calibrate), or use head_budgets='distortion'."
+                f"the profile has {splits[0].heads} heads for a layer with {heads} key/value heads, so it does not fit "
+                "this model: calibrate the model (rankkv calibrate), or use head_budgets='distortion'."
             )
         if splits and heads > 1:
             return self._select_by_heads(splits, scores, real_index, budgets, keep, **how)
@@ -128,26 +129,28 @@ class HeadBudgetLayer(StoredLayer):
         keep: list[int],
         **how: Any,
     ) -> Tensor:
-        """Select each head's tokens as if it were a row of its own, with the budget that it is given."""
+        """Select the tokens of each head as if it were a row with its own budget."""
         batch, heads, keys = scores.shape[0], splits[0].heads, scores.shape[-1]
         scores, real_index = (
             tensor.expand(-1, heads, -1).reshape(batch * heads, 1, keys) for tensor in (scores, real_index)
         )
+        # Shares come from the counts before the first shrink: they must not depend on the number of shrinks.
         counts = (real_index >= 0).sum(-1).view(batch, heads).tolist()
         if self._room is None:
             self._room = counts
         spanned_in = how.get("protect_before") or self._lengths
         own, kept = [], []
-        for split, budget, some, room, there, length in zip(
+        for split, budget, target, room, available, length in zip(
             splits, budgets, keep, self._room, counts, spanned_in, strict=True
         ):
-            final = some <= budget
-            # Every head keeps the protected spans; what is left of the budget is split.
+            # Until the budget is final, the target includes slack.
+            final = target <= budget
+            # Every head keeps the protected spans; the rest of the budget is split.
             spanned = min(count_spanned(how.get("protect", ()), length), budget)
             left_room = [max(0, count - spanned) for count in room]
             share = (split.split(budget - spanned, left_room, final) + spanned).tolist()
             own += share
-            kept += [min(count + (not final), left) for count, left in zip(share, there, strict=True)]
+            kept += [min(count + (not final), left) for count, left in zip(share, available, strict=True)]
         lengths = [length for length in self._lengths for _ in range(heads)]
         if how.get("protect_before") is not None:
             how["protect_before"] = [length for length in how["protect_before"] for _ in range(heads)]

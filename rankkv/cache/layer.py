@@ -1,4 +1,4 @@
-"""One layer of the cache: what it has seen, what it keeps, and where the kept tokens stand."""
+"""Cache layers: tokens seen, tokens kept, and the positions of the kept tokens."""
 
 from __future__ import annotations
 
@@ -15,24 +15,29 @@ from ..errors import CacheStateError
 from ..observe.observation import Observation
 from ..observe.queries import QueryBuffer
 from ..selection import Selector, select_tokens
-from .merging import fold_evicted
 from .storage import STORAGES, PlainStorage
 
-_TOKENS = ("keys", "values", "kept_positions", "kept_valid")
-#: What a layer holds row by row of the batch.
-ROW_TENSORS = (*_TOKENS, "running_scores", "query_moments", "token_changes")
+#: Names of a layer's tensors whose first axis is the row of the batch.
+ROW_TENSORS = (
+    "keys",
+    "values",
+    "kept_positions",
+    "kept_valid",
+    "running_scores",
+    "query_moments",
+)
 
 
 @dataclass(frozen=True)
 class SlotMap:
-    """Where the slots of a layer stood at one moment.
+    """Map the slots of a layer at one moment to token positions.
 
     Parameters
     ----------
     kept_positions : Tensor
         Logical positions of the tokens kept at the last compression, ``[batch, kv_head or 1, slot]`` int64.
     kept_valid : Tensor, optional
-        ``[batch, slot]`` bool for those slots, ``[batch, kv_head, slot]`` where heads differ; None if every slot held a
+        ``[batch, slot]`` bool for those slots, ``[batch, kv_head, slot]`` if heads differ; None if every slot held a
         token.
     compressed_at, seen : int
         Tokens seen at the last compression, and at this moment.
@@ -57,10 +62,10 @@ class SlotMap:
 
 
 class RankKVLayer(DynamicLayer):
-    """A cache layer that separates the tokens it has *seen* from those it *keeps*.
+    """A cache layer that counts the tokens it has *seen* and holds only those it *keeps*.
 
-    Keys and values are ``[batch, kv_head, slot, head_dim]``, contiguous, without spare capacity, the slots in the order
-    of their positions.  A row that keeps fewer tokens than the widest row starts with empty slots.
+    Keys and values are ``[batch, kv_head, slot, head_dim]``, contiguous, without spare capacity, with slots in the
+    order of their positions.  A row that keeps fewer tokens than the longest row starts with empty slots.
     """
 
     is_sliding = False
@@ -72,36 +77,34 @@ class RankKVLayer(DynamicLayer):
 
     def _forget(self) -> None:
         self.seen = 0
-        #: Tokens seen when the layer was last compressed; all later ones are kept.
+        #: Number of tokens seen at the last compression; all later tokens are kept.
         self.compressed_at = 0
-        #: Logical positions of the tokens kept then, ``[batch, kv_head or 1, slot]`` int64; None if all were kept.
+        #: Logical positions of the tokens that compression kept, ``[batch, kv_head or 1, slot]`` int64; None if all.
         self.kept_positions: Tensor | None = None
-        #: ``[batch, slot]`` bool for those slots, ``[batch, kv_head, slot]`` where heads differ; None if all hold a
-        #: token.
+        #: True where those slots hold a token, ``[batch, slot]`` bool, ``[batch, kv_head, slot]`` if heads differ;
+        #: None if all do.
         self.kept_valid: Tensor | None = None
-        #: Scores carried from step to step, ``[batch, kv_head or 1, slot]``, where the decode mode needs them.
+        #: Scores continued while decoding, ``[batch, kv_head or 1, slot]``; None unless the decode mode needs them.
         self.running_scores: Tensor | None = None
-        #: Moments of all queries that are gone, where the selector asks for them.
+        #: Moments of all earlier queries; None unless the selector needs them.
         self.query_moments: Tensor | None = None
-        #: The last queries, where compression has to wait for them.
+        #: The last queries; None unless a later compression needs them.
         self.buffer: QueryBuffer | None = None
-        #: How far attention turned the hidden state of each token, ``[batch, token]``, where the strategy asks for it.
-        self.token_changes: Tensor | None = None
         self._scores: Tensor | None = None
-        #: What of the scores is carried on, where that is not what tokens are selected by.
+        # Scores to continue while decoding; None if they equal the scores that select.
         self._lasting: Tensor | None = None
         self._real_index: Tensor | None = None
-        #: How each row's budget is split over the heads; None where they keep the same number, or compete.
+        #: Split of each row's budget over the heads; None if heads keep the same number, or compete.
         self.head_splits: Sequence[HeadSplit | None] = []
         self._lengths: list[int] = []
         self._available: list[int] = []
 
-    # -- what transformers asks ---------------------------------------------------------------------------------
+    # -- called by transformers ---------------------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens and return all that are kept."""
+        """Append new keys and values, and return all kept ones."""
         if self.seen == 0:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
@@ -136,22 +139,17 @@ class RankKVLayer(DynamicLayer):
         self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens: as many as a negative number says, or down to a positive length.
+        """Remove ``-tokens_to_remove`` newest tokens, or crop to that length if it is positive.
 
         Raises
         ------
         CacheStateError
-            If tokens would have to come back that were evicted.
+            If evicted tokens would be needed again.
         """
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         removed = -tokens_to_remove if tokens_to_remove < 0 else max(0, self.seen - tokens_to_remove)
-        if removed > self.seen - self.compressed_at and self.kept_positions is not None:
-            raise CacheStateError(
-                f"cannot remove {removed} tokens: the cache was compressed after {self.compressed_at} of its "
-                f"{self.seen} tokens, and evicted tokens cannot come back. Remove at most "
-                f"{self.seen - self.compressed_at} tokens, or build a new cache."
-            )
+        self.check_removable(removed)
         if removed and self.buffer is not None:
             self.buffer.drop(removed)
         if removed:
@@ -160,17 +158,24 @@ class RankKVLayer(DynamicLayer):
             self.values = self.values[..., :-removed, :].clone(memory_format=torch.contiguous_format)
             self.seen -= removed
             self.compressed_at = min(self.compressed_at, self.seen)
-            if self.token_changes is not None:
-                self.token_changes = self.token_changes[:, : self.seen]
             if self.running_scores is not None:
                 self.running_scores = self.running_scores[..., : self.width]
+
+    def check_removable(self, removed: int) -> None:
+        """Raise CacheStateError if removing the newest tokens would need evicted ones back."""
+        if removed > self.seen - self.compressed_at and self.kept_positions is not None:
+            raise CacheStateError(
+                f"cannot remove {removed} tokens: the cache was compressed after {self.compressed_at} of its "
+                f"{self.seen} tokens, and evicted tokens cannot come back; remove at most "
+                f"{self.seen - self.compressed_at} tokens, or build a new cache."
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row the state of row ``beam_idx``."""
         self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` only."""
+        """Keep only the rows ``indices``."""
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -187,28 +192,29 @@ class RankKVLayer(DynamicLayer):
         if self.buffer is not None:
             self.buffer.map_rows(change)
 
-    # -- what compression asks ----------------------------------------------------------------------------------
+    # -- called by the compression ------------------------------------------------------------------------------
 
     @property
     def width(self) -> int:
-        """Number of slots (the widest row's kept tokens)."""
+        """Number of slots (kept tokens of the longest row)."""
         return self.keys.shape[-2] if self.is_initialized else 0
 
     @property
     def kept_length(self) -> int:
-        """Tokens that a head keeps: of the row that keeps most, and an average where heads differ."""
+        """Number of tokens per head in the row that keeps most; an average if heads differ."""
         return self.width
 
     def count_slack(self, protection_settled: bool) -> int:
-        """Return the tokens beyond a budget that may still shrink, so that the smaller one finds all it would select.
+        """Return how many tokens to keep beyond a budget that may still shrink.
 
-        ``protection_settled``: the smaller one will protect as many of the newest and of the first tokens.
+        They ensure that a smaller budget later finds all tokens it would select.  ``protection_settled`` is True if the
+        smaller budget will protect equally many of the first and the newest tokens.
         """
         return 0 if protection_settled else 1
 
     @property
     def kept_per_head(self) -> list[list[int]]:
-        """Tokens kept, ``[row][kv_head]``; padding counts until it is released."""
+        """Number of tokens kept, ``[row][kv_head]``; padding counts until it is evicted."""
         if not self.is_initialized:
             return []
         rows, heads = self.keys.shape[:2]
@@ -218,7 +224,7 @@ class RankKVLayer(DynamicLayer):
 
     @property
     def slot_map(self) -> SlotMap | None:
-        """Where the slots stand; None if all tokens were kept."""
+        """Positions of the slots now; None if all tokens are kept."""
         if self.kept_positions is None:
             return None
         return SlotMap(self.kept_positions, self.kept_valid, self.compressed_at, self.seen)
@@ -231,7 +237,7 @@ class RankKVLayer(DynamicLayer):
         return slots.compute_positions()
 
     def compute_slot_valid(self) -> Tensor | None:
-        """Compute which slots hold a token, ``[batch, slot]`` or ``[batch, kv_head, slot]`` bool; None if all do."""
+        """Compute which slots hold a token, ``[batch, slot]`` or ``[batch, kv_head, slot]`` bool; None if all."""
         slots = self.slot_map
         return None if slots is None else slots.compute_valid()
 
@@ -244,9 +250,9 @@ class RankKVLayer(DynamicLayer):
     def begin_compression(
         self, scores: Tensor, observation: Observation, lasting: Tensor | None = None
     ) -> None:
-        """Take the scores ``[batch, kv_head or 1, slot]`` by which the layer may shrink, once or repeatedly.
+        """Store the scores ``[batch, kv_head or 1, slot]`` by which the layer may shrink, once or repeatedly.
 
-        ``lasting`` are those that decoding may continue; None means the same.
+        ``lasting`` are the scores that decoding may continue; None means the same scores.
         """
         self._lasting = None if lasting is scores else lasting
         self._scores, self._real_index = scores, observation.real_index
@@ -264,11 +270,16 @@ class RankKVLayer(DynamicLayer):
         protect: Sequence[tuple[int, int]] = (),
         slack: int = 0,
         protect_before: Sequence[int] | None = None,
-        merging: str | None = None,
     ) -> None:
-        """Keep ``budgets`` tokens a row (plus ``slack``) and release the rest, merged into what is kept or not."""
+        """Keep ``budgets`` tokens per row (plus ``slack``), and release the rest.
+
+        Raises
+        ------
+        CacheStateError
+            If no compression is under way.
+        """
         if self._scores is None or self._real_index is None:
-            raise CacheStateError("the layer has no scores to select by: compression has ended.")
+            raise CacheStateError("the layer has no scores to select by: call begin_compression() first.")
         keep = [min(budget + slack, count) for budget, count in zip(budgets, self._available, strict=True)]
         if min(keep) == self.width:
             return
@@ -285,12 +296,8 @@ class RankKVLayer(DynamicLayer):
         )
         empty = kept < 0
         index = kept.clamp(min=0)
-        if merging is None:
-            self.keys = _gather_slots(self.keys, index)
-            self.values = _gather_slots(self.values, index)
-        else:
-            is_real = self._real_index >= 0
-            self.keys, self.values = fold_evicted(self.keys, self.values, kept, is_real, merging)
+        self.keys = _gather_slots(self.keys, index)
+        self.values = _gather_slots(self.values, index)
         self.kept_positions = (
             index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
         )
@@ -310,44 +317,22 @@ class RankKVLayer(DynamicLayer):
         return ~empty[:, 0] if min(keep) < max(keep) else None
 
     def end_compression(self, keep_scores: bool = False) -> None:
-        """Release the scores, or carry them on into decoding."""
+        """Release the scores, or keep them for decoding."""
         lasting = self._scores if self._lasting is None else self._lasting
         self.running_scores = lasting if keep_scores else None
         self._scores = self._lasting = self._real_index = None
         self.head_splits = []
 
     def rest(self) -> None:
-        """Go over to the form in which keys and values wait for the next forward: here, as they are."""
+        """Convert keys and values to their stored form, until the next forward; here they stay unchanged."""
 
     def held(self) -> list[Tensor]:
         """Return the tensors that hold keys and values now."""
         return [self.keys, self.values] if self.is_initialized else []
 
 
-def release_hidden(layer: Any) -> None:
-    """Free what a sliding layer no longer shows: its keys and values are views of the whole prompt's."""
-    for name in ("keys", "values"):
-        tensor = getattr(layer, name, None)
-        if isinstance(tensor, Tensor) and tensor.nbytes < tensor.untyped_storage().nbytes():
-            setattr(layer, name, tensor.clone(memory_format=torch.contiguous_format))
-
-
-def _gather_heads(tensor: Tensor, index: Tensor) -> Tensor:
-    # Either may have one head for all.
-    heads = max(tensor.shape[1], index.shape[1])
-    return tensor.expand(-1, heads, -1).gather(-1, index.expand(-1, heads, -1))
-
-
-def _gather_slots(tensor: Tensor, index: Tensor) -> Tensor:
-    batch, heads, slots, dim = tensor.shape
-    start = torch.arange(batch * heads, device=tensor.device).view(batch, heads, 1) * slots
-    # Whole rows of head_dim numbers are copied: several times as fast as gathering number by number.
-    rows = tensor.reshape(-1, dim).index_select(0, (start + index).flatten())
-    return rows.view(batch, heads, index.shape[-1], dim)
-
-
 class StoredLayer(RankKVLayer):
-    """Evicts first, then stores what stays in another form; attention sees keys and values in full.
+    """A cache layer that evicts first, then stores the kept tokens in another form; attention sees them in full.
 
     Parameters
     ----------
@@ -356,6 +341,7 @@ class StoredLayer(RankKVLayer):
     """
 
     def __init__(self, storage: str) -> None:
+        # Before the base class sets `keys` and `values`, which are properties here.
         self._stores: Mapping[str, PlainStorage] = {
             "keys": STORAGES[storage](),
             "values": STORAGES[storage](),
@@ -382,12 +368,12 @@ class StoredLayer(RankKVLayer):
 
     @property
     def width(self) -> int:
-        """Number of slots (the widest row's kept tokens)."""
+        """Number of slots (kept tokens of the longest row)."""
         held = self._stores["keys"].held()
         return held[0].shape[-2] if held else 0
 
     def rest(self) -> None:
-        """Go over to the stored form."""
+        """Convert keys and values to their stored form."""
         for store in self._stores.values():
             store.rest()
 
@@ -396,10 +382,32 @@ class StoredLayer(RankKVLayer):
         return [tensor for store in self._stores.values() for tensor in store.held()]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens, then rest again."""
+        """Remove the newest tokens, then convert the rest to its stored form again."""
         super().crop(tokens_to_remove)
         self.rest()
 
     def _map_rows(self, change: Any) -> None:
         super()._map_rows(change)
         self.rest()
+
+
+def release_hidden(layer: Any) -> None:
+    """Free the tokens outside a sliding window: its keys and values are views of the whole prompt's."""
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, Tensor) and tensor.nbytes < tensor.untyped_storage().nbytes():
+            setattr(layer, name, tensor.clone(memory_format=torch.contiguous_format))
+
+
+def _gather_heads(tensor: Tensor, index: Tensor) -> Tensor:
+    # Either tensor may have one head that stands for all.
+    heads = max(tensor.shape[1], index.shape[1])
+    return tensor.expand(-1, heads, -1).gather(-1, index.expand(-1, heads, -1))
+
+
+def _gather_slots(tensor: Tensor, index: Tensor) -> Tensor:
+    batch, heads, slots, dim = tensor.shape
+    start = torch.arange(batch * heads, device=tensor.device).view(batch, heads, 1) * slots
+    # Copy whole rows of head_dim numbers: several times faster than gathering single numbers.
+    rows = tensor.reshape(-1, dim).index_select(0, (start + index).flatten())
+    return rows.view(batch, heads, index.shape[-1], dim)

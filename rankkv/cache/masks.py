@@ -1,4 +1,4 @@
-"""Masks of all tokens seen, brought to the slots that one layer keeps."""
+"""Attention masks of one layer: masks of all tokens seen, restricted to the slots that the layer keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..observe.hook import SUPPORTED_BACKENDS
 from ..observe.observation import is_visible
 from .layer import SlotMap
 
-#: Backends whose masks are understood; eager is the model module's own function.
+# Decode steps that one stored mask covers: one byte per head and step.
+_AHEAD = 256
 
 
 def project_mask(
@@ -26,35 +27,35 @@ def project_mask(
     backend: str | None,
     dtype: torch.dtype,
 ) -> Any:
-    """Bring a mask from logical coordinates (all tokens seen) to those of the kept slots of one layer.
+    """Restrict a mask over all tokens seen to the slots that one layer keeps.
 
     Parameters
     ----------
     attention_mask : Tensor or None
-        What transformers made for all layers: 4-D ``[batch, 1 or head, query, seen]``, flash attention's 2-D
+        The mask transformers made for all layers: 4-D ``[batch, 1 or head, query, seen]``, flash attention's 2-D
         ``[batch, seen]``, flex_attention's block mask, or None.
     positions : Tensor
         ``[batch, kv_head or 1, slot]`` int64, logical position of each slot (ascending).
     slot_valid : Tensor, optional
-        ``[batch, slot]`` bool, False where a shorter row is filled up, or ``[batch, kv_head, slot]`` where the heads of
-        a row keep different numbers of tokens; None if every slot holds a token.
+        ``[batch, slot]`` bool, False where a shorter row is padded, or ``[batch, kv_head, slot]`` if the heads of a row
+        keep different numbers of tokens; None if every slot holds a token.
     query_length, query_heads : int
         Shape of the call.
     backend : str, optional
-        Attention backend; eager adds its mask, so it gets numbers.
+        Attention backend; eager adds its mask to the logits, so it gets an additive mask.
     dtype : torch.dtype
-        Dtype of those numbers.
+        Dtype of the additive mask.
 
     Returns
     -------
     Tensor or None
-        ``[batch, 1 or query_heads, query, slot]``, ``[batch, slot]``, flex_attention's block mask, or None where
+        ``[batch, 1 or query_heads, query, slot]``, ``[batch, slot]``, flex_attention's block mask, or None if
         nothing needs masking.
 
     Raises
     ------
     UnsupportedModelError
-        If the mask is of a kind that cannot say what the layer keeps.
+        If the kind of mask cannot express which tokens the layer keeps.
     """
     if slot_valid is not None:
         slot_valid = _spread(slot_valid, query_heads, backend)
@@ -67,14 +68,14 @@ def project_mask(
         return _mask_from_slots(positions, slot_valid, query_length, backend, dtype)
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         raise UnsupportedModelError(
-            f"attention mask of type {type(attention_mask).__name__} cannot be restricted to the kept tokens; "
-            f"use one of the attention backends: {', '.join(SUPPORTED_BACKENDS)}."
+            f"an attention mask of type {type(attention_mask).__name__} cannot be restricted to the kept tokens; "
+            f"use one of the attention backends {', '.join(SUPPORTED_BACKENDS)}."
         )
     if attention_mask.dim() == 2:
         if positions.shape[1] != 1:
             raise UnsupportedModelError(
-                "a padded batch on flash attention needs a selector that keeps the same tokens in all heads "
-                "(streaming_llm), or prompts without padding, or attn_implementation='sdpa'."
+                "flash attention has one mask for all heads, so a padded batch needs a selector that keeps the same "
+                "tokens in all heads (streaming_llm), no padding, or attn_implementation='sdpa'."
             )
         gathered = attention_mask.gather(-1, positions[:, 0])
         return gathered if slot_valid is None else gathered * slot_valid[:, 0]
@@ -91,34 +92,60 @@ def project_mask(
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         mask = mask.masked_fill(~slot_valid[:, :, None, :], hidden)
     if query_length == 1 and mask.device.type == "cpu" and _hides_nothing(mask):
-        # Without a mask the fast kernels stay available; on other devices asking would stall the stream.
+        # Without a mask, faster kernels can run.  On other devices this check would stall the stream.
         return None
-    # flex_attention reads a dense mask's first head for all of them.
+    # flex_attention would use the first head of a dense mask for all heads.
     return block_masks.build_block_mask(is_visible(mask)) if flex else mask
 
 
+class StepMask:
+    """Cache the decode mask of one layer: empty slots stay the same until the next compression."""
+
+    def __init__(self) -> None:
+        self._valid: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def get(self, slots: SlotMap, query_heads: int, backend: str | None, dtype: torch.dtype) -> Tensor:
+        """Return the mask ``[batch, 1 or query_heads, 1, slot]`` for one query that sees every slot with a token.
+
+        Parameters
+        ----------
+        slots : SlotMap
+            Slots of the layer; some are empty.
+        query_heads, backend, dtype
+            See :func:`rankkv.cache.masks.project_mask`.
+        """
+        count = slots.kept_positions.shape[-1] + slots.seen - slots.compressed_at
+        if self._mask is None or self._valid is not slots.kept_valid or self._mask.shape[-1] < count:
+            ahead = replace(slots, seen=slots.seen + _AHEAD)
+            where = ahead.compute_positions(), ahead.compute_valid()
+            self._mask = project_mask(None, *where, 1, query_heads, backend, dtype)
+            self._valid = slots.kept_valid
+        return self._mask[..., :count]
+
+
 def can_mask_heads(backend: str | None) -> bool:
-    """Return whether a backend's masks can hide other slots in every head."""
+    """Return True if masks of the backend can hide different slots in each head."""
     return backend is None or not backend.startswith("flash")
 
 
 def check_head_budgets(backend: str | None) -> None:
-    """Check that a backend's masks can hide other slots in every head.
+    """Check that masks of the backend can hide different slots in each head.
 
     Raises
     ------
     UnsupportedModelError
-        For flash attention, whose mask is one for all heads.
+        For flash attention, which has one mask for all heads.
     """
     if not can_mask_heads(backend):
         raise UnsupportedModelError(
-            f"head_budgets needs a mask for each head, which {backend} does not take; use "
+            f"head_budgets needs a mask for each head, which {backend} does not support; use "
             "attn_implementation='sdpa', or head_budgets=None."
         )
 
 
 def _spread(slot_valid: Tensor, query_heads: int, backend: str | None) -> Tensor:
-    """Give ``[batch, 1, slot]``, or ``[batch, query_heads, slot]`` where heads differ."""
+    """Return ``[batch, 1, slot]``, or ``[batch, query_heads, slot]`` if heads differ."""
     if slot_valid.dim() == 2:
         return slot_valid[:, None]
     check_head_budgets(backend)
@@ -138,7 +165,7 @@ def _mask_from_slots(
     if query_length == 1 or flash:
         visible = None if slot_valid is None else slot_valid[:, :, None, :]
     else:
-        # Every kept slot precedes every query; the queries' own slots are the last ones.
+        # Kept slots precede all queries, and the queries' own slots are last: the mask is causal over slots.
         slots = positions.shape[-1]
         rows = torch.arange(slots - query_length, slots, device=positions.device)
         visible = (torch.arange(slots, device=positions.device) <= rows[:, None])[None, None]
@@ -149,33 +176,3 @@ def _mask_from_slots(
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
         ~visible, torch.finfo(dtype).min
     )
-
-
-# Steps for which a mask is made at once: a byte a head and step.
-_AHEAD = 256
-
-
-class StepMask:
-    """Remembers the mask of one layer: which slots are empty does not change until the layer is compressed again."""
-
-    def __init__(self) -> None:
-        self._valid: Tensor | None = None
-        self._mask: Tensor | None = None
-
-    def get(self, slots: SlotMap, query_heads: int, backend: str | None, dtype: torch.dtype) -> Tensor:
-        """Return the mask ``[batch, 1 or query_heads, 1, slot]`` for one query that sees every slot with a token.
-
-        Parameters
-        ----------
-        slots : SlotMap
-            Where the slots stand; some are empty.
-        query_heads, backend, dtype
-            See :func:`rankkv.cache.masks.project_mask`.
-        """
-        count = slots.kept_positions.shape[-1] + slots.seen - slots.compressed_at
-        if self._mask is None or self._valid is not slots.kept_valid or self._mask.shape[-1] < count:
-            ahead = replace(slots, seen=slots.seen + _AHEAD)
-            where = ahead.compute_positions(), ahead.compute_valid()
-            self._mask = project_mask(None, *where, 1, query_heads, backend, dtype)
-            self._valid = slots.kept_valid
-        return self._mask[..., :count]

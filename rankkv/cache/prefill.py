@@ -1,25 +1,110 @@
-"""Prefill: check a prompt, run it through the model into a cache, compress a context once."""
+"""The prefill: check a prompt, run it through the model into a cache, and compress a context once."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..config import RankKVConfig
+from ..errors import InputError, UnknownNameError
 from ..models.compat import accepts_argument, cache_argument
 from ..models.placement import find_input_device
 from .cache import RankKVCache
 
 
-def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
-    """Return ``input_ids`` as ``[batch, token]`` if they are usable as a prompt.
+def compress(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> RankKVCache:
+    """Prefill a context once and return its compressed cache, ready for many questions.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    input_ids : Tensor
+        ``[batch, token]`` or ``[token]``: the context.
+    attention_mask : Tensor, optional
+        ``[batch, token]``, 0 at padding (on the left).
+    **options
+        ``config=``, or options of :class:`~rankkv.RankKVConfig`.
+        Also further inputs of the model, such as ``pixel_values`` from a processor.
+
+    Returns
+    -------
+    RankKVCache
+        A cache that has seen every token of ``input_ids``.  ``model(input_ids=continuation, cache=cache.copy())``
+        scores a continuation; ``model.generate`` of the full ids answers a question after the context.
 
     Raises
     ------
     InputError
-        If they are not integers, not 1-D or 2-D, empty, or the mask has another shape.
+        If the context is empty.
+    RankKVError
+        As :class:`~rankkv.RankKVCache`.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)).eval()
+    >>> cache = compress(model, torch.arange(60), compression_ratio=0.5)
+    >>> cache.seen_tokens, sum(cache.budgets)
+    (60, 60)
+    """
+    input_ids = check_input_ids(input_ids, attention_mask)
+    names = {option.name for option in fields(RankKVConfig)} | {"config"}
+    model_inputs = {name: options.pop(name) for name in list(options) if name not in names}
+    for name in model_inputs:
+        if not accepts_argument(model, name):
+            raise UnknownNameError.of("option", name, names)
+    cache = RankKVCache(model, **options)
+    run_prefill(model, cache, input_ids, attention_mask, model_inputs)
+    cache.prompt_ids = input_ids.cpu()
+    return cache.finish()
+
+
+def check_same_prompt(cache: Any, input_ids: Tensor, *over_all: Tensor | None) -> None:
+    """Raise if ids given with a compressed cache do not begin with the prompt that it holds, where that is known.
+
+    Parameters
+    ----------
+    cache : Cache
+        Any cache; only a RankKVCache whose prompt is known is checked.
+    input_ids : Tensor
+        ``[batch, token]``: all ids, the prompt's included; or new ids alone, with a longer mask.
+    *over_all : Tensor, optional
+        Mask and positions, ``[batch, all tokens]``: longer ones show that the ids are new ones alone.
+
+    Raises
+    ------
+    InputError
+        If they are shorter than the prompt, or differ from it.
+    """
+    known = getattr(cache, "prompt_ids", None)
+    new_alone = any(given is not None and given.shape[-1] > input_ids.shape[-1] for given in over_all)
+    if known is None or new_alone or input_ids.shape[0] % len(known):
+        return
+    known = known.repeat_interleave(input_ids.shape[0] // len(known), dim=0)
+    given = input_ids[:, : known.shape[1]].cpu()
+    if given.shape != known.shape or not bool((given == known).all()):
+        raise InputError(
+            f"input_ids ({input_ids.shape[1]} tokens) do not begin with the {known.shape[1]} tokens that this cache "
+            "was compressed from: give the same prompt and what follows it, or build a new cache for another prompt."
+        )
+
+
+def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
+    """Return ``input_ids`` as ``[batch, token]`` if they are a valid prompt.
+
+    Raises
+    ------
+    InputError
+        If they are not integers, not 1-D or 2-D, or empty, or if the mask has another shape.
     """
     if not isinstance(input_ids, Tensor):
         raise InputError(
@@ -39,12 +124,18 @@ def check_input_ids(input_ids: Any, attention_mask: Any = None) -> Tensor:
         )
         if given != tuple(input_ids.shape):
             raise InputError(
-                f"attention_mask {given} must be a tensor of the shape of input_ids {tuple(input_ids.shape)}."
+                f"attention_mask must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, got {given}."
             )
     return input_ids if input_ids.dim() == 2 else input_ids[None]
 
 
-def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def run_prefill(
+    model: Any,
+    cache: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    model_inputs: Mapping[str, Any] = MappingProxyType({}),
+) -> Tensor:
     """Run one forward over ``input_ids`` that fills ``cache``, without gradients.
 
     Parameters
@@ -54,7 +145,9 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
     cache : Cache
         An empty cache.
     input_ids, attention_mask : Tensor
-        ``[batch, token]``, on any device; padding stands on the left.
+        ``[batch, token]``, on any device, padded on the left.
+    model_inputs : mapping
+        More arguments of the model's forward, such as ``pixel_values``.
 
     Returns
     -------
@@ -62,58 +155,15 @@ def run_prefill(model: Any, cache: Any, input_ids: Tensor, attention_mask: Tenso
         Logits after the last token, ``[batch, vocabulary]``.
     """
     input_ids = input_ids.to(find_input_device(model))
-    options: dict[str, Any] = {"use_cache": True, **cache_argument(cache)}
+    options: dict[str, Any] = {"use_cache": True, **model_inputs, **cache_argument(cache)}
     if accepts_argument(model, "logits_to_keep"):
         options["logits_to_keep"] = 1
     if attention_mask is not None:
         attention_mask = attention_mask.view(input_ids.shape).to(input_ids.device)
         options["attention_mask"] = attention_mask
-        if accepts_argument(model, "position_ids"):
-            # As generate() does: a row's positions count its real tokens.
+        # With images the model computes positions of several axes itself.
+        if not model_inputs and accepts_argument(model, "position_ids"):
+            # Positions count the real tokens of a row, as in generate().
             options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         return model(input_ids=input_ids, **options).logits[:, -1]
-
-
-def compress(
-    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
-) -> RankKVCache:
-    """Prefill a context once and return its compressed cache, to ask many questions of.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A causal language model.
-    input_ids : Tensor
-        ``[batch, token]`` or ``[token]``: the context.
-    attention_mask : Tensor, optional
-        ``[batch, token]``, 0 where the (left) padding is.
-    **options
-        Options of :class:`~rankkv.RankKVCache`.
-
-    Returns
-    -------
-    RankKVCache
-        Holds every token of ``input_ids``: ``model(input_ids=continuation, cache=cache.copy())`` scores a
-        continuation, and ``model.generate`` of the full ids answers a question that follows.
-
-    Raises
-    ------
-    InputError
-        If the context is empty.
-    RankKVError
-        As :class:`~rankkv.RankKVCache`.
-
-    Examples
-    --------
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
-    ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)).eval()
-    >>> cache = compress(model, torch.arange(60), compression_ratio=0.5)
-    >>> cache.seen_tokens, sum(cache.budgets)
-    (60, 60)
-    """
-    input_ids = check_input_ids(input_ids, attention_mask)
-    cache = RankKVCache(model, **options)
-    run_prefill(model, cache, input_ids, attention_mask)
-    return cache.finish()

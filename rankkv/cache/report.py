@@ -1,8 +1,7 @@
-"""What a cache holds, in slots, bytes and words."""
+"""Reports on a cache: slots, bytes and a summary text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -10,57 +9,46 @@ from torch import Tensor
 from .layer import RankKVLayer
 
 
-def _tensors(cache: Any) -> Iterator[tuple[Any, Tensor]]:
-    for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, Tensor) and tensor.numel():
-                yield layer, tensor
-
-
-def _held(cache: Any) -> Iterator[Tensor]:
-    for layer in cache.layers:
-        if isinstance(layer, RankKVLayer):
-            yield from layer.held()
-        else:
-            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-            yield from (tensor for tensor in tensors if isinstance(tensor, Tensor))
-
-
 def count_slots(layer: Any) -> int:
-    """Count the slots of a cache layer, an average where heads differ; a layer without keys has none."""
+    """Count the slots of a cache layer: an average if heads differ, 0 for a layer without keys."""
     if isinstance(layer, RankKVLayer):
-        # Not by its keys: stored as int8 or on the CPU they would be computed or moved for it.
+        # Reading `keys` would dequantize them or move them back from the CPU.
         return layer.kept_length
     keys = getattr(layer, "keys", None)
     return keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
 
 
 def compute_cache_bytes(cache: Any) -> int:
-    """Compute the bytes of all keys and values a cache holds, each distinct storage counted once.
+    """Compute the bytes of all keys and values in a cache; shared storage counts once.
 
     Parameters
     ----------
     cache : Cache
-        Any of transformers' caches.
+        Any cache of transformers.
     """
     storages = {}
-    for tensor in _held(cache):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+    for layer in cache.layers:
+        # What a RankKVLayer shows as keys may be computed; what it holds is what takes memory.
+        tensors = layer.held() if isinstance(layer, RankKVLayer) else _list_keys_and_values(layer)
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
 def compute_full_cache_bytes(cache: Any) -> int:
-    """Compute the bytes the model's plain cache would hold after the tokens that ``cache`` has seen."""
+    """Compute the bytes of an uncompressed cache after the tokens that ``cache`` has seen."""
     total = 0
-    for layer, tensor in _tensors(cache):
-        slots = layer.seen if isinstance(layer, RankKVLayer) else tensor.shape[-2]
-        total += tensor.numel() // tensor.shape[-2] * slots * tensor.element_size()
+    for layer in cache.layers:
+        for tensor in _list_keys_and_values(layer):
+            if tensor.numel():
+                slots = layer.seen if isinstance(layer, RankKVLayer) else tensor.shape[-2]
+                total += tensor.numel() // tensor.shape[-2] * slots * tensor.element_size()
     return total
 
 
 def summarize(cache: Any) -> str:
-    """Write the account that :meth:`rankkv.RankKVCache.summary` returns."""
+    """Write the text that :meth:`rankkv.RankKVCache.summary` returns."""
     kept, full = cache.cache_bytes(), cache.full_cache_bytes()
     share = f" ({kept / full:.1%})" if full else ""
     lines = [
@@ -73,18 +61,13 @@ def summarize(cache: Any) -> str:
     others = len(cache.layers) - len(cache.layer_indices)
     if others:
         lines.append(
-            f"{others} of {len(cache.layers)} layers hold no full-attention cache and are left alone"
+            f"{others} of {len(cache.layers)} layers have no full-attention cache and stay unchanged"
         )
     for plan in cache.plans[:1]:
         lines += plan.notes
-        if cache.config.merging is not None:
+        if plan.needs_all_layers:
             lines.append(
-                f"merging {cache.config.merging}: what is evicted was folded into what is kept, once all budgets were "
-                "known; nothing was released before the last layer"
-            )
-        elif plan.needs_all_layers:
-            lines.append(
-                f"strategy {plan.strategy} weighs all layers together: nothing was released before the last one"
+                f"strategy {plan.strategy} weighs all layers together: nothing was released before the last layer"
             )
         measures = plan.layer_ranks or plan.layer_measures or [None] * len(plan.budgets)
         name = "rank" if plan.layer_ranks or plan.measure is None else plan.measure
@@ -108,3 +91,8 @@ def _describe_heads(cache: Any, layer_idx: int) -> str:
         return ""
     counts = cache.layers[layer_idx].kept_per_head[0]
     return f" on average; its heads now hold {min(counts)} to {max(counts)}"
+
+
+def _list_keys_and_values(layer: Any) -> list[Tensor]:
+    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]

@@ -1,4 +1,4 @@
-"""Resolve the options left to ``"auto"`` for one model: its profile and its head budgets."""
+"""Resolution of the options left to ``"auto"`` for one model: its profile and its head budgets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from .masks import can_mask_heads, check_head_budgets
 
 
 def check_methods(config: RankKVConfig) -> None:
-    """Raise, before any model runs, if the strategy, its options or its measure are not registered."""
+    """Check, before any model runs, that the strategy, its options and its measure are registered.
+
+    Raises
+    ------
+    ConfigError, UnknownNameError
+        If one of them is not.
+    """
     BudgetPlan.check(config)
     strategy = get_strategy(config.resolve_strategy()[0])
     if strategy.measure is not None:
@@ -28,7 +34,7 @@ def check_methods(config: RankKVConfig) -> None:
 def resolve_options(
     config: RankKVConfig, model: Any, layer_indices: list[int], shards: HeadShards | None
 ) -> RankKVConfig:
-    """Return the options with the profile and the head budgets that "auto" means for this model.
+    """Return the options with profile and head budgets resolved for this model.
 
     Parameters
     ----------
@@ -44,19 +50,21 @@ def resolve_options(
     Raises
     ------
     ConfigError
-        If head budgets are asked for where attention, or tensor parallelism, does not allow them.
+        If head budgets are requested, but tensor parallelism does not allow them.
+    UnsupportedModelError
+        If head budgets are requested, but the attention backend does not allow them.
     ProfileError
-        If a profile given belongs to another model, or one is needed and none is known.
+        If the given profile belongs to another model, or a profile is needed and none is known.
     """
     text_config = model.config.get_text_config(decoder=True)
     backend = text_config._attn_implementation
-    asked = config.head_budgets not in (None, "auto")
-    if asked:
+    requested = config.head_budgets not in (None, "auto")
+    if requested:
         check_head_budgets(backend)
-    if asked and shards is not None:
+    if requested and shards is not None:
         raise ConfigError(
-            f"head_budgets={config.head_budgets!r} spreads a layer's budget over all its heads, and tensor "
-            f"parallelism keeps them in {shards.size} processes: use head_budgets=None with this model."
+            f"head_budgets={config.head_budgets!r} spreads a layer's budget over all its heads, but tensor "
+            f"parallelism splits them over {shards.size} processes: use head_budgets=None with this model."
         )
     one_head = getattr(text_config, "num_key_value_heads", None) == 1 or (
         getattr(text_config, "multi_query", False) is True
@@ -65,7 +73,7 @@ def resolve_options(
     config = resolve_profile(config, model, layer_indices, can_spread)
     config = resolve_head_budgets(config, can_spread)
     if config.head_budgets == "profile" and layer_indices:
-        # Raises here, before the prefill, where the profile holds no heads.
+        # Called only to raise before the prefill if the profile holds no heads.
         compute_head_weights(config.profile)
     return config
 
@@ -73,7 +81,7 @@ def resolve_options(
 def resolve_profile(
     config: RankKVConfig, model: Any, layer_indices: list[int], can_spread: bool = True
 ) -> RankKVConfig:
-    """Return the options with the profile of this model in the place of ``profile="auto"``, where it is used.
+    """Return the options with ``profile="auto"`` replaced by the known profile, if it is used.
 
     Parameters
     ----------
@@ -84,12 +92,12 @@ def resolve_profile(
     layer_indices : list of int
         Its compressible layers.
     can_spread : bool, default True
-        Whether the heads of a layer may keep different numbers of tokens.
+        True if the heads of a layer may keep different numbers of tokens.
 
     Raises
     ------
     ProfileError
-        If a profile given belongs to another model, or one is needed and none is known.
+        If the given profile belongs to another model, or a profile is needed and none is known.
     """
     if not layer_indices or config.profile is None:
         return config
@@ -99,7 +107,8 @@ def resolve_profile(
     by_heads = config.head_budgets == "profile"
     prefers_heads = by_heads or (can_spread and _is_left_open(config))
     wanted = by_heads or config.strategy in PROFILE_USERS
-    # Options without a strategy are those of the uncalibrated default; heads measured in the prompt need no profile.
+    # Strategy options without a strategy belong to the uncalibrated default.  Heads measured on the prompt need no
+    # profile.
     decided = config.strategy is not None or config.strategy_options is not None
     if not wanted and (decided or config.head_budgets == "distortion"):
         return config
@@ -117,18 +126,18 @@ def resolve_profile(
 
 
 def resolve_head_budgets(config: RankKVConfig, can_spread: bool) -> RankKVConfig:
-    """Return the options with a way to spread budgets over heads in the place of ``head_budgets="auto"``.
+    """Return the options with ``head_budgets="auto"`` replaced by one way to spread budgets over heads.
 
-    Where ``strategy`` is not given either it is what measured best: by the heads of the profile, where one with heads
-    is used, else by what evicting costs each head in the prompt.  A profile of layers only, and a strategy that was
-    asked for, or another part of the attention to rank, leave the heads of a layer equal.
+    If ``strategy`` is not given either, the way that measured best is used: ``"profile"`` with a profile that has
+    heads, ``"distortion"`` without a profile.  The result is None, so that all heads of a layer keep equally many
+    tokens, with a profile of layers only, with a given strategy, and with another scope or aggregation.
 
     Parameters
     ----------
     config : RankKVConfig
         All options, their profile resolved.
     can_spread : bool
-        Whether the heads of a layer may keep different numbers of tokens.
+        True if the heads of a layer may keep different numbers of tokens.
     """
     if config.head_budgets != "auto":
         return config
@@ -141,7 +150,7 @@ def resolve_head_budgets(config: RankKVConfig, can_spread: bool) -> RankKVConfig
 
 
 def _is_left_open(config: RankKVConfig) -> bool:
-    """Whether what decides how heads are treated is left to what measured best, and there is something to spread."""
+    """Return True if strategy, scope and aggregation are at their defaults and less than the full cache is kept."""
     usual = (config.scope, config.aggregation) == (RankKVConfig.scope, RankKVConfig.aggregation)
     keeps_all = config.compression_ratio == 1.0 and config.budget is None
     return config.head_budgets == "auto" and config.strategy is None and usual and not keeps_all

@@ -1,4 +1,4 @@
-"""Compressed caches on disk: safetensors only, and only for the model they came from."""
+"""Compressed caches on disk: one safetensors file, for the model the cache came from."""
 
 from __future__ import annotations
 
@@ -27,55 +27,26 @@ from ..selection import Selector, get_selector
 from .layer import ROW_TENSORS, RankKVLayer
 
 _FORMAT = "rankkv-cache-1"
-# Config entries that say what keys and values mean.
+# Prefixes of the config entries that keys and values depend on.
 _SHAPE = ("num_", "hidden", "head", "vocab", "rope", "partial_rotary", "sliding", "layer_types")
 
 
-def compute_model_fingerprint(model: Any) -> str:
-    """Compute what tells one model from another: its shape, its dtype and a sample of every weight.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A causal language model.
-
-    Returns
-    -------
-    str
-        Hexadecimal digest; the same model in another dtype gives another one.
-    """
-    config = model.config.get_text_config(decoder=True).to_dict()
-    shape = {name: config[name] for name in sorted(config) if name.startswith(_SHAPE)}
-    dtype = str(model.get_input_embeddings().weight.dtype)
-    digest = hashlib.sha256(json.dumps([type(model).__name__, dtype, shape], default=str).encode())
-    # Every weight: an adapter or a fine-tune changes those in the middle.
-    for name in list_weights(model):
-        weight = read_weight(model, name)
-        if weight is None:
-            continue
-        flat = take_local(weight).reshape(-1)
-        if flat.numel():
-            sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
-    """Write a finished cache to one safetensors file, atomically.
+    """Write a finished cache to one safetensors file, atomically, and return the path.
 
     Parameters
     ----------
     cache : RankKVCache
-        Not in the middle of a prefill.
+        A cache whose prefill is complete.
     path : str or Path
-        Where the file goes.
+        Path of the file.
     fingerprint : str
-        Of the model it came from.
+        Fingerprint of the model the cache came from.
 
     Raises
     ------
     CacheStateError
-        If the prefill is not complete, or a layer holds a state that is no keys and values.
+        If the prefill is not complete, or a layer holds something other than keys and values.
     """
     schedule = cache._schedule
     if schedule.row_start is None or schedule.deferred or not schedule.compressed:
@@ -91,7 +62,9 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
         elif isinstance(layer, DynamicSlidingWindowLayer):
             record |= {"cumulative_length": layer.cumulative_length}
         else:
-            raise CacheStateError(f"layer {index} is a {type(layer).__name__}, which cannot be saved.")
+            raise CacheStateError(
+                f"layer {index} is a {type(layer).__name__}, which cannot be saved: use a model with attention layers."
+            )
         for name in ROW_TENSORS:
             tensor = getattr(layer, name, None)
             if tensor is not None:
@@ -107,10 +80,10 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
     header = {
         "format": _FORMAT,
         "fingerprint": fingerprint,
-        "options": {**cache.config.to_dict(), "selector": describe_selector(cache.selector)},
+        "options": {**cache.config.to_dict(), "selector": serialize_selector(cache.selector)},
         "layers": layers,
         "flow": {name: getattr(schedule, name) for name in ("row_start", "compressed_at", "streaming")},
-        "plans": [_plan_record(plan) for plan in schedule.compressor.plans],
+        "plans": [_serialize_plan(plan) for plan in schedule.compressor.plans],
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,12 +99,12 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
 
 
 def read_cache_header(path: str | Path) -> dict[str, Any]:
-    """Read the description of a saved cache.
+    """Read the header of a saved cache.
 
     Raises
     ------
     InputError
-        If the file is missing or no saved cache.
+        If the file is missing or is not a saved cache.
     """
     if not Path(path).is_file():
         raise InputError(f"{path} is not a file: give the path that save() wrote.")
@@ -142,19 +115,24 @@ def read_cache_header(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a safetensors file ({error}).") from error
     found = header.get("format") if isinstance(header, dict) else header
     if found != _FORMAT:
-        raise InputError(f"{path} holds no RankKV cache of format {_FORMAT}, but {found!r}.")
+        raise InputError(
+            f"{path} holds no RankKV cache of format {_FORMAT}, but {found!r}: give a file of save()."
+        )
     return header
 
 
 def restore_config(header: dict[str, Any]) -> RankKVConfig:
-    """Build the options of a saved cache.
+    """Build the options of a saved cache from its header.
 
     Raises
     ------
     KeyError, TypeError, ValueError
-        If the description is not one that this version writes.
+        If this version does not write such a header.
     """
     options = dict(header["options"])
+    # Files of before may hold an option that is gone; it only matters where it was used.
+    if options.pop("merging", None) is not None:
+        raise ValueError("its evicted tokens were merged into kept ones, an option that is gone")
     options["selector"] = restore_selector(options["selector"])
     options["protect"] = [tuple(span) for span in options["protect"]]
     return RankKVConfig(**options)
@@ -180,7 +158,7 @@ def restore_state(
             if what == "keys":
                 layer.dtype, layer.device, layer.is_initialized = tensor.dtype, tensor.device, True
     for packer in cache._packers.values():
-        # The file lists its tensors by name, where 10 comes before 2.
+        # The file lists tensors by name, so 10 comes before 2.
         packer.epochs.sort(key=lambda epoch: epoch[0])
     schedule = cache._schedule
     for name, value in header["flow"].items():
@@ -198,11 +176,40 @@ def restore_state(
     schedule.compressor.plans = [_restore_plan(cache, record) for record in header["plans"]]
 
 
-def describe_selector(selector: Selector) -> dict[str, Any]:
-    """Return a selector's name and options as JSON-ready values."""
-    # A method that wraps another one has that as an option.
+def compute_model_fingerprint(model: Any) -> str:
+    """Compute a digest of a model's shape, dtype and a sample of every weight.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+
+    Returns
+    -------
+    str
+        Hexadecimal digest; it differs for the same model in another dtype.
+    """
+    config = model.config.get_text_config(decoder=True).to_dict()
+    shape = {name: config[name] for name in sorted(config) if name.startswith(_SHAPE)}
+    dtype = str(model.get_input_embeddings().weight.dtype)
+    digest = hashlib.sha256(json.dumps([type(model).__name__, dtype, shape], default=str).encode())
+    # Sample every weight: adapters and fine-tuning may change only some of them.
+    for name in list_weights(model):
+        weight = read_weight(model, name)
+        if weight is None:
+            continue
+        flat = take_local(weight).reshape(-1)
+        if flat.numel():
+            sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def serialize_selector(selector: Selector) -> dict[str, Any]:
+    """Return the name and options of a selector as JSON-ready values."""
+    # A wrapping selector has the wrapped one as an option.
     options = {
-        name: describe_selector(value)
+        name: serialize_selector(value)
         if isinstance(value, Selector)
         else (str(value) if isinstance(value, PurePath) else value)
         for name, value in selector.options.items()
@@ -213,7 +220,7 @@ def describe_selector(selector: Selector) -> dict[str, Any]:
 
 
 def restore_selector(record: Mapping[str, Any]) -> Selector:
-    """Build the selector that :func:`describe_selector` described."""
+    """Build a selector from the record of :func:`serialize_selector`."""
     options = {
         name: restore_selector(value) if isinstance(value, dict) else value
         for name, value in record["options"].items()
@@ -221,7 +228,7 @@ def restore_selector(record: Mapping[str, Any]) -> Selector:
     return get_selector(record["name"], **options)
 
 
-def _plan_record(plan: BudgetPlan) -> dict[str, Any]:
+def _serialize_plan(plan: BudgetPlan) -> dict[str, Any]:
     names = ("length", "total_budget", "budgets", "layer_measures", "ranks", "notes")
     record = {name: getattr(plan, name) for name in names}
     return {**record, "head_curves": [curves.to_dict() for curves in plan.head_curves]}

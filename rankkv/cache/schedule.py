@@ -1,8 +1,9 @@
-"""When a cache is compressed: at once, after the last chunk, once a draft is judged, at each turn, while decoding."""
+"""Compression schedule of one cache: after the prefill, the last chunk or a draft, at each turn, while decoding."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..budget.strategies import get_strategy
 from ..config import RankKVConfig
-from ..errors import CacheStateError, ConfigError, UnsupportedModelError
+from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from ..models.tensor_parallel import HeadShards
 from ..observe.call import AttentionCall, check_rows, observe
 from ..observe.observation import Observation
@@ -23,12 +24,12 @@ from ..selection import Selector
 from .compressor import Compressor
 from .layer import RankKVLayer
 
-# Queries held beyond the observation window while a draft may still be taken back.
+# Queries held beyond the observation window while a draft may still be rejected.
 _DRAFT_QUERIES = 256
 
 
 class CompressionSchedule:
-    """Decides for every attention call of one cache what is observed and whether a compression follows.
+    """Decide for every attention call what to observe and if a compression follows.
 
     Parameters
     ----------
@@ -39,9 +40,9 @@ class CompressionSchedule:
     layer_indices : list of int
         Model indices of the compressible layers.
     rotations : mapping
-        How layers turn keys with position, where the selector or packed positions ask for it.
+        Rotary embedding of each layer, if the selector or packed positions need it.
     shards : HeadShards, optional
-        The tensor-parallel processes of the model, where there are several.
+        The tensor-parallel processes of the model, if there are several.
     """
 
     def __init__(
@@ -57,100 +58,54 @@ class CompressionSchedule:
         self.selector = selector
         self.layer_indices = layer_indices
         self.compressor = Compressor(config, selector, layer_indices)
-        #: Newest queries that ranks, other measures and scores are computed from.
+        # Held-out measures need several windows: one selects, another one tests.
         windows = get_strategy(config.resolve_strategy()[0]).windows
         if config.head_budgets == "distortion":
             windows = max(windows, get_strategy("distortion").windows)
+        #: Number of newest queries that measures and scores are computed from.
         self.window_queries = config.window_size * windows
         self.reset()
-
-    @property
-    def config(self) -> RankKVConfig:
-        """All options: those of the compressor, which holds the one copy."""
-        return self.compressor.config
 
     def reset(self) -> None:
         """Forget everything: the next forward is a prefill."""
         self.compressor.plans = []
-        #: Padding before each row's first real token; None before the first forward.
+        #: Number of padding tokens before each row's first real token; None before the first forward.
         self.row_start: list[int] | None = None
+        #: True after the first finished round.
         self.compressed = False
+        #: Tokens seen at the last finished round.
         self.compressed_at = 0
-        # Compression waits: for the last chunk of the prompt, or until a draft has been judged.
+        #: True if compression waits for the last chunk of the prompt, or for the first draft to be verified.
         self.deferred = self.config.prefill == "chunked"
+        #: True if drafts may be removed again (assisted decoding).
         self.recording = False
+        #: True while chunks of the prompt are compressed as they come.
         self.streaming = self.config.prefill == "streaming"
-
-    def copy(self) -> CompressionSchedule:
-        """Return an independent copy (the layers are copied by the cache)."""
-        copied = copy.copy(self)
-        copied.compressor = copy.copy(self.compressor)
-        copied.row_start = None if self.row_start is None else list(self.row_start)
-        return copied
-
-    def pick_rows(self, repeats: int = 1, indices: Tensor | None = None) -> None:
-        """Follow a change of rows: each repeated, or those of ``indices`` only."""
-        if self.row_start is None:
-            return
-        rows = [row for row in range(len(self.row_start)) for _ in range(repeats)]
-        if indices is not None:
-            rows = torch.arange(len(rows))[indices.cpu()].tolist()
-        self.row_start = [self.row_start[row] for row in rows]
-        if self.compressor.plans:
-            self.compressor.plans = [self.compressor.plans[row] for row in rows]
+        #: Hidden tokens inside each row of the prompt: a mask with holes.
+        self.holes: list[int] = []
+        #: Difference between position and token number, ``[batch, 1]``, where the model keeps one for its images.
+        self.position_offset: Tensor | None = None
+        # Tokens of the first forward, until a one-token step or finish() shows that it was the whole prompt.
+        self._first_steps: int | None = None
 
     @property
-    def can_take_back(self) -> bool:
-        """Whether the newest tokens can be removed again: no option evicts others to make room for them."""
-        return self.config.decode == "grow" and not self.streaming and not self.config.recompress_turns
-
-    def start_recording(self) -> None:
-        """Let drafts be taken back from now on (assisted decoding).
-
-        Raises
-        ------
-        ConfigError
-            If an option evicts tokens that a rejected draft would need back.
-        """
-        if not self.can_take_back:
-            raise ConfigError(
-                f"decode={self.config.decode!r} with prefill={self.config.prefill!r} and "
-                f"recompress_turns={self.config.recompress_turns} evicts tokens that a rejected draft would need back; "
-                "use decode='grow', prefill='single' or 'chunked', and recompress_turns=False with assisted decoding."
-            )
-        self.recording = True
-        self.deferred = self.deferred or not self.compressed
+    def config(self) -> RankKVConfig:
+        """All options; the compressor holds the only copy."""
+        return self.compressor.config
 
     def before_update(self, layers: list[Any], layer: RankKVLayer, steps: int) -> None:
-        """Compress a prompt that came in chunks when its first one-token step arrives."""
+        """Compress a prompt that came in chunks before its first one-token step."""
         if self.deferred and not self.recording and steps == 1 and layer.seen:
-            self.compress_deferred(layers)
+            self._compress_deferred(layers)
 
-    def after_crop(self, layers: list[Any]) -> None:
-        """Compress the prompt once its first draft has been judged."""
-        if self.deferred and self.recording and self.row_start is not None:
-            self.compress_deferred(layers)
-
-    def finish(self, layers: list[Any]) -> None:
-        """Compress a prompt that came in chunks, and check that the prefill is complete."""
-        if self.row_start is None or not self.layer_indices:
-            return
-        if self.deferred:
-            self.compress_deferred(layers)
-        if not self.compressed:
-            raise CacheStateError(
-                "the prefill did not reach the last layer; build a new cache and run it again."
-            )
-        self.streaming = False
-
-    def wants_observation(self, steps: int) -> bool:
-        """Tell whether a call with ``steps`` queries has to be looked at."""
+    def needs_observation(self, steps: int) -> bool:
+        """Return True if a call with ``steps`` queries must be observed."""
         if not self.compressed or self.config.decode != "grow":
             return True
         return steps > 1 and (self.config.recompress_turns or self.streaming)
 
-    def observe(self, layers: list[Any], layer_idx: int, call: AttentionCall) -> None:
-        """Look at one attention call, and compress the layer if its time has come."""
+    def after_attention(self, layers: list[Any], layer_idx: int, call: AttentionCall) -> None:
+        """Observe one attention call, and compress the layer if it is due."""
         layer, config, steps = layers[layer_idx], self.config, call.steps
         observation = observe(
             layer_idx,
@@ -165,37 +120,179 @@ class CompressionSchedule:
             more_to_come=self.deferred or self.streaming,
             shards=self.shards,
         )
-        observation = self.add_past(layer, observation)
+        observation = self._add_past(layer, observation)
         last = layer_idx == self.layer_indices[-1]
         if self.deferred:
             spare = _DRAFT_QUERIES if self.recording else 0
-            self._buffer(layer, observation, self.window_queries + spare, spare)
+            self._push_queries(layer, observation, self.window_queries + spare, spare)
         elif not self.compressed or (steps > 1 and (config.recompress_turns or self.streaming)):
-            self.end_round(layers, self.compressor.add_layer(layers, observation, in_attention=True))
+            self._end_round(layers, self.compressor.add_layer(layers, observation))
         elif config.decode == "bounded":
             self.compressor.step(layer, observation)
         else:
-            self._buffer(layer, observation, self.window_queries)
+            self._push_queries(layer, observation, self.window_queries)
             if layer.seen - self.compressed_at >= config.decode_interval:
-                self.compressor.add_layer(layers, self._observe_buffer(layer, call.key, call.value))
-                self.end_round(layers, last)
+                self.compressor.add_layer(layers, self._observe_queries(layer, call.key, call.value))
+                self._end_round(layers, last)
         if last:
+            if self.row_start is None:
+                self._first_steps = steps
+                self.holes = self._count_holes(observation)
             self.row_start = observation.row_start
+            # The first one-token step ends the prompt.
             self.streaming = self.streaming and steps > 1
 
-    def note_changes(self, layers: list[Any], layer_idx: int, changes: Tensor) -> None:
-        """Take how far a layer's attention turned the hidden states, and go on with the layer if that was awaited."""
-        awaited = self.compressor.waits_for(layer_idx)
-        if not awaited and not self.deferred:
-            return
-        layer = layers[layer_idx]
-        past = layer.token_changes
-        layer.token_changes = changes if past is None else torch.cat([past, changes], dim=1)
-        if awaited:
-            self.end_round(layers, self.compressor.resume(layers))
+    def _count_holes(self, observation: Observation) -> list[int]:
+        """Count the hidden tokens inside each row of the prompt, and raise where they would change the text."""
+        holes = [n - real for n, real in zip(observation.lengths, observation.available, strict=True)]
+        config = self.config
+        plain = config.decode == "grow" and config.prefill == "single" and not config.recompress_turns
+        if any(holes) and not (plain and config.positions == "original"):
+            row = next(i for i, count in enumerate(holes) if count)
+            raise InputError(
+                f"attention_mask hides {holes[row]} tokens inside row {row}, which decode={config.decode!r}, "
+                f"prefill={config.prefill!r}, positions={config.positions!r} and "
+                f"recompress_turns={config.recompress_turns} cannot follow: leave these tokens out and pad on the "
+                "left, or use the defaults of these options."
+            )
+        return holes
 
-    def compress_deferred(self, layers: list[Any]) -> None:
-        """Compress all layers from the queries held back."""
+    def check_positions(self, layer: RankKVLayer, steps: int, position_ids: Tensor | None) -> None:
+        """Check that the positions of new tokens continue after the tokens seen, and that the prompt came whole.
+
+        Raises
+        ------
+        CacheStateError
+            If they repeat positions already seen.
+        """
+        if not self.compressed:
+            return
+        past = layer.seen - steps
+        if position_ids is None or position_ids.dim() != 2 or self.row_start is None:
+            self._warn_of_chunks(steps)
+            return
+        # Check single steps only right after a compression: reading positions may stall the device.
+        if steps == 1 and past != self.compressed_at:
+            self._first_steps = None
+            return
+        holes = self.holes or [0] * len(self.row_start)
+        rows = [past - start - hidden for start, hidden in zip(self.row_start, holes, strict=True)]
+        given = position_ids[:, 0].tolist() * (len(rows) // position_ids.shape[0])
+        if all(position < row for position, row in zip(given, rows, strict=True)):
+            again = " (all ids came again: use_cache=False, or assisted decoding on a prefilled cache)"
+            raise CacheStateError(
+                f"the new tokens start at position {given[0]}, but the cache has seen {rows[0]} tokens"
+                f"{again if given[0] == 0 else ''}: give generate() all ids, or the new ids with an attention_mask "
+                "over all tokens; give position_ids to a direct forward call if the model counts from 0."
+            )
+        self._warn_of_chunks(steps)
+
+    def _warn_of_chunks(self, steps: int) -> None:
+        """Warn if a prompt seems to come in chunks, of which only the first one is compressed."""
+        first, self._first_steps = self._first_steps, None
+        alone = self.config.prefill == "single" and not self.config.recompress_turns
+        if alone and first is not None and 1 < steps == first:
+            warnings.warn(
+                f"the prompt comes in forwards of {steps} tokens, and only the first one was compressed: use "
+                f"prefill='chunked' (or 'streaming') with prefill_chunk_size={steps}, or leave the chunk size out.",
+                stacklevel=2,
+            )
+
+    def check_removable(self) -> None:
+        """Raise if the newest tokens left traces in scores or query statistics that cannot be taken back."""
+        config = self.config
+        carried = self.selector.past_queries or self.selector.step == "sum"
+        carried = carried or (config.decode == "bounded" and self.selector.step == "decay")
+        if config.decode != "grow" and carried and self.compressed:
+            raise CacheStateError(
+                f"cannot rewind: with decode={config.decode!r} the scores of selector {self.selector.name!r} follow "
+                "every token, and cannot go back; copy() the cache before each answer, or use decode='grow'."
+            )
+
+    def after_crop(self, layers: list[Any]) -> None:
+        """Compress the prompt after its first draft is verified."""
+        if self.deferred and self.recording and self.row_start is not None:
+            self._compress_deferred(layers)
+
+    def start_recording(self) -> None:
+        """Allow drafts to be removed again from now on (assisted decoding).
+
+        Raises
+        ------
+        ConfigError
+            If an option evicts tokens that a rejected draft would need back.
+        """
+        if not self.can_take_back:
+            raise ConfigError(
+                f"decode={self.config.decode!r} with prefill={self.config.prefill!r} and "
+                f"recompress_turns={self.config.recompress_turns} evicts tokens that a rejected draft would need back: "
+                "use decode='grow', prefill='single' or 'chunked', and recompress_turns=False with assisted decoding."
+            )
+        self.recording = True
+        self.deferred = self.deferred or not self.compressed
+
+    @property
+    def can_take_back(self) -> bool:
+        """True if the newest tokens can be removed again, because no option evicts others for them."""
+        return self.config.decode == "grow" and not self.streaming and not self.config.recompress_turns
+
+    def finish(self, layers: list[Any]) -> None:
+        """Compress a prompt that came in chunks, and check that the prefill is complete.
+
+        Raises
+        ------
+        CacheStateError
+            If the prefill did not reach the last layer.
+        """
+        if self.row_start is None or not self.layer_indices:
+            return
+        if self.deferred:
+            self._compress_deferred(layers)
+        if not self.compressed:
+            raise CacheStateError(
+                "the prefill did not reach the last layer: build a new cache and run the prefill again."
+            )
+        self.streaming, self._first_steps = False, None
+
+    def compress_observed(
+        self, layers: list[Any], observations: Mapping[int, Observation], selector: Selector | None = None
+    ) -> None:
+        """Compress all layers from observations of the whole prompt; ``selector`` replaces the own one once."""
+        compressor = self.compressor
+        own, compressor.selector = compressor.selector, selector or compressor.selector
+        try:
+            for index in self.layer_indices:
+                compressor.add_layer(layers, self._add_past(layers[index], observations[index]))
+        finally:
+            compressor.selector = own
+        if self.layer_indices:
+            self.row_start = observations[self.layer_indices[0]].row_start
+            self._end_round(layers)
+
+    def copy(self) -> CompressionSchedule:
+        """Return an independent copy; the cache copies the layers."""
+        copied = copy.copy(self)
+        copied.compressor = copy.copy(self.compressor)
+        copied.row_start = None if self.row_start is None else list(self.row_start)
+        return copied
+
+    def pick_rows(self, repeats: int = 1, indices: Tensor | None = None) -> None:
+        """Apply a change of rows to the state: each row repeated, or only the rows ``indices``."""
+        if self.row_start is None:
+            return
+        rows = [row for row in range(len(self.row_start)) for _ in range(repeats)]
+        if indices is not None:
+            rows = torch.arange(len(rows))[indices.cpu()].tolist()
+        self.row_start = [self.row_start[row] for row in rows]
+        if self.holes:
+            self.holes = [self.holes[row] for row in rows]
+        if self.position_offset is not None and len(self.position_offset) > 1:
+            self.position_offset = self.position_offset[rows]
+        if self.compressor.plans:
+            self.compressor.plans = [self.compressor.plans[row] for row in rows]
+
+    def _compress_deferred(self, layers: list[Any]) -> None:
+        """Compress all layers from the stored queries."""
         if self.row_start is not None:
             seen = layers[self.layer_indices[0]].seen
             check_rows([seen - start for start in self.row_start])
@@ -203,58 +300,52 @@ class CompressionSchedule:
         with torch.no_grad():
             for index in self.layer_indices:
                 layer = layers[index]
-                self.compressor.add_layer(layers, self._observe_buffer(layer, layer.keys, layer.values))
-        self.end_round(layers)
+                self.compressor.add_layer(layers, self._observe_queries(layer, layer.keys, layer.values))
+        self._end_round(layers)
 
-    def compress_observed(
-        self, layers: list[Any], observations: Mapping[int, Observation], selector: Selector | None = None
-    ) -> None:
-        """Compress all layers from observations of the whole prompt, with the scores of another selector if given."""
-        compressor = self.compressor
-        own, compressor.selector = compressor.selector, selector or compressor.selector
-        try:
-            for index in self.layer_indices:
-                compressor.add_layer(layers, self.add_past(layers[index], observations[index]))
-        finally:
-            compressor.selector = own
-        if self.layer_indices:
-            self.row_start = observations[self.layer_indices[0]].row_start
-            self.end_round(layers)
-
-    def check_positions(self, layer: RankKVLayer, steps: int, position_ids: Tensor | None) -> None:
-        """Check that new tokens go on where the tokens seen end.
-
-        Raises
-        ------
-        CacheStateError
-            If their positions lie among those already seen.
-        """
-        past = layer.seen - steps
-        if position_ids is None or position_ids.dim() != 2 or self.row_start is None:
-            return
-        # Once is enough for single steps: each position follows from the last, and reading it may stall a device.
-        if steps == 1 and past != self.compressed_at:
-            return
-        rows = [past - start for start in self.row_start]
-        given = position_ids[:, 0].tolist() * (len(rows) // position_ids.shape[0])
-        if all(position < row for position, row in zip(given, rows, strict=True)):
-            raise CacheStateError(
-                f"the new tokens start at position {given[0]}, but the cache has seen {rows[0]} tokens: input_ids hold "
-                "nothing new, or attention_mask does not cover all tokens seen and the new ones. Give generate() all "
-                "ids, or only the new ids with a mask over all; give a bare forward position_ids if the model counts "
-                "them from 0 each time."
-            )
-
-    def end_round(self, layers: list[Any], last: bool = True) -> None:
-        """Note that all layers are compressed, once the last one is."""
+    def _end_round(self, layers: list[Any], last: bool = True) -> None:
+        """Mark the cache as compressed if the layer just compressed is the last one of the round."""
         if last:
             self.compressed, self.compressed_at = True, layers[self.layer_indices[-1]].seen
             for index in self.layer_indices:
                 layers[index].buffer = None
                 layers[index].rest()
 
-    def add_past(self, layer: RankKVLayer, observation: Observation) -> Observation:
-        """Add what the selector asks for of earlier queries and of positions."""
+    def _push_queries(
+        self, layer: RankKVLayer, observation: Observation, capacity: int, spare: int | None = None
+    ) -> None:
+        if self.deferred and observation.keys.shape != layer.keys.shape:
+            raise UnsupportedModelError(
+                f"layer {observation.layer_idx} attends to other keys than it caches, so its attention cannot be "
+                "computed after the forward: use prefill='single' without assisted decoding for this model."
+            )
+        if self.deferred and observation.hides_real_tokens:
+            raise UnsupportedModelError(
+                f"the mask of layer {observation.layer_idx} hides more than padding and later tokens, so its attention "
+                "cannot be computed after the forward: use prefill='single' for this model."
+            )
+        if layer.buffer is None:
+            layer.buffer = QueryBuffer(capacity, spare)
+        # Queries that no longer fit leave only their sums and moments behind.
+        gone = layer.buffer.push(observation)
+        if gone is None:
+            return
+        if self.selector.step == "sum":
+            self.compressor.carry(layer, gone)
+        self.compressor.carry_queries(layer, self._add_past(layer, gone), more=True)
+
+    def _observe_queries(self, layer: RankKVLayer, keys: Tensor, values: Tensor) -> Observation:
+        if layer.buffer is None:
+            raise CacheStateError(
+                "no query of this prompt was observed: build a new cache and run the prefill again."
+            )
+        observation = layer.buffer.build_observation(
+            keys, values, layer.compute_positions(), layer.compute_slot_valid()
+        )
+        return self._add_past(layer, observation)
+
+    def _add_past(self, layer: RankKVLayer, observation: Observation) -> Observation:
+        """Add earlier queries and the rotary embedding to an observation, if the selector needs them."""
         if not self.selector.past_queries:
             return observation
         return replace(
@@ -263,35 +354,3 @@ class CompressionSchedule:
             packed=self.config.positions == "packed",
             past_moments=layer.query_moments,
         )
-
-    def _buffer(
-        self, layer: RankKVLayer, observation: Observation, capacity: int, spare: int | None = None
-    ) -> None:
-        if self.deferred and observation.keys.shape != layer.keys.shape:
-            raise UnsupportedModelError(
-                f"layer {observation.layer_idx} attends to other keys than it caches, so its attention cannot be "
-                "computed after the forward; use prefill='single', and no assisted decoding, with this model."
-            )
-        if self.deferred and observation.hides_real_tokens:
-            raise UnsupportedModelError(
-                f"the attention of layer {observation.layer_idx} hides more than padding and what comes later, so it "
-                "cannot be computed after the forward; use prefill='single' with this model."
-            )
-        if layer.buffer is None:
-            layer.buffer = QueryBuffer(capacity, spare)
-        gone = layer.buffer.push(observation)
-        if gone is None:
-            return
-        if self.selector.step == "sum":
-            self.compressor.carry(layer, gone)
-        self.compressor.carry_queries(layer, self.add_past(layer, gone), more=True)
-
-    def _observe_buffer(self, layer: RankKVLayer, keys: Tensor, values: Tensor) -> Observation:
-        if layer.buffer is None:
-            raise CacheStateError(
-                "no query of this prompt was observed; build a new cache and run the prefill again."
-            )
-        observation = layer.buffer.observe(
-            keys, values, layer.compute_positions(), layer.compute_slot_valid()
-        )
-        return self.add_past(layer, observation)

@@ -1,4 +1,4 @@
-"""How a layer holds its kept keys and values between two forwards: as they are, as int8, or in CPU memory."""
+"""Storage of kept keys and values between two forwards: unchanged, int8, in CPU memory, or without empty slots."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class PlainStorage:
-    """Holds a tensor as it is."""
+    """Hold a tensor unchanged."""
 
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
 
     def put(self, tensor: Tensor | None) -> None:
-        """Hold ``tensor [batch, kv_head, slot, head_dim]``, in full until :meth:`rest`."""
+        """Hold ``tensor [batch, kv_head, slot, head_dim]`` in full until :meth:`rest`."""
         self._tensor = tensor
 
     def get(self) -> Tensor | None:
@@ -24,68 +24,69 @@ class PlainStorage:
         return self._tensor
 
     def rest(self) -> None:
-        """Go over to the form in which the tensor waits for the next forward."""
+        """Convert the tensor to its stored form; it waits there for the next forward."""
 
     def held(self) -> list[Tensor]:
-        """Return the tensors that take memory now."""
+        """Return the tensors that use memory now."""
         return [] if self._tensor is None else [self._tensor]
 
 
 class Int8Storage(PlainStorage):
-    """Holds a tensor at rest as int8 with one float32 scale a token and head: ``x ~ q * max|x| / 127``.
+    """Store a tensor as int8 with one float32 scale per token and head: ``x ~ q * max|x| / 127``.
 
-    Going to rest again changes nothing: the largest entry of a token gives back the same scale.
+    Storing the result again changes nothing: the largest entry of a token gives the same scale.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._packed: tuple[Tensor, Tensor] | None = None
+        self._quantized: tuple[Tensor, Tensor] | None = None
         self._dtype = torch.float32
 
     def put(self, tensor: Tensor | None) -> None:
         """Hold ``tensor`` in full until :meth:`rest`."""
         super().put(tensor)
-        self._packed = None
+        self._quantized = None
 
     def get(self) -> Tensor | None:
-        """Return the tensor, computed back from int8 where it rests."""
-        if self._packed is None:
+        """Return the tensor in full, dequantized if it is stored."""
+        if self._quantized is None:
             return self._tensor
-        quantized, scale = self._packed
+        quantized, scale = self._quantized
         return (quantized * scale).to(self._dtype)
 
     def rest(self) -> None:
-        """Quantize what is held in full."""
+        """Quantize the tensor held in full."""
         if self._tensor is None:
             return
+        # Clamped, so that an all-zero token does not divide by zero.
         scale = (
             self._tensor.abs().amax(dim=-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
             / 127
         )
         self._dtype = self._tensor.dtype
-        self._packed = ((self._tensor / scale).round().to(torch.int8), scale)
+        self._quantized = ((self._tensor / scale).round().to(torch.int8), scale)
         self._tensor = None
 
     def held(self) -> list[Tensor]:
-        """Return the tensors that take memory now."""
-        return super().held() if self._packed is None else list(self._packed)
+        """Return the tensors that use memory now."""
+        return super().held() if self._quantized is None else list(self._quantized)
 
 
 class OffloadStorage(PlainStorage):
-    """Holds a tensor at rest in CPU memory, and brings it back to its device when it is asked for."""
+    """Store a tensor in CPU memory; :meth:`get` moves it back to its device."""
 
     def __init__(self) -> None:
         super().__init__()
         self._device: torch.device | None = None
 
     def put(self, tensor: Tensor | None) -> None:
-        """Hold ``tensor`` where it is until :meth:`rest`."""
+        """Hold ``tensor`` on its device until :meth:`rest`."""
         super().put(tensor)
         self._device = None if tensor is None else tensor.device
 
     def get(self) -> Tensor | None:
         """Return the tensor on the device it came from."""
-        return self._tensor if self._tensor is None else self._tensor.to(self._device)
+        return None if self._tensor is None else self._tensor.to(self._device)
 
     def rest(self) -> None:
         """Move the tensor to the CPU."""
@@ -102,26 +103,26 @@ STORAGES: dict[str, type[PlainStorage]] = {
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """Which slots of ``[batch, kv_head, slot]`` hold a token, as indices both ways.
+    """Map the slots of ``[batch, kv_head, slot]`` that hold a token to a list of tokens, and back.
 
     Parameters
     ----------
     shape : tuple of int
         ``(batch, kv_head, slot)``.
     held : Tensor
-        ``[token]`` int64, flat index of the slot of each packed token.
+        ``[token]`` int64, flat index of each token's slot.
     source : Tensor
-        ``[batch * kv_head * slot]`` int64, packed token of each slot; an empty slot shows a token of its own head.
+        ``[batch * kv_head * slot]`` int64, token of each slot; an empty slot points to a token of its own head.
     counts : list of list of int
-        Packed tokens, ``[row][kv_head]``.
+        Tokens held, ``[row][kv_head]``.
     blank : Tensor, optional
-        ``[head, 2]`` int64, row and key/value head of each head that holds no token; their slots are zeros.
+        ``[head, 2]`` int64, row and key/value head of each head without a token; its slots are zeros.
 
     Examples
     --------
     >>> layout = SlotLayout.of(torch.tensor([[[True, True], [False, True]]]))
-    >>> packed = layout.pack(torch.tensor([[[[1.0], [2.0]], [[0.0], [3.0]]]]))
-    >>> packed.flatten().tolist(), layout.unpack(packed)[:, :, -1].flatten().tolist()
+    >>> tokens = layout.unpad(torch.tensor([[[[1.0], [2.0]], [[0.0], [3.0]]]]))
+    >>> tokens.flatten().tolist(), layout.pad(tokens)[:, :, -1].flatten().tolist()
     ([1.0, 2.0, 3.0], [2.0, 3.0])
     """
 
@@ -142,42 +143,42 @@ class SlotLayout:
         blank = (counts == 0).nonzero() if not all(map(all, kept)) else None
         return cls(tuple(valid.shape), valid.flatten().nonzero()[:, 0], source.flatten(), kept, blank)
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        """Pack ``[batch, kv_head, slot, head_dim]`` to ``[token, head_dim]``."""
+    def unpad(self, tensor: Tensor) -> Tensor:
+        """Drop the empty slots: ``[batch, kv_head, slot, head_dim]`` to ``[token, head_dim]``."""
         return tensor.reshape(-1, tensor.shape[-1]).index_select(0, self.held)
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def pad(self, tokens: Tensor) -> Tensor:
         """Pad ``[token, head_dim]`` to ``[batch, kv_head, slot, head_dim]``; empty slots hold finite numbers."""
-        if not len(packed):
-            return packed.new_zeros((*self.shape, packed.shape[-1]))
-        # A head without any token is past the end where it is the last one.
-        source = self.source if self.blank is None else self.source.clamp(max=len(packed) - 1)
-        padded = packed.index_select(0, source).view(*self.shape, packed.shape[-1])
+        if not len(tokens):
+            return tokens.new_zeros((*self.shape, tokens.shape[-1]))
+        # A head without a token may point past the end.
+        source = self.source if self.blank is None else self.source.clamp(max=len(tokens) - 1)
+        padded = tokens.index_select(0, source).view(*self.shape, tokens.shape[-1])
         if self.blank is not None:
             padded[self.blank[:, 0], self.blank[:, 1]] = 0
         return padded
 
 
-class PackedStorage(PlainStorage):
-    """Holds what was kept at the last compression packed, and what came later as it is.
+class UnpaddedStorage(PlainStorage):
+    """Store the tokens of the last compression without empty slots, and later tokens unchanged.
 
-    The padded form exists from :meth:`append` to :meth:`rest`: for one attention call.
+    The padded form exists only from :meth:`append` to :meth:`rest`, for one attention call.
 
     Parameters
     ----------
     build : callable
-        Builds the storage of each of the two parts, so that they can rest as int8 or in CPU memory.
+        Builds the storage of each of the two parts: unchanged, int8 or in CPU memory.
     """
 
     def __init__(self, build: Callable[[], PlainStorage]) -> None:
         # The inherited tensor is the padded form.
         super().__init__()
         self._kept, self._later = build(), build()
-        #: Where the packed tokens stand; None if all are held as they are.
+        #: Slots of the tokens without padding; None if all tokens are held in full.
         self.layout: SlotLayout | None = None
 
     def put(self, tensor: Tensor | None) -> None:
-        """Hold ``tensor [batch, kv_head, slot, head_dim]`` in full, until :meth:`pack`."""
+        """Hold ``tensor [batch, kv_head, slot, head_dim]`` in full until :meth:`unpad`."""
         self._tensor = self.layout = None
         self._kept.put(None)
         self._later.put(tensor)
@@ -197,35 +198,35 @@ class PackedStorage(PlainStorage):
         self._tensor = self._join(later)
         return self._tensor
 
-    def _join(self, later: Tensor) -> Tensor:
-        kept = self._kept.get()
-        if self.layout is None or kept is None:
-            return later
-        return torch.cat([self.layout.unpack(kept), later], dim=-2)
-
-    def pack(self, layout: SlotLayout) -> None:
-        """Pack the first slots, those of ``layout``; later slots all hold a token."""
+    def unpad(self, layout: SlotLayout) -> None:
+        """Drop the empty slots of ``layout`` from the first slots; all later slots hold a token."""
         tensor = self._later.get()
         if tensor is None:
             return
         slots = layout.shape[-1]
-        self._kept.put(layout.pack(tensor[..., :slots, :]))
+        self._kept.put(layout.unpad(tensor[..., :slots, :]))
         # A copy, so that no view keeps the padded form in memory.
         self._later.put(tensor[..., slots:, :].clone(memory_format=torch.contiguous_format))
         self.layout = layout
 
-    @property
-    def slots(self) -> int:
-        """Slots of the padded form."""
-        held = self._later.held()
-        return (0 if self.layout is None else self.layout.shape[-1]) + (held[0].shape[-2] if held else 0)
-
     def rest(self) -> None:
-        """Drop the padded form; both parts go over to the form in which they wait."""
+        """Drop the padded form, and convert both parts to their stored form."""
         self._tensor = None
         self._kept.rest()
         self._later.rest()
 
     def held(self) -> list[Tensor]:
-        """Return the tensors that take memory now."""
+        """Return the tensors that use memory now."""
         return [*super().held(), *self._kept.held(), *self._later.held()]
+
+    @property
+    def slots(self) -> int:
+        """Number of slots of the padded form."""
+        held = self._later.held()
+        return (0 if self.layout is None else self.layout.shape[-1]) + (held[0].shape[-2] if held else 0)
+
+    def _join(self, later: Tensor) -> Tensor:
+        kept = self._kept.get()
+        if self.layout is None or kept is None:
+            return later
+        return torch.cat([self.layout.pad(kept), later], dim=-2)

@@ -1,4 +1,4 @@
-"""Calibration: a model and texts go in, a RankProfile or query filters come out."""
+"""Calibration: measures a RankProfile or query filters from a model and texts."""
 
 from .calibrate import calibrate
 from .query_filters import compute_query_filters, save_query_filters

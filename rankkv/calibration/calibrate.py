@@ -1,4 +1,4 @@
-"""Measure what compressing each layer of a model costs, text by text, into a `RankProfile`."""
+"""Calibration of a `RankProfile`: measurements of text chunks in this process, averaged to one profile."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .progress import DoneRecords
 from .settings import BASE_RATIO, RATIOS, CalibrationSettings
 from .single_runs import can_measure_heads, measure_text
 
-# One for each of `rankkv.calibration.settings.METHODS`.
+# One function for each of `rankkv.calibration.settings.METHODS`.
 _MEASURERS: dict[str, Callable[..., dict[str, Any]]] = {
     "measured": measure_text,
     "gradient": measure_gradients,
@@ -48,21 +48,21 @@ def calibrate(
     on_progress: Callable[[int, int], None] | None = None,
     share_processes: bool = False,
 ) -> RankProfile:
-    """Measure a profile: what compressing each layer costs, on pieces of the texts given.
+    """Measure a profile: the cost of compressing each layer, on chunks of the given texts.
 
     Parameters
     ----------
     model : PreTrainedModel
         A causal language model.
     tokenizer : PreTrainedTokenizerBase, optional
-        Needed where texts are strings.
+        Needed for texts that are strings.
     texts : sequence of str or Tensor
-        Strings, or token ids ``[token]`` or ``[1, token]``; several kinds of text mixed make a profile that holds
-        for all of them.
+        Strings, or token ids ``[token]`` or ``[1, token]``. A mixture of several kinds of text makes a profile that
+        holds for all of them.
     context_tokens, continuation_tokens : int
-        A piece is so many tokens compressed and so many scored.
+        Compressed and scored tokens of each text chunk.
     max_texts : int, default 12
-        Most pieces measured; of more, so many are taken, spread evenly.
+        Most text chunks measured; of more, evenly spread ones are used.
     ratios : sequence of float
         Fractions kept at which each layer is compressed alone.
     base_ratio : float, default 0.1
@@ -70,76 +70,76 @@ def calibrate(
     selector : str or Selector, default "snapkv"
         Token selection method.
     heads : bool, default True
-        Whether each key/value head gets its full cache back alone, too: what ``head_budgets="profile"`` needs, at one
-        more continuation a head. Not under tensor parallelism, where a process has some of them only, nor on flash
-        attention, whose mask is one for all of them: there a measured profile holds layers only.
+        Measure each key/value head too, with one more continuation per head: it alone gets its full cache back.
+        ``head_budgets="profile"`` needs this. With method "measured", a profile holds layers only under tensor
+        parallelism, where a process has only some heads, and on flash attention, which has one mask for all heads.
     method : {"measured", "gradient"}, default "measured"
-        Whether each layer, ratio and head takes a continuation of its own, or all are estimated to first order from one
-        forward and backward pass (:func:`rankkv.calibration.gradient.measure_gradients`): many times as fast, so that
-        more pieces can be measured. Refused under tensor parallelism and on flash and flex attention.
+        "measured" runs one continuation per layer, ratio and head. "gradient" estimates all of them to first order from
+        one forward and backward pass (:func:`rankkv.calibration.gradient.measure_gradients`). It is many times as fast,
+        so more text chunks can be measured. It fails under tensor parallelism and on flash and flex attention.
     name : str, optional
-        What to call the model.
+        Name of the model in the profile.
     resume_path : str or Path, optional
-        File that takes each piece's measurements as they are made; pieces found in it are not measured again. One that
-        was begun for another model, with other settings or by another version is refused.
+        File that stores each text chunk's measurements as soon as they are made. Chunks found in it are not measured
+        again. A file of another model, other settings or another version is an error.
     on_progress : callable, optional
-        Called with (continuations done, in all), those of this process; with gradients, with pieces.
+        Called with (continuations done, all continuations) of this process; with gradients, with text chunks.
     share_processes : bool, default False
-        Split the pieces over the processes that ``accelerate launch`` or ``torchrun`` started, all of which must then
+        Split the text chunks over the processes that ``accelerate launch`` or ``torchrun`` started. All of them must
         call this with the same arguments; each gets the whole profile.
 
     Returns
     -------
     RankProfile
-        Means over the pieces.
+        Means over the text chunks.
 
     Raises
     ------
     InputError
-        If no text is long enough, strings come without a tokenizer, or the file to go on from belongs to another
+        If no text is long enough, strings come without a tokenizer, or the file to resume from belongs to another
         calibration.
     ConfigError
         If a number is out of range.
     UnknownNameError
-        If there is no such method.
+        If ``method`` is not one of these.
     UnsupportedModelError
-        If the model's attention has no gradient and the method needs one.
+        If the method needs a gradient and the model's attention has none.
 
     Notes
     -----
-    One prefill a piece, then ``(len(ratios) + 1) * layers`` continuations, and one a head; what lies below the first
-    layer that differs is run once, so that they cost about half of as many forwards. With gradients two continuations,
-    one of which is differentiated, and attention with each ratio.
+    Each text chunk takes one prefill, then ``(len(ratios) + 1) * layers`` continuations and one per head. The layers
+    below the first layer that differs are run only once, so a continuation costs about half a forward pass. With
+    gradients there are two continuations, one of them differentiated, and attention is run with each ratio.
     """
     settings = CalibrationSettings(
         context_tokens, continuation_tokens, max_texts, tuple(ratios), base_ratio, selector, heads, method
     )
     if method == "gradient":
         check_differentiable(model)
-    pieces = settings.cut(tokenizer, texts)
+    chunks = settings.cut(tokenizer, texts)
     subject = describe_subject(model, name)
-    # Tensor-parallel processes measure each piece together.
+    # Tensor-parallel processes measure each text chunk together.
     shared = share_processes and find_head_shards(model) is None
     done = DoneRecords(
         resume_path, settings.describe(subject), find_process_rank().rank if share_processes else 0
     )
-    own = split_samples(pieces) if shared else pieces
-    cells = settings.count_cells(subject)
+    own = split_samples(chunks) if shared else chunks
+    steps = settings.count_steps(subject)
     records = []
     for number, ids in enumerate(own):
         key = settings.make_key(ids)
         if key not in done:
-            counter = itertools.count(number * cells + 1)
+            counter = itertools.count(number * steps + 1)
             report = None
             if on_progress is not None:
-                report = functools.partial(_report, on_progress, counter, len(own) * cells)
-            done.add(key, measure_piece(model, ids, settings, report))
+                report = functools.partial(_report, on_progress, counter, len(own) * steps)
+            done.add(key, measure_chunk(model, ids, settings, report))
         records.append(done[key])
-    return join_pieces(gather(records) if shared else records, subject, settings)
+    return join_chunks(gather(records) if shared else records, subject, settings)
 
 
 def describe_subject(model: Any, name: str | None = None) -> dict[str, Any]:
-    """Describe the model that is measured, JSON-ready: shape, sampled weights, dtype, compressible layers and name."""
+    """Describe the measured model, JSON-ready: shape, sampled weights, dtype, compressible layers and name."""
     return {
         "shape": describe_shape(model),
         "sample": sample_weights(model),
@@ -150,13 +150,13 @@ def describe_subject(model: Any, name: str | None = None) -> dict[str, Any]:
     }
 
 
-def measure_piece(
+def measure_chunk(
     model: Any,
     ids: Sequence[int],
     settings: CalibrationSettings,
-    on_cell: Callable[[], None] | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure one piece, given as token ids, by `measure_text` or `measure_gradients`."""
+    """Measure one text chunk, given as token ids, by `measure_text` or `measure_gradients`."""
     input_ids = torch.tensor([list(ids)], device=find_input_device(model))
     return _MEASURERS[settings.method](
         model,
@@ -166,14 +166,14 @@ def measure_piece(
         settings.base_ratio,
         settings.selector,
         settings.heads and can_measure_heads(model),
-        on_cell,
+        on_step,
     )
 
 
-def join_pieces(
+def join_chunks(
     records: Sequence[Mapping[str, Any]], subject: Mapping[str, Any], settings: CalibrationSettings
 ) -> RankProfile:
-    """Join the measurements of all pieces, in their order, to the profile of the model."""
+    """Average the measurements of all text chunks, in their order, to the profile of the model."""
     calibration = {
         "texts": len(records),
         "context_tokens": settings.context_tokens,
@@ -203,7 +203,7 @@ def join_records(
     calibration: Mapping[str, Any],
     name: str,
 ) -> RankProfile:
-    """Join what `measure_text` gave for several texts to one profile, rounded to six digits."""
+    """Average records of `measure_text` to one profile, rounded to six digits."""
 
     def average(field: str) -> Any:
         return _round(torch.tensor([record[field] for record in records], dtype=torch.float64).mean(0))
@@ -212,7 +212,7 @@ def join_records(
     for kind in records[0]["ranks"]:
         values = torch.tensor([record["ranks"][kind] for record in records], dtype=torch.float64)
         ranks[kind] = {"mean": _round(values.mean(0)), "std": _round(values.std(0, correction=0))}
-    told = {
+    distances = {
         "nll": average("nll"),
         "base_excess_loss": average("base_excess_loss"),
         "base_divergence": average("base_divergence"),
@@ -229,17 +229,18 @@ def join_records(
         head_gain_divergence=_average_heads([record["head_gain_divergence"] for record in records]),
         base_ratio=base_ratio,
         ranks=ranks,
-        calibration={**calibration, **told},
+        calibration={**calibration, **distances},
         name=name,
     )
 
 
 def _average_heads(tables: Sequence[Sequence[Sequence[float]]]) -> Any:
-    """Return means over the texts, ``[layer][kv_head]``; layers may have different numbers of heads."""
+    """Average over the texts, ``[layer][kv_head]``; layers may differ in their numbers of heads."""
     return [_round(torch.tensor(rows, dtype=torch.float64).mean(0)) for rows in zip(*tables, strict=True)]
 
 
 def _round(values: Tensor) -> Any:
+    """Convert to nested lists of numbers rounded to six significant digits."""
     nested = values.tolist()
 
     def shorten(value: Any) -> Any:

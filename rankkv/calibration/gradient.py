@@ -1,4 +1,4 @@
-"""What compressing each layer and head of a model costs on one text, to first order: all from one backward pass."""
+"""Calibration method "gradient": first-order estimates for all layers, ratios and heads of a text from one gradient."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ from ..observe.hook import AttentionObserver
 from .settings import BASE_RATIO, RATIOS
 from .single_runs import Continuation, Reference, TextPrefill, can_measure_heads, mark_kept
 
-# The gradient of a mean over many tokens is too small for half precision; a power of two changes nothing else.
+# The gradient of a mean over many tokens is too small for half precision. Scaling by a power of two is exact.
 _SCALE = 1024.0
 
 
 class GatedCache(AttentionObserver, DynamicCache):
-    """A full cache of which every head sees some tokens, and shows how its output would change if it saw others.
+    """Full cache in which each head attends to a set of tokens, with gates towards alternative sets.
 
-    Each layer's attention is run with what it sees and with each alternative.  The output is that of what it sees, plus
-    the difference of every alternative times a gate of its own for each key/value head.  The gates are zero, so that
-    the model computes what it sees; the gradient at a gate is the change that its alternative makes, to first order.
+    ``output = o(seen) + sum_a gate[a, kv_head] * (o(alternative_a) - o(seen))``
+
+    Each layer's attention is run with the seen tokens and with each alternative. All gates are zero, so the model
+    computes the output of the seen tokens. The gradient at a gate is the change that its alternative makes, to first
+    order.
 
     Parameters
     ----------
     model : PreTrainedModel
-        The model that will run.
+        Model that will run with the cache.
     full : RankKVCache
-        Holds all tokens of a prompt; its layers are taken over.
+        Cache with all tokens of a prompt; its layers are used, not copied.
     seen : mapping
-        For each compressible layer ``[1, kv_head, token]`` bool: which tokens of the prompt are seen.
+        For each compressible layer, the seen tokens of the prompt as ``[1, kv_head, token]`` bool.
     alternatives : sequence of mapping
         The same, for each alternative.
     """
@@ -70,37 +72,38 @@ class GatedCache(AttentionObserver, DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values, and take this layer's next attention call."""
+        """Append new keys and values, and claim this layer's next attention call."""
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx in self.gates:
             hook.hand_off(self, layer_idx, states[0].shape[-2])
         return states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
-        """Leave the state of a linear layer as it is: written over in place, it would be lost to the gradient."""
+        """Leave the state of a linear layer as it is, since an update in place breaks the gradient."""
         return recurrent_states
 
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
-        """Run the layer's attention with what it sees, and add each alternative's difference times its gate."""
+        """Run the layer's attention with its seen tokens, plus each alternative's gated difference."""
         self._attended[layer_idx] = call.key
         return self.attend_shared(layer_idx, call)
 
     def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
-        """Do the same for a layer without keys of its own: it sees what ``layer_idx`` keeps, behind the same gates."""
+        """Run the attention of a layer that shares the keys of ``layer_idx``, with the same gates."""
         output, *rest = self._run(call, self._seen[layer_idx])
         gates = self.gates[layer_idx]
         with torch.no_grad():
             others = [self._run(call, tokens[layer_idx])[0] for tokens in self._alternatives]
-            # ``[alternative, batch, query, head, head_dim]``, the query heads of a key/value head side by side.
+            # ``[alternative, batch, query, kv_head, group, head_dim]``: one gate for all query heads of a group.
             changes = (torch.stack(others) - output).unflatten(-2, (gates.shape[1], -1)).to(gates.dtype)
         gated = torch.einsum("ak,abqkgd->bqkgd", gates, changes).flatten(-3, -2)
         return output + gated.to(output.dtype), *rest
 
     def find_attended(self, key: Tensor) -> int | None:
-        """Return the layer whose attention was last given these very keys, if there is one."""
+        """Return the layer whose last attention call used this key tensor, or None."""
         return next((index for index, attended in self._attended.items() if attended is key), None)
 
     def _run(self, call: AttentionCall, tokens: Tensor) -> Any:
+        # Tokens after the prompt belong to the continuation and are always seen.
         later = call.key.shape[-2] - tokens.shape[-1]
         valid = torch.cat([tokens, tokens.new_ones((*tokens.shape[:2], later))], dim=-1)
         positions = torch.arange(valid.shape[-1], device=valid.device)[None, None]
@@ -110,29 +113,29 @@ class GatedCache(AttentionObserver, DynamicCache):
 
 
 def check_differentiable(model: Any) -> None:
-    """Check that what each head sees can be changed, and that gradients pass through the model's attention.
+    """Check that each head can be masked alone and that attention has a gradient.
 
     Raises
     ------
     UnsupportedModelError
-        Under tensor parallelism, on flash and flex attention, and with weights that were made in inference mode.
+        Under tensor parallelism, on flash and flex attention, and with weights created in inference mode.
     """
     backend = model.config.get_text_config(decoder=True)._attn_implementation
     if not can_measure_heads(model) or backend == "flex_attention":
         raise UnsupportedModelError(
-            f"method='gradient' needs all heads in one process and a mask for each, and gradients through {backend}: "
+            f"method='gradient' needs all heads in one process, a mask for each, and gradients through {backend}: "
             "use attn_implementation='sdpa' or 'eager' without tensor parallelism, or method='measured'."
         )
     if any(tensor.is_inference() for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise UnsupportedModelError(
-            "method='gradient' needs weights that were not made in torch.inference_mode(): load the model outside of "
-            "it, or use method='measured'."
+            "method='gradient' needs weights that were not created in torch.inference_mode(): load the model outside "
+            "of it, or use method='measured'."
         )
 
 
 @contextmanager
 def _only_gates_differentiable(model: Any) -> Iterator[None]:
-    """Let nothing but the gates have a gradient, nothing be dropped out and no activation be computed twice."""
+    """Give only the gates a gradient, and turn off dropout and gradient checkpointing."""
     training = [module for module in model.modules() if module.training]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -147,7 +150,7 @@ def _only_gates_differentiable(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-# What is made in inference mode, where a caller may be, takes part in no gradient.
+# The caller may be in inference mode, whose tensors have no gradient.
 @torch.inference_mode(False)
 def measure_gradients(
     model: Any,
@@ -157,32 +160,34 @@ def measure_gradients(
     base_ratio: float = BASE_RATIO,
     selector: Any = "snapkv",
     heads: bool = True,
-    on_cell: Callable[[], None] | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Estimate what every compressible layer and head of a model costs on one text, from one forward and its gradient.
+    """Estimate the cost of compressing every layer and head on one text from one gradient.
 
-    All layers keep ``base_ratio``.  The change of the distance to the full cache when one head keeps another fraction
-    alone is taken to first order, ``sum_q <d distance / d o_q, o_q' - o_q>`` with the head's outputs o and, with the
-    other fraction, o'; what a layer changes is the sum over its heads.  So the curves stand beside layers that keep
-    ``base_ratio``, where those of :func:`rankkv.calibration.single_runs.measure_text` stand beside full ones.
+    All layers keep ``base_ratio``. The estimate is the first-order change of the distance to the full cache when one
+    head alone keeps another fraction: ``sum_q <d distance / d o_q, o_q' - o_q>``. Here o is the head's output, and o'
+    its output with the other fraction. A layer's change is the sum over its heads.
+
+    In these curves all other layers keep ``base_ratio``. In those of
+    :func:`rankkv.calibration.single_runs.measure_text` all other layers are full.
 
     Parameters
     ----------
     model, input_ids, context_tokens, ratios, base_ratio, selector, heads
-        See :func:`rankkv.calibration.single_runs.measure_text`.  The weights are not changed, and get no gradient.
-    on_cell : callable, optional
+        See :func:`rankkv.calibration.single_runs.measure_text`. The weights are not changed and get no gradient.
+    on_step : callable, optional
         Called once, at the end.
 
     Returns
     -------
     dict
-        As :func:`rankkv.calibration.single_runs.measure_text`; ``excess_loss`` and ``divergence`` are differences to all
-        tokens, which a slope may tell to be negative.
+        As :func:`rankkv.calibration.single_runs.measure_text`. ``excess_loss`` and ``divergence`` are differences from
+        the layer with all tokens; as first-order estimates they may be negative.
 
     Raises
     ------
     UnsupportedModelError
-        Where heads cannot be masked one by one, or no gradient passes through the model's attention.
+        If heads cannot be masked one by one, or the model's attention has no gradient.
     """
     check_differentiable(model)
     context, rest = input_ids[:, :context_tokens].clone(), input_ids[:, context_tokens:].clone()
@@ -200,14 +205,14 @@ def measure_gradients(
         with torch.enable_grad():
             logits = model(rest, **cache_argument(cache)).logits[0, :-1]
             loss, divergence = reference.compute_distances(logits)
-            # Without a layer to compress there is no gate, and nothing to differentiate.
+            # A model without a layer to compress has no gate and nothing to differentiate.
             by_loss = torch.autograd.grad(_SCALE * loss, gates, retain_graph=True) if gates else ()
             by_divergence = torch.autograd.grad(_SCALE * divergence, gates) if gates else ()
         ranks = prefill.measure_ranks()
-    if on_cell is not None:
-        on_cell()
-    loss_curves, loss_gains, _ = _split(by_loss)
-    curves, gains, head_gains = _split(by_divergence)
+    if on_step is not None:
+        on_step()
+    loss_curves, loss_gains, _ = _split_gradients(by_loss)
+    curves, gains, head_gains = _split_gradients(by_divergence)
     return {
         "layer_indices": list(cache.gates),
         "nll": reference.nll,
@@ -223,14 +228,17 @@ def measure_gradients(
 
 
 def _find_seen(full: RankKVCache, compressed: RankKVCache) -> dict[int, Tensor]:
-    """Return which tokens each head of a compressed cache holds, ``[1, kv_head, token]`` bool by layer."""
+    """Mark the tokens that each head of a compressed cache holds, ``[1, kv_head, token]`` bool by layer."""
     return {index: mark_kept(full.layers[index], compressed.layers[index]) for index in full.layer_indices}
 
 
-def _split(
+def _split_gradients(
     gradients: Sequence[Tensor],
 ) -> tuple[list[list[float]], list[float], list[list[float]]]:
-    """Return curves ``[layer][ratio]``, gains ``[layer]`` and gains ``[layer][kv_head]``; all tokens come last."""
+    """Split gradients into curves ``[layer][ratio]``, gains ``[layer]`` and gains ``[layer][kv_head]``.
+
+    The last alternative of each layer is the full cache.
+    """
     curves, gains, head_gains = [], [], []
     for changes in gradients:
         *fewer, everything = changes.cpu().double() / _SCALE

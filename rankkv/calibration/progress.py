@@ -1,4 +1,4 @@
-"""The file from which an interrupted calibration goes on: one line for each piece that is done."""
+"""DoneRecords: the progress file of a calibration, with one line per measured text chunk."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from ..utils.files import write_text_atomically
 
 FORMAT = "rankkv-unfinished-calibration"
 VERSION = 1
-#: What it means where the digest of one of these is another.
+# Digests are meaningless to a reader, so a difference in one of these is put into words.
 _DIGESTS = {"model": "a model of another shape", "weights": "other weights"}
 
 
 class DoneRecords:
-    """Measurements by piece, kept in a file as they are made; several processes keep one file each and read all.
+    """Measurements by text chunk, appended to a file as soon as they are made.
 
-    The file is JSON lines: the first says of which calibration, each other one holds a piece and is flushed to the disk
-    before the next is measured. Lines are only ever added. A last line that was half written when the process or the
-    machine stopped counts as not there, and its piece is measured again.
+    The file is JSON lines. The first line identifies the calibration. Each other line holds one text chunk and is
+    flushed to the disk before the next chunk is measured. Lines are only ever added. An unfinished last line, left by a
+    crash, is ignored and its text chunk is measured again. Each process writes a file of its own and reads all.
 
     Parameters
     ----------
     path : str or Path, optional
-        Without it they live in memory only.
+        Without it the measurements are kept in memory only.
     identity : mapping, optional
-        What all pieces depend on, JSON-ready; from `CalibrationSettings.describe`.
+        Everything that all measurements depend on, JSON-ready; from `CalibrationSettings.describe`.
     rank : int, default 0
-        Number of this process; 0 writes to ``path``, others to ``path`` with their number behind it.
+        Number of this process. Process 0 writes to ``path``, others to ``path`` with their number appended.
 
     Raises
     ------
     InputError
-        If a file is there and holds something else, or pieces of another calibration; the message says what differs.
+        If an existing file holds something else, or another calibration; the message names the differences.
 
     Examples
     --------
     >>> done = DoneRecords(None)
-    >>> done.add("first piece", {"nll": 2.5})
-    >>> "first piece" in done, done["first piece"]
+    >>> done.add("first chunk", {"nll": 2.5})
+    >>> "first chunk" in done, done["first chunk"]
     (True, {'nll': 2.5})
     """
 
@@ -66,7 +66,7 @@ class DoneRecords:
         return self._done[key]
 
     def add(self, key: str, record: dict[str, Any]) -> None:
-        """Keep the measurements of one more piece.
+        """Add the measurements of one text chunk.
 
         Raises
         ------
@@ -80,10 +80,11 @@ class DoneRecords:
             self._append(self._own, json.dumps({"piece": key, "measured": record}) + "\n")
         except OSError as error:
             raise InputError(
-                f"cannot write {str(self._own)!r}, which keeps what is measured: {error.strerror or error}."
+                f"cannot write the measurements to {str(self._own)!r} ({error.strerror or error}): name another file."
             ) from error
 
     def _append(self, path: Path, line: str) -> None:
+        # A run that was stopped may have left half a line; cut it off before the first line of this run.
         if not path.is_file() or not (self._is_ready or _cut_unfinished_line(path)):
             write_text_atomically(path, self._header)
         self._is_ready = True
@@ -95,17 +96,17 @@ class DoneRecords:
     def _read(self, path: Path) -> dict[str, Any]:
         content = path.read_bytes()
         if self._header.encode().startswith(content):
-            # Nothing is in it but its beginning, or not even all of that.
+            # The file holds at most its first line, or the beginning of it.
             return {}
         first, *lines = content.split(b"\n")
         self._check_header(path, first)
         done = {}
-        # What stands behind the last newline is half a line, or nothing.
+        # After the last newline comes an unfinished line, or nothing.
         for number, line in enumerate(lines[:-1], start=2):
             entry = _parse(line)
             if not isinstance(entry.get("piece"), str) or not isinstance(entry.get("measured"), dict):
                 raise InputError(
-                    f"line {number} of {str(path)!r} is damaged: delete that line, and its piece is measured again."
+                    f"line {number} of {str(path)!r} is damaged: delete that line to measure its text chunk again."
                 )
             done[entry["piece"]] = entry["measured"]
         return done
@@ -114,29 +115,28 @@ class DoneRecords:
         found, wanted = _parse(line), json.loads(self._header)
         if found.get("format") != FORMAT:
             raise InputError(
-                f"{str(path)!r} holds no measurements that this RankKV can go on from: delete it, or name another "
-                "file."
+                f"{str(path)!r} holds no measurements that this RankKV can resume: delete it, or name another file."
             )
         differing = [
-            _DIGESTS.get(name, f"{name} {found.get(name)!r} there, {value!r} here")
+            _DIGESTS.get(name, f"{name}: file {found.get(name)!r}, now {value!r}")
             for name, value in wanted.items()
             if found.get(name) != value
         ]
         if differing:
             raise InputError(
-                f"{str(path)!r} holds pieces of another calibration ({'; '.join(differing)}): go on with its options, "
+                f"{str(path)!r} holds measurements of another calibration ({'; '.join(differing)}): use its options, "
                 "delete the file, or name another."
             )
 
 
 def forget_done(path: str | Path) -> None:
-    """Delete what `DoneRecords` kept, of all processes."""
+    """Delete the files that `DoneRecords` wrote, those of all processes."""
     for file in _list_files(Path(path)):
         file.unlink(missing_ok=True)
 
 
 def _cut_unfinished_line(path: Path) -> bool:
-    """Cut off what stands behind the last newline, and say whether anything is left."""
+    """Cut off an unfinished last line and return whether any line is left."""
     with path.open("rb+") as file:
         content = file.read()
         end = content.rfind(b"\n") + 1
@@ -146,6 +146,7 @@ def _cut_unfinished_line(path: Path) -> bool:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
+    """Parse one line; empty if it is not a JSON object."""
     try:
         found = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Calibration of Q-Filters: the principal direction of each head's queries over some texts, in one JSON file."""
+"""Calibration of Q-Filters: the principal direction of each head's queries over texts, saved as one JSON file."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def compute_query_filters(
 ) -> dict[int, Tensor]:
     """Compute the filters of selector ``"qfilter"``: the principal direction of each head's queries.
 
-    Runs one forward a text and keeps the mean and covariance of the queries alone, so that memory does not grow with
-    the number of texts.
+    Each text takes one forward pass. Only the mean and covariance of the queries are kept, so memory does not grow
+    with the number of texts.
 
     Parameters
     ----------
     model : PreTrainedModel
-        The model the filters are for.
+        Model that will use the filters.
     texts : iterable of str or Tensor
-        Texts, or their token ids ``[token]`` or ``[1, token]``; some twenty of 2,048 tokens are the paper's choice.
+        Texts, or their token ids ``[token]`` or ``[1, token]``. The paper uses about twenty texts of 2,048 tokens.
     tokenizer : PreTrainedTokenizerBase, optional
         Needed for texts that are strings.
     max_tokens : int, default 2048
@@ -46,7 +46,7 @@ def compute_query_filters(
     Raises
     ------
     ConfigError
-        If a text is a string and no tokenizer is given, or ``max_tokens`` is no integer of at least 1.
+        If a text is a string and no tokenizer is given, or ``max_tokens`` is not an integer of at least 1.
     InputError
         If there is no text, or a text is empty.
 
@@ -70,6 +70,7 @@ def compute_query_filters(
     moments: dict[int, Tensor] = {}
     key_heads: dict[int, int] = {}
 
+    # A selector sees the queries of every layer; this one collects their moments and evicts nothing.
     def score(observation: Observation) -> Tensor:
         new = compute_query_moments(observation, "turned")
         past = moments.get(observation.layer_idx)
@@ -77,10 +78,10 @@ def compute_query_filters(
         key_heads[observation.layer_idx] = observation.keys.shape[1]
         return observation.real_index.float()
 
-    watch = Selector("query moments", score, "queries", "control")
+    collector = Selector("query moments", score, "queries", "control")
     for text in texts:
         ids = _read_ids(text, tokenizer)[:, :max_tokens].to(find_input_device(model))
-        run_prefill(model, RankKVCache(model, 1.0, selector=watch, strategy="uniform"), ids)
+        run_prefill(model, RankKVCache(model, 1.0, selector=collector, strategy="uniform"), ids)
     if not moments:
         raise InputError("there is no text to compute query filters from: give at least one.")
     return {
@@ -89,17 +90,25 @@ def compute_query_filters(
 
 
 def save_query_filters(filters: Mapping[int, Tensor], path: str | Path) -> Path:
-    """Write filters to one JSON file, which ``get_selector("qfilter", filters=path)`` reads, and return its path.
+    """Write filters to one JSON file and return its path.
+
+    ``get_selector("qfilter", filters=path)`` reads the file.
 
     Parameters
     ----------
     filters : mapping of int to Tensor
-        What :func:`compute_query_filters` returns.
+        Filters from :func:`compute_query_filters`.
     path : str or Path
-        Where the file goes; an existing one is replaced in one step.
+        File to write; an existing one is replaced in one step.
+
+    Raises
+    ------
+    InputError
+        If the written file does not hold filters.
     """
     layers = {str(layer): found.tolist() for layer, found in filters.items()}
     path = write_text_atomically(path, dump_json({"format": FORMAT, "layers": layers}))
+    # Read the file back, so that wrong filters fail here and not at their first use.
     load_query_filters(path)
     return path
 
@@ -107,9 +116,9 @@ def save_query_filters(filters: Mapping[int, Tensor], path: str | Path) -> Path:
 def _read_ids(text: str | Tensor, tokenizer: Any) -> Tensor:
     if isinstance(text, str):
         if tokenizer is None:
-            raise ConfigError("texts that are strings need tokenizer=; without one, give token ids.")
+            raise ConfigError("texts that are strings need tokenizer=: give it, or give token ids.")
         text = tokenizer(text, return_tensors="pt").input_ids
     ids = check_input_ids(text)
     if ids.shape[0] != 1:
-        raise InputError(f"token ids of one text are [token] or [1, token], got {tuple(ids.shape)}.")
+        raise InputError(f"token ids of one text must be [token] or [1, token], got {tuple(ids.shape)}.")
     return ids

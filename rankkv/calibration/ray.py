@@ -1,4 +1,4 @@
-"""Calibration on Ray: pieces of text are tasks, on this machine or a cluster; what a dead worker had, another does."""
+"""Calibration on Ray: text chunks as tasks on this machine or a cluster, repeated if their worker dies."""
 
 from __future__ import annotations
 
@@ -19,32 +19,43 @@ from ..models.embedded import EMBEDDED
 from ..models.loading import load_model
 from ..profile.record import RankProfile
 from ..utils.hub import require
-from .calibrate import describe_subject, join_pieces, measure_piece
+from .calibrate import describe_subject, join_chunks, measure_chunk
 from .gradient import check_differentiable
 from .progress import DoneRecords
 from .settings import CalibrationSettings
 
-#: So often a piece is measured again after its worker died; more deaths than that are no accident.
+#: Times that a text chunk is measured again after its worker died; more deaths point to a cause other than chance.
 RETRIES = 5
-# More than any cluster works on at once; the list of what runs is walked at every result.
+# More than any cluster runs at once. A bound is needed, because every result walks the list of running tasks.
 _MOST_AT_ONCE = 1000
-# Pieces and measurements are small; Ray's own default is a third of the memory.
+# Text chunks and measurements are small; Ray's own default is a third of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
 _PROBE_SECONDS = 10.0
 _STARTS = 2
+# An HTTP/2 frame of type 4 (SETTINGS) without a payload.
 _EMPTY_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
 @contextmanager
 def connect(address: str | None, workers: int | None) -> Iterator[None]:
-    """Join a cluster, or start Ray on this machine; leave it again unless the user's program was in it already."""
+    """Join a cluster or start Ray on this machine, and shut it down at the end.
+
+    A program that is connected to Ray already stays connected.
+
+    Raises
+    ------
+    ConfigError
+        If an address is given although the program is connected already.
+    SourceUnavailableError
+        If Ray cannot be started, or no cluster answers at the address.
+    """
     import ray
 
     if ray.is_initialized():
         if address is not None:
             raise ConfigError(
                 f"this program is connected to Ray already, so address={address!r} has no effect: leave it out, or "
-                "call ray.shutdown() before."
+                "call ray.shutdown() first."
             )
         yield
         return
@@ -68,7 +79,10 @@ def connect(address: str | None, workers: int | None) -> Iterator[None]:
 
 
 def _initialize(options: dict[str, Any], address: str | None) -> None:
-    """Call ``ray.init``; again where Ray did not start, since on a busy machine its processes miss its own limits."""
+    """Call ``ray.init``, a second time if Ray did not start on this machine.
+
+    On a busy machine Ray's processes may start too slowly for its own time limits.
+    """
     import ray
 
     for attempt in range(_STARTS if address is None else 1, 0, -1):
@@ -76,7 +90,7 @@ def _initialize(options: dict[str, Any], address: str | None) -> None:
             ray.init(**options)
             return
         except Exception as error:
-            # What a failed connection raises depends on the way in; it is none of the errors of this library.
+            # A failed connection raises different errors for different kinds of address.
             ray.shutdown()
             if attempt == 1:
                 raise _explain(address, _shorten(error)) from error
@@ -84,7 +98,9 @@ def _initialize(options: dict[str, Any], address: str | None) -> None:
 
 def _explain(address: str | None, reason: str) -> SourceUnavailableError:
     if address is None:
-        return SourceUnavailableError(f"Ray cannot be started on this machine ({reason}).")
+        return SourceUnavailableError(
+            f"Ray cannot be started on this machine ({reason}): calibrate without it, or give a cluster's address."
+        )
     return SourceUnavailableError(
         f"there is no Ray cluster that can be joined at {address!r} ({reason}): give the address of a running one, "
         "such as host:6379 or ray://host:10001, or none to start Ray on this machine."
@@ -92,7 +108,10 @@ def _explain(address: str | None, reason: str) -> SourceUnavailableError:
 
 
 def _check_address(address: str) -> None:
-    """Raise where nothing answers, or something else: Ray itself would try for minutes, or end the process."""
+    """Raise if Ray does not answer at the address.
+
+    Without this check Ray tries for minutes, or ends the process.
+    """
     given = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     if given == "auto":
         return
@@ -107,7 +126,7 @@ def _check_address(address: str) -> None:
         with socket.create_connection((host, port), timeout=_PROBE_SECONDS) as connection:
             if os.environ.get("RAY_USE_TLS", "0") != "0":
                 return
-            # Ray speaks gRPC, so HTTP/2, whose server answers the client's greeting with a frame of settings.
+            # Ray uses gRPC over HTTP/2. Such a server answers the client's preface with a SETTINGS frame.
             connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _EMPTY_SETTINGS)
             answer = connection.recv(len(_EMPTY_SETTINGS))
     except OSError as error:
@@ -118,12 +137,12 @@ def _check_address(address: str) -> None:
 
 @contextmanager
 def _environment(workers: int | None) -> Iterator[None]:
-    """Set what Ray and its workers read as they start, unless the user has set it."""
+    """Set the environment variables that Ray and its workers read at their start, unless the user has set them."""
     import torch
 
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Its new way with GPUs, which it else announces on every start: none asked for leaves them as they are.
+        # With "0", a task that requests no GPU leaves CUDA_VISIBLE_DEVICES as it is. Unset, every start warns of it.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers) if workers else 1),
     }
@@ -137,6 +156,7 @@ def _environment(workers: int | None) -> Iterator[None]:
 
 
 def _shorten(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return (lines[0].rstrip(".:") if lines else "") or type(error).__name__
 
@@ -144,7 +164,17 @@ def _shorten(error: BaseException) -> str:
 def run_tasks(
     task: Any, arguments: Mapping[str, tuple[Any, ...]], at_once: int | None, on_loss: Callable[[str], None]
 ) -> Generator[tuple[str, Any], None, None]:
-    """Run a task for each of several arguments and yield results as they come; what dies with its worker runs again."""
+    """Run a Ray task for each of several arguments and yield (key, result) as results arrive.
+
+    A task whose worker dies runs again, up to ``RETRIES`` times.
+
+    Raises
+    ------
+    ProcessGroupError
+        If workers die again and again on the same task, or Ray gives the task up.
+    RankKVError
+        If a task raises it.
+    """
     import ray
     from ray import exceptions
 
@@ -173,16 +203,18 @@ def run_tasks(
                 deaths[key] += 1
                 if deaths[key] > RETRIES:
                     raise ProcessGroupError(
-                        f"{deaths[key]} workers died on the same piece, most likely for lack of memory: lower the "
+                        f"{deaths[key]} workers died on the same text chunk, most likely for lack of memory: lower the "
                         "number of workers or context_tokens, or use machines with more memory."
                     ) from error
                 waiting.appendleft(key)
                 on_loss(
-                    "A worker died before it had done its piece of text; another measures that piece again "
+                    "A worker died before it had measured its text chunk; another worker measures it again "
                     f"(attempt {deaths[key] + 1} of {RETRIES + 1})."
                 )
             except exceptions.RayError as error:
-                raise ProcessGroupError(f"Ray gave a piece up ({_shorten(error)}).") from error
+                raise ProcessGroupError(
+                    f"Ray gave up a text chunk ({_shorten(error)}): start the calibration again."
+                ) from error
             else:
                 yield key, result
     finally:
@@ -204,55 +236,55 @@ def calibrate_on_ray(
     on_loss: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> RankProfile:
-    """Measure a profile as `rankkv.calibration.calibrate.calibrate` does, its pieces of text shared out by Ray.
+    """Measure a profile as `rankkv.calibration.calibrate.calibrate` does, with text chunks as Ray tasks.
 
-    Each worker loads the model once; this process loads none. A piece whose worker or machine dies is measured by
-    another, and every piece is in the resume file as soon as it arrives, so that this process may be stopped too.
-    Pieces are joined in their order: the profile does not depend on who measured what.
+    Each worker loads the model once; this process does not load it. If a worker or its machine dies, another measures
+    the text chunk. Every measurement is written to the resume file as soon as it arrives, so this process may be
+    stopped too. Measurements are averaged in the order of the chunks: the profile does not depend on the workers.
 
     Parameters
     ----------
     model : str or path
-        What `rankkv.load_model` takes; on a cluster, a hub id, "embedded" or a path that every machine sees.
+        As in `rankkv.load_model`. On a cluster, a hub id, "embedded" or a path that every machine can read.
     texts : sequence of str
         Documents.
     dtype, device_map : optional
-        Of `rankkv.load_model`. Without a ``device_map`` a worker takes the GPUs that Ray gives it, or the CPU.
+        As in `rankkv.load_model`. Without a ``device_map`` a worker uses the GPUs that Ray gives it, or the CPU.
     address : str, optional
-        A cluster, as ``ray.init`` takes it: "host:6379" from one of its machines, "ray://host:10001" from elsewhere, or
-        "auto". By default Ray is started on this machine and ends with the call. A program that has called ``ray.init``
-        itself is left connected as it is.
+        Address of a cluster for ``ray.init``: "host:6379" from one of its machines, "ray://host:10001" from elsewhere,
+        or "auto". By default Ray is started on this machine and ends with the call. A program that has called
+        ``ray.init`` itself stays connected.
     workers : int, optional
-        Most pieces measured at once, by default as many as there are CPUs, or as the GPUs suffice for. Each worker
-        holds the model. On this machine they share its threads.
+        Most text chunks measured at once; by default limited by the CPUs, or by the GPUs if workers use them. Each
+        worker holds the model. On this machine the workers share its threads.
     gpus_per_worker : int, optional
-        By default 1 where the cluster has any, else 0; over several, the model's layers are spread.
+        By default 1 if the cluster has GPUs, else 0. With several, the model's layers are spread over them.
     resume_path : str or Path, optional
-        As in `calibrate`, which can go on with the same file.
+        As in `calibrate`, which can resume from the same file.
     on_progress : callable, optional
-        Called with (continuations done, in all) at the start and after each piece.
+        Called with (continuations done, all continuations) at the start and after each text chunk.
     on_loss : callable, optional
-        Called with a sentence when a worker died; by default it is a warning.
+        Called with a sentence when a worker died; by default the sentence is a warning.
     **settings
-        Of `rankkv.calibration.settings.CalibrationSettings`.
+        Fields of `rankkv.calibration.settings.CalibrationSettings`.
 
     Returns
     -------
     RankProfile
-        Means over the pieces.
+        Means over the text chunks.
 
     Raises
     ------
     MissingDependencyError
         If Ray is not installed.
     SourceUnavailableError
-        If there is no cluster at the address.
+        If no cluster answers at the address, or Ray cannot be started on this machine.
     ConfigError
         If a number is out of range, or an address is given although the program is connected already.
     ProcessGroupError
-        If workers die again and again on the same piece, or run another version of RankKV.
+        If workers die again and again on the same text chunk, or run another version of RankKV.
     RankKVError
-        What `load_model` and `calibrate` raise, from a worker too.
+        As `load_model` and `calibrate`, also from a worker.
 
     Examples
     --------
@@ -264,7 +296,7 @@ def calibrate_on_ray(
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value} but must be at least {least}.")
     chosen = CalibrationSettings(**settings)
-    told = on_loss or functools.partial(warnings.warn, stacklevel=2)
+    on_loss = on_loss or functools.partial(warnings.warn, stacklevel=2)
     with connect(address, workers):
         import ray
 
@@ -274,51 +306,51 @@ def calibrate_on_ray(
         if device_map is None and gpus:
             device_map = "cuda" if gpus == 1 else "auto"
         source = (__version__, _locate(model), dtype, device_map)
-        # Ray's own retries are off, because it tells of none.
+        # Ray's own retries are off, because it does not report them.
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)
-        asked = {"": (source, os.fspath(model), list(texts), chosen)}
-        ((_, (subject, pieces)),) = run_tasks(remote(_prepare), asked, 1, told)
+        preparation = {"": (source, os.fspath(model), list(texts), chosen)}
+        ((_, (subject, chunks)),) = run_tasks(remote(_prepare), preparation, 1, on_loss)
         done = DoneRecords(resume_path, chosen.describe(subject))
-        keys = [chosen.make_key(ids) for ids in pieces]
+        keys = [chosen.make_key(ids) for ids in chunks]
         missing = {
-            key: (source, ids, chosen) for key, ids in zip(keys, pieces, strict=True) if key not in done
+            key: (source, ids, chosen) for key, ids in zip(keys, chunks, strict=True) if key not in done
         }
-        cells = chosen.count_cells(subject)
+        steps = chosen.count_steps(subject)
 
         def report() -> None:
             if on_progress is not None:
-                on_progress(sum(key in done for key in keys) * cells, len(keys) * cells)
+                on_progress(sum(key in done for key in keys) * steps, len(keys) * steps)
 
         report()
-        # Closed while Ray is still there, whatever ends this.
-        with closing(run_tasks(remote(_measure), missing, workers, told)) as results:
+        # An error or a stop must cancel the running tasks before Ray is shut down.
+        with closing(run_tasks(remote(_measure), missing, workers, on_loss)) as results:
             for key, record in results:
                 done.add(key, record)
                 report()
-    return join_pieces([done[key] for key in keys], subject, chosen)
+    return join_chunks([done[key] for key in keys], subject, chosen)
 
 
 def _locate(model: str | os.PathLike[str]) -> str:
-    # A worker's working directory may be another one.
+    """Make a path absolute, because a worker may have another working directory."""
     name = os.fspath(model)
     return os.path.abspath(name) if name != EMBEDDED and os.path.exists(name) else name
 
 
-# -- in a worker --------------------------------------------------------------------------------------------------
+# -- functions that run in a worker ---------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
 def _load(version: str, name: str, dtype: str | None, device_map: Any) -> tuple[Any, Any]:
-    """Load the model, once a worker process."""
+    """Load the model, once per worker process."""
     if version != __version__:
         raise ProcessGroupError(
-            f"a worker runs RankKV {__version__} and this machine {version}: install the same version on all."
+            f"a worker runs RankKV {__version__} but this machine runs {version}: install the same version on all."
         )
     return load_model(name, dtype, device_map)
 
 
 def _prepare(source: tuple[Any, ...], name: str, texts: list[str], settings: CalibrationSettings) -> Any:
-    """Describe the model and cut the texts, which takes the model and its tokenizer."""
+    """Describe the model and cut the texts; both need the loaded model or its tokenizer."""
     model, tokenizer = _load(*source)
     if settings.method == "gradient":
         check_differentiable(model)
@@ -326,5 +358,6 @@ def _prepare(source: tuple[Any, ...], name: str, texts: list[str], settings: Cal
 
 
 def _measure(source: tuple[Any, ...], ids: list[int], settings: CalibrationSettings) -> dict[str, Any]:
+    """Measure one text chunk."""
     model, _ = _load(*source)
-    return measure_piece(model, ids, settings)
+    return measure_chunk(model, ids, settings)

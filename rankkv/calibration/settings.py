@@ -1,4 +1,4 @@
-"""Pieces of text that a calibration measures, and its settings."""
+"""CalibrationSettings: the settings of a calibration, and the text chunks cut by them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ..errors import ConfigError, InputError, UnknownNameError
 RATIOS = (0.03, 0.05, 0.1, 0.2, 0.4)
 #: Fraction kept of all layers while one of them gets its full cache back.
 BASE_RATIO = 0.1
-#: How a piece is measured: by a continuation a layer, ratio and head, or all to first order by one gradient.
+#: Ways to measure a text chunk: one continuation per layer, ratio and head, or first-order estimates from one gradient.
 METHODS = ("measured", "gradient")
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What is measured on how much text.
+    """Settings of a calibration, checked.
 
     Parameters
     ----------
     context_tokens, continuation_tokens : int
-        A piece is so many tokens compressed and so many scored.
+        Compressed and scored tokens of each text chunk.
     max_texts : int
-        Most pieces measured.
+        Most text chunks measured.
     ratios : tuple of float
         Fractions kept at which each layer is compressed alone, ascending.
     base_ratio : float
@@ -36,16 +36,16 @@ class CalibrationSettings:
     selector : str or Selector
         Token selection method.
     heads : bool
-        Whether each key/value head gets its full cache back alone, too.
+        Measure each key/value head too.
     method : {"measured", "gradient"}
-        By a continuation for each layer, ratio and head, or all to first order from one gradient.
+        One continuation per layer, ratio and head, or first-order estimates from one gradient.
 
     Raises
     ------
     ConfigError
         If a number is out of range.
     UnknownNameError
-        If there is no such method.
+        If ``method`` is not one of these.
 
     Examples
     --------
@@ -74,16 +74,19 @@ class CalibrationSettings:
             raise ConfigError(f"ratios={list(ratios)} must be ascending fractions kept, above 0 and below 1.")
         if not 0 < self.base_ratio < 1:
             raise ConfigError(
-                f"base_ratio={self.base_ratio!r} must lie above 0 and below 1: it is the fraction kept."
+                f"base_ratio={self.base_ratio!r} must be above 0 and below 1: give the fraction kept."
             )
 
     def cut(self, tokenizer: Any, texts: Any) -> list[list[int]]:
-        """Cut texts into pieces that do not overlap, as token ids; of more than ``max_texts``, evenly spread ones.
+        """Cut texts into chunks of token ids that do not overlap.
+
+        Of more than ``max_texts`` chunks, evenly spread ones are returned. The rest of a text that fills no chunk is
+        dropped.
 
         Parameters
         ----------
         tokenizer : PreTrainedTokenizerBase or None
-            Needed where texts are strings.
+            Needed for texts that are strings.
         texts : sequence of str or Tensor
             Strings, or token ids ``[token]`` or ``[1, token]``.
 
@@ -97,7 +100,7 @@ class CalibrationSettings:
         tokens = self.context_tokens + self.continuation_tokens
         if texts is None or isinstance(texts, str):
             texts = [] if texts is None else [texts]
-        pieces = []
+        chunks = []
         for text in texts:
             if isinstance(text, str):
                 if tokenizer is None:
@@ -108,17 +111,20 @@ class CalibrationSettings:
                     "input_ids"
                 ]
             ids = torch.as_tensor(text).reshape(-1)
-            pieces += [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
-        if not pieces:
+            chunks += [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
+        if not chunks:
             raise InputError(
-                f"no text has {tokens} tokens, what a context and its continuation take: give longer texts, or "
+                f"no text has {tokens} tokens, the length of a context with its continuation: give longer texts, or "
                 "fewer context_tokens and continuation_tokens."
             )
-        count = min(self.max_texts, len(pieces))
-        return [pieces[int((place + 0.5) * len(pieces) / count)].tolist() for place in range(count)]
+        count = min(self.max_texts, len(chunks))
+        return [chunks[int((place + 0.5) * len(chunks) / count)].tolist() for place in range(count)]
 
-    def count_cells(self, subject: Mapping[str, Any]) -> int:
-        """Count the steps of progress of one piece: a continuation each, the heads of a layer together one."""
+    def count_steps(self, subject: Mapping[str, Any]) -> int:
+        """Count the steps of progress of one text chunk.
+
+        A step is one continuation, or the continuations of all heads of a layer, or one gradient.
+        """
         if self.method == "gradient":
             return 1
         return (len(self.ratios) + 1 + self._measures_heads(subject)) * len(subject["layers"])
@@ -127,11 +133,11 @@ class CalibrationSettings:
         return bool(self.heads and subject["heads"])
 
     def make_key(self, ids: Sequence[int]) -> str:
-        """Make the name under which the measurements of one piece are kept among those of one calibration."""
+        """Make the key of one text chunk's measurements within a calibration."""
         return _digest(list(ids))
 
     def describe(self, subject: Mapping[str, Any]) -> dict[str, Any]:
-        """Describe what the measurements of every piece depend on, in words and digests, JSON-ready."""
+        """Describe everything that the measurements of all text chunks depend on, JSON-ready."""
         return {
             "model": _digest(subject["shape"]),
             "weights": _digest(subject["sample"]),

@@ -226,9 +226,9 @@ def generate(
     if explain and not cache.layer_indices:
         console.print("Nothing to explain: no layer of this model is compressed.")
     elif explain:
-        from ..cache.kept_tokens import analyze_kept_tokens, split_pieces
+        from ..cache.kept_tokens import analyze_kept_tokens, decode_each_token
 
-        kept, pieces = analyze_kept_tokens(cache), split_pieces(tokenizer, input_ids[0].tolist())
+        kept, pieces = analyze_kept_tokens(cache), decode_each_token(tokenizer, input_ids[0].tolist())
     if json:
         explained = {} if kept is None else {"kept_tokens": {"pieces": pieces, **kept.to_dict()}}
         print_json(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .needle import NeedleScore, evaluate_needle
 from .perplexity import ContinuationScore, compute_continuation_loss, evaluate_continuation
 from .prefill_record import PrefillRecord, record_prefill
 from .task_runner import BLANK, FULL, evaluate_blank, evaluate_sample, evaluate_task
@@ -14,14 +13,12 @@ __all__ = [
     "TASKS",
     "ContinuationScore",
     "Haystack",
-    "NeedleScore",
     "PrefillRecord",
     "Sample",
     "Task",
     "compute_continuation_loss",
     "evaluate_blank",
     "evaluate_continuation",
-    "evaluate_needle",
     "evaluate_sample",
     "evaluate_task",
     "get_task",

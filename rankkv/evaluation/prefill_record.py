@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +13,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..cache.cache import RankKVCache
 from ..cache.prefill import check_input_ids, run_prefill
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError
 from ..models.placement import find_input_device
 from ..observe import hook
 from ..observe.call import AttentionCall, observe
-from ..observe.hidden_states import watch_hidden_states
 from ..observe.hook import AttentionObserver
 from ..observe.observation import Observation
 from ..selection import Selector
@@ -33,13 +31,6 @@ class _RecordingCache(AttentionObserver, DynamicCache):
         super().__init__(config=model.config.get_text_config(decoder=True))
         self.observed = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         self.observations: dict[int, Observation] = {}
-        self.changes: dict[int, Tensor] = {}
-        # A model whose layers are not found is recorded without: only strategies that read hidden states miss them.
-        with contextlib.suppress(UnsupportedModelError):
-            watch_hidden_states(self, model, self.observed)
-
-    def note_changes(self, layer_idx: int, changes: Tensor) -> None:
-        self.changes[layer_idx] = changes
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -173,7 +164,7 @@ class PrefillRecord:
             )
         observations = self.observe(config.window_size, config.sink_size)
         recalling = cast(Selector, _Recalling(cache.selector, self._scores))
-        return cache.take_prefill(observations, self._plain.layers, self._plain.changes, recalling)
+        return cache.take_prefill(observations, self._plain.layers, recalling)
 
 
 def record_prefill(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> PrefillRecord:

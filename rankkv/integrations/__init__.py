@@ -1,1 +1,1 @@
-"""RankKV inside other libraries' own programs; each module imports its library when it is used, and not before."""
+"""RankKV inside other libraries; each module imports its library only on use."""

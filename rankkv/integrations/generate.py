@@ -1,4 +1,4 @@
-"""For ``model.generate(custom_generate=...)``: as a function, or as a folder that asks for no line of RankKV's own."""
+"""Functions for ``model.generate(custom_generate=...)``, and an export of them as a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers.generation import GenerationMixin
 
 from .._version import __version__
 from ..cache.cache import RankKVCache
-from ..cache.saving import describe_selector, restore_selector
+from ..cache.prefill import check_same_prompt
+from ..cache.saving import restore_selector, serialize_selector
 from ..config import RankKVConfig, complete_options
 from ..errors import CacheStateError, ConfigError, InputError
 from ..models.compat import cache_argument
@@ -24,7 +25,7 @@ from ..utils.files import write_text_atomically
 
 _OPTIONS = {item.name: item for item in fields(RankKVConfig)}
 _CACHE_NAMES = ("cache", "past_key_values")
-#: The methods of transformers' GenerationMixin for each way of decoding; they are what a callable is told to use.
+#: Decoding methods of transformers' GenerationMixin by generation mode; a custom_generate function has to call them.
 _LOOPS = {
     "greedy_search": "_sample",
     "sample": "_sample",
@@ -38,7 +39,7 @@ import json
 
 from rankkv.integrations.generate import generate_with
 
-# Options of rankkv.RankKVConfig; what generate() is given by name replaces them.
+# Options of rankkv.RankKVConfig; options passed to generate() replace them.
 OPTIONS = json.loads({options!r})
 
 
@@ -56,9 +57,9 @@ tags:
 # Generation from a compressed KV cache
 
 `model.generate(..., custom_generate="FOLDER", trust_remote_code=True)` with the path or the hub id of this folder keeps
-a part of the KV cache only. It imports RankKV, which must be installed (`rankkv>={version}`). All arguments of
-`generate()` work as always; options of RankKV, such as `compression_ratio` (the fraction of the cache that is
-**kept**), `budget` or `selector`, are given beside them.
+only a part of the KV cache. It imports RankKV, which must be installed (`rankkv>={version}`). All arguments of
+`generate()` work as usual. Options of RankKV are passed beside them, such as `compression_ratio` (the fraction of the
+cache that is **kept**), `budget` or `selector`.
 
 Options of this folder:
 
@@ -69,7 +70,7 @@ Options of this folder:
 
 
 def generate(model: Any, inputs: Any = None, **arguments: Any) -> Any:
-    """Generate as ``model.generate`` does, from a cache that is compressed after the prefill.
+    """Generate like ``model.generate``, from a cache that is compressed after the prefill.
 
     Parameters
     ----------
@@ -78,17 +79,17 @@ def generate(model: Any, inputs: Any = None, **arguments: Any) -> Any:
     inputs : Tensor, optional
         ``[batch, token]``, as for ``model.generate``; ``input_ids=`` works too.
     **arguments
-        Options of :class:`~rankkv.RankKVConfig` or ``config=``, and all arguments of ``model.generate``.
+        ``config=`` or options of :class:`~rankkv.RankKVConfig`, and all arguments of ``model.generate``.
 
     Returns
     -------
     Tensor or GenerateOutput
-        What ``model.generate`` returns.
+        The result of ``model.generate``.
 
     Raises
     ------
     ConfigError
-        If a cache is given and options too.
+        If both a cache and options are given.
     RankKVError
         As :class:`~rankkv.RankKVCache`.
 
@@ -105,22 +106,24 @@ def generate(model: Any, inputs: Any = None, **arguments: Any) -> Any:
 
 
 def generate_with(preset: Mapping[str, Any], model: Any, **arguments: Any) -> Any:
-    """Generate as :func:`generate` does, with options that those of the call replace.
+    """Generate like :func:`generate`, with preset options that the call may replace.
 
     Parameters
     ----------
     preset : mapping
-        Options as :func:`export_generate` writes them.
+        Options in the form that :func:`export_generate` writes.
     model : PreTrainedModel
         A causal language model.
     **arguments
         As for :func:`generate`.
     """
-    given = {name: arguments.pop(name) for name in (*_OPTIONS, "config") if name in arguments}
+    given = _take_options(arguments)
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    cache = _take_cache(arguments)
-    cache = _choose_cache(model, cache, given, preset)
-    # The class' own method: a model loaded from such a folder carries this function under the name `generate`.
+    cache = _choose_cache(model, _take_cache(arguments), given, preset)
+    ids = arguments.get("input_ids", arguments.get("inputs"))
+    if ids is not None:
+        check_same_prompt(cache, ids, arguments.get("attention_mask"))
+    # Not `model.generate`: a model loaded from such a folder has this very function there.
     return type(model).generate(model, **arguments, **cache_argument(cache))
 
 
@@ -132,30 +135,30 @@ def custom_generate(
     generation_config: Any,
     **arguments: Any,
 ) -> Any:
-    """Decode from a compressed cache: the function for ``model.generate(custom_generate=custom_generate, ...)``.
+    """Decode from a compressed cache: pass this function to ``model.generate(custom_generate=custom_generate, ...)``.
 
-    Options of :class:`~rankkv.RankKVConfig` are given to ``model.generate`` beside it; everything else is prepared by
-    transformers, which then calls this function.  Greedy, sampled and beam decoding; transformers hands no streamer to
-    such a function, so to stream pass ``cache=RankKVCache(model)`` instead.
+    Options of :class:`~rankkv.RankKVConfig` are passed to ``model.generate`` beside it.  transformers prepares
+    everything else, then calls this function.  It supports greedy, sampled and beam decoding.  transformers passes no
+    streamer to such a function: to stream, pass ``cache=RankKVCache(model)`` instead.
 
     Parameters
     ----------
     model : PreTrainedModel
         A causal language model.
     input_ids : Tensor
-        ``[batch, token]``, one row a beam.
+        ``[batch, token]``, one row per beam.
     logits_processor, stopping_criteria, generation_config
-        As transformers prepared them.
+        Prepared by transformers.
     **arguments
-        RankKV's options and the arguments of the model's forward.
+        Options of RankKV, and arguments of the model's forward.
 
     Raises
     ------
     ConfigError
-        If this way of decoding needs more than a cache, such as assisted decoding, or another kind of cache is asked
-        for.
+        If the way of decoding needs more than a cache, as assisted decoding does, or another kind of cache is
+        requested.
     CacheStateError
-        If a cache of another kind that already holds tokens is given.
+        If the given cache is of another kind and already holds tokens.
 
     Examples
     --------
@@ -167,27 +170,28 @@ def custom_generate(
     ...     max_new_tokens=2, eos_token_id=None).shape
     torch.Size([1, 42])
     """
-    given = {name: arguments.pop(name) for name in (*_OPTIONS, "config") if name in arguments}
+    given = _take_options(arguments)
     mode = str(getattr(generation_config.get_generation_mode(), "value", ""))
     if mode not in _LOOPS:
         raise ConfigError(
             f"custom_generate does not decode by {mode.replace('_', ' ')}: pass cache=RankKVCache(model) to generate() "
-            "instead, which takes every way of decoding that RankKV supports."
+            "instead, which supports more ways of decoding."
         )
     prepared = _take_cache(arguments)
     if not isinstance(prepared, RankKVCache):
-        # transformers makes a plain one where none is given, which cannot be told from one that is given.
+        # If no cache is given, transformers makes an empty DynamicCache, which looks the same as a given one.
         if prepared is not None and type(prepared) is not DynamicCache:
             raise ConfigError(
-                f"a {type(prepared).__name__} is asked for, by cache= or by cache_implementation=, and custom_generate "
-                "makes a RankKVCache: leave it out."
+                f"cache= or cache_implementation= requests a {type(prepared).__name__}, but custom_generate makes a "
+                "RankKVCache: leave it out."
             )
         if prepared is not None and prepared.get_seq_length() > 0:
             raise CacheStateError(
-                "the cache given already holds tokens that RankKV has not seen: give a RankKVCache, or none."
+                "the given cache already holds tokens that RankKV has not seen: give a RankKVCache, or no cache."
             )
         prepared = None
     cache = _choose_cache(model, prepared, given, {})
+    check_same_prompt(cache, input_ids, arguments.get("attention_mask"), arguments.get("position_ids"))
     decode = getattr(GenerationMixin, _LOOPS[mode])
     return decode(
         model,
@@ -201,7 +205,7 @@ def custom_generate(
 
 
 def _name_options(function: Callable[..., Any]) -> None:
-    """Put RankKV's options into the signature, where transformers looks for what it may hand on."""
+    """Add RankKV's options to the signature, where transformers looks for accepted arguments."""
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
     options = [
@@ -225,20 +229,20 @@ _name_options(custom_generate)
 def export_generate(folder: str | Path, **options: Any) -> Path:
     """Write a folder for ``model.generate(custom_generate=folder, trust_remote_code=True)``.
 
-    The folder holds one short Python file that imports RankKV, its requirement, and a model card, so it can be used
-    from disk or uploaded to a hub; transformers runs its code only where the user says ``trust_remote_code=True``.
+    The folder holds a short Python file that imports RankKV, its requirement, and a model card.  It works from disk or
+    from a hub.  transformers runs its code only with ``trust_remote_code=True``.
 
     Parameters
     ----------
     folder : str or Path
-        Where it goes; files of these names are replaced.
+        Path of the folder; existing files of the same names are replaced.
     **options
-        Options of :class:`~rankkv.RankKVConfig` that the folder starts from, such as ``compression_ratio``.
+        Preset options of :class:`~rankkv.RankKVConfig`, such as ``compression_ratio``.
 
     Returns
     -------
     Path
-        The folder.
+        Path of the folder.
 
     Raises
     ------
@@ -256,7 +260,9 @@ def export_generate(folder: str | Path, **options: Any) -> Path:
     """
     unknown = sorted(options.keys() - _OPTIONS)
     if unknown:
-        raise ConfigError(f"no option of RankKVConfig: {', '.join(unknown)}. Known: {', '.join(_OPTIONS)}.")
+        raise ConfigError(
+            f"unknown option of RankKVConfig: {', '.join(unknown)}; known: {', '.join(_OPTIONS)}."
+        )
     config = RankKVConfig(**options)
     record = {name: _to_plain(name, getattr(config, name)) for name in options}
     folder = Path(folder).expanduser()
@@ -268,7 +274,9 @@ def export_generate(folder: str | Path, **options: Any) -> Path:
         write_text_atomically(folder / "custom_generate" / "requirements.txt", f"rankkv>={__version__}\n")
         write_text_atomically(folder / "README.md", _CARD.format(version=__version__, options=shown))
     except OSError as error:
-        raise InputError(f"cannot write to {str(folder)!r}: {error.strerror or error}.") from error
+        raise InputError(
+            f"cannot write to {str(folder)!r} ({error.strerror or error}): use another folder."
+        ) from error
     return folder
 
 
@@ -278,22 +286,26 @@ def _to_plain(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     if name == "selector":
-        return describe_selector(get_selector(value))
+        return serialize_selector(get_selector(value))
     return value
 
 
+def _take_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments.pop(name) for name in (*_OPTIONS, "config") if name in arguments}
+
+
 def _take_cache(arguments: dict[str, Any]) -> Any:
+    # The argument was renamed in transformers 5.24; an explicit None counts as not given.
     found = [arguments.pop(name) for name in _CACHE_NAMES if name in arguments]
     return next((cache for cache in found if cache is not None), None)
 
 
 def _choose_cache(model: Any, cache: Any, given: Mapping[str, Any], preset: Mapping[str, Any]) -> Any:
-    """Return the cache that was given, else a new one with the options of the call over those preset."""
+    """Return the given cache, or a new one with the options of the call over the preset ones."""
     if cache is not None:
         if given:
             raise ConfigError(
-                f"a cache is given, and {', '.join(given)} too, which only a new cache could follow: leave one of them "
-                "out."
+                f"a cache is given, but {', '.join(given)} can only apply to a new one: leave one of them out."
             )
         return cache
     if given.get("config") is not None:

@@ -1,7 +1,7 @@
-"""RankKV as a press: rank budgets in kvpress' own pipeline and evaluation programs.
+"""RankKVPress: RankKV as a press in kvpress' own pipeline and evaluation programs.
 
-``from rankkv.integrations.kvpress import RankKVPress`` imports kvpress, which puts its own attention functions before
-those that transformers registers, in every model of the process; importing this module alone does not.
+``from rankkv.integrations.kvpress import RankKVPress`` imports kvpress.  kvpress then puts its own attention functions
+before the ones registered with transformers, in every model of the process.  Importing this module alone does not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -18,22 +18,22 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rankkv.cache.cache import RankKVCache
-from rankkv.cache.layer import RankKVLayer
-from rankkv.cache.masks import project_mask
-from rankkv.config import RankKVConfig
-from rankkv.errors import ConfigError, InputError, UnsupportedModelError
-from rankkv.observe import hook
-from rankkv.observe.call import AttentionCall
-from rankkv.observe.hook import AttentionObserver
-from rankkv.utils.hub import require
+from ..cache.cache import RankKVCache
+from ..cache.layer import RankKVLayer
+from ..cache.masks import project_mask
+from ..config import RankKVConfig
+from ..errors import ConfigError, InputError, UnsupportedModelError
+from ..observe import hook
+from ..observe.call import AttentionCall
+from ..observe.hook import AttentionObserver
+from ..utils.hub import require
 
 
 class PressedAttention(AttentionObserver):
-    """What the layers of one cache, and of its copies, share: the attention hook asks it for each call's mask.
+    """Give each attention call of one cache, or of its copies, its own mask.
 
-    transformers builds one mask for all layers, as wide as its first layer.  It is left aside: all kept tokens precede
-    all later ones, so a query sees every kept token and the later tokens up to its own.
+    transformers builds one mask for all layers, as wide as its first layer; it is ignored.  All kept tokens precede all
+    later ones, so a query sees every kept token and the later tokens up to its own.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class PressedAttention(AttentionObserver):
         return self.attend_shared(layer_idx, call)
 
     def find_attended(self, key: Tensor) -> int | None:
-        """Return the layer whose attention was last given these very keys, if there is one."""
+        """Return the layer whose attention last used exactly this key tensor, or None."""
         return next((index for index, attended in self._attended.items() if attended() is key), None)
 
     def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
@@ -64,21 +64,21 @@ class PressedAttention(AttentionObserver):
         return replace(call, mask=mask).run()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PressedAttention:
-        # Nothing of one conversation is in it; and only this very object keeps the attention calls watched.
+        # It holds no state of a conversation, and only this object is registered with the attention hook.
         return self
 
 
 class PressedLayer(DynamicLayer):
-    """A layer of transformers' own kind that starts with the tokens another one kept.
+    """A layer of transformers' own kind that starts with the kept tokens of a compressed layer.
 
     Parameters
     ----------
     shared : PressedAttention
-        What the layers of the cache share.
+        The observer that all layers of the cache share.
     layer_idx : int
         Index of the layer in the model.
     kept : RankKVLayer
-        The compressed layer; its tensors are taken, not copied.
+        The compressed layer; its tensors are used without a copy.
     """
 
     def __init__(self, shared: PressedAttention, layer_idx: int, kept: RankKVLayer) -> None:
@@ -91,23 +91,23 @@ class PressedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values, and let this layer's next attention call have its own mask."""
+        """Append new keys and values, and announce the next attention call of this layer to the hook."""
         states = super().update(key_states, value_states, *args, **kwargs)
         hook.hand_off(self._shared, self._layer_idx, states[0].shape[-2])
         return states
 
 
 def build_pressed_layers(cache: RankKVCache, model: Any) -> list[PressedLayer]:
-    """Build one layer for each of a compressed cache, holding its very keys and values.
+    """Build one layer for each layer of a compressed cache, with the same key and value tensors.
 
     Raises
     ------
     InputError
-        If the rows of a batch keep different numbers of tokens: the layers have no place for empty slots.
+        If the rows of a batch keep different numbers of tokens: the layers cannot hold empty slots.
     """
     if any(layer.compute_slot_valid() is not None for layer in cache.layers):
         raise InputError(
-            "the rows of this batch keep different numbers of tokens, and a press' cache has no place for empty slots: "
+            "the rows of this batch keep different numbers of tokens, and a press' cache cannot hold empty slots: "
             "give one prompt at a time, or use a RankKVCache."
         )
     shared = PressedAttention(model)
@@ -119,51 +119,40 @@ INSTALL = 'pip install "kvpress==0.5.5"'
 
 @dataclass
 class _RankKVPress:
-    """Compress a context by RankKV wherever a kvpress press goes.
+    """Compress a context with RankKV, as a kvpress press.
 
-    The prefill of the context runs on a :class:`~rankkv.RankKVCache`; then every layer of the caller's own cache is
-    given the keys and values that were kept, and holds no others.  Layers differ in length, and each layer's attention
-    gets a mask of its own length, so any attention backend works, new turns of several tokens included.  A layer's
-    ``get_seq_length()`` is the number of tokens it holds, as with every press: positions are the caller's to give, as
+    The prefill of the context runs on a :class:`~rankkv.RankKVCache`.  Then every layer of the caller's own cache gets
+    the kept keys and values and holds no others.  Layers differ in length, and each layer's attention gets a mask of
+    its own length.  So any attention backend works, including new turns of several tokens.  A layer's
+    ``get_seq_length()`` is the number of tokens it holds, as with every press: the caller has to pass positions, as
     kvpress' pipeline does.
 
     Parameters
     ----------
     compression_ratio : float, default 0.0
-        Fraction of the cache **removed**, in [0, 1), as everywhere in kvpress: RankKV's own ``compression_ratio`` is
+        Fraction of the cache **removed**, in [0, 1), as everywhere in kvpress.  RankKV's own ``compression_ratio`` is
         one minus this.  It is the mean over the layers; budgets differ.
-    selector : str or Selector, default "snapkv"
-        Token selection method (:data:`rankkv.selection.SELECTORS`).
-    strategy : str, optional
-        Budget strategy; None is the measured default (``"distortion"``).
-    strategy_options : mapping, optional
-        Options of the strategy.
-    scope, aggregation : str
-        Which part of the attention is ranked, and how its heads are joined.
-    window_size, sink_size : int
-        Observation window and attention sinks.
-    min_budget : int, optional
-        Fewest tokens a layer keeps; None means ``max(16, average budget // 2)``.
+    selector, strategy, strategy_options, scope, aggregation, window_size, sink_size, min_budget
+        As in :class:`~rankkv.RankKVConfig`, with the same defaults.
 
     Attributes
     ----------
     budgets : list of int
         Tokens each layer kept of the last context.
     layer_ranks : list of float
-        Their effective ranks; empty where the strategy needs none.
+        Effective ranks of these layers; empty if the strategy needs none.
 
     Raises
     ------
     MissingDependencyError
         If kvpress is not installed.
     ConfigError, UnknownNameError
-        If an option lies outside its range or is not registered; when the press is built or next used.
+        If an option is outside its range or not registered; when the press is built or next used.
     UnsupportedModelError
-        When used: if the model's attention cannot be observed, or a layer is no full-attention layer (the pipeline
-        takes an answer back by cutting each layer to its earlier length, which a sliding or linear layer does not
-        survive).
+        When used: if the model's attention cannot be observed, or a layer is not a full-attention layer.  The pipeline
+        removes an answer by cropping each layer to its earlier length, which sliding and linear layers do not support.
     InputError
-        When used: if the prompt is padded, the rows of a batch keep different numbers of tokens, or the cache given is
+        When used: if the prompt is padded, the rows of a batch keep different numbers of tokens, or the given cache is
         not transformers' ``DynamicCache``.
 
     Notes
@@ -204,26 +193,16 @@ class _RankKVPress:
         removed = self.compression_ratio
         if isinstance(removed, bool) or not isinstance(removed, int | float) or not 0.0 <= removed < 1.0:
             raise ConfigError(
-                f"compression_ratio={removed!r} is outside [0, 1): a press takes the fraction of the cache that is "
-                "removed (0.7 keeps 30%)."
+                f"compression_ratio={removed!r} is outside [0, 1): give the fraction of the cache that is removed, as "
+                "for every press (0.7 keeps 30%)."
             )
-        return RankKVConfig(
-            compression_ratio=1.0 - removed,
-            selector=self.selector,
-            strategy=self.strategy,
-            strategy_options=self.strategy_options,
-            scope=self.scope,
-            aggregation=self.aggregation,
-            window_size=self.window_size,
-            sink_size=self.sink_size,
-            min_budget=self.min_budget,
-            # kvpress' pipeline takes back layers whose heads keep the same number of tokens.
-            head_budgets=None,
-        )
+        given = {item.name: getattr(self, item.name) for item in fields(_RankKVPress) if item.init}
+        # kvpress' pipeline crops layers, which works only if all heads keep the same number of tokens.
+        return RankKVConfig(**given | {"compression_ratio": 1.0 - removed, "head_budgets": None})
 
     @contextmanager
     def __call__(self, model: Any) -> Iterator[None]:
-        """Compress what ``model`` is given on an empty cache while the context lasts.
+        """Compress the prompt that ``model`` gets on an empty cache, within this context.
 
         Parameters
         ----------
@@ -233,6 +212,7 @@ class _RankKVPress:
         config = self._build_config()
         running: list[tuple[RankKVCache, DynamicCache]] = []
 
+        # The caller's cache is swapped for ours before the prefill, and gets the kept tokens after it.
         def start(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
             running.clear()
             given = kwargs.get("past_key_values")
@@ -253,15 +233,15 @@ class _RankKVPress:
             return _hand_back(output, ours, given)
 
         decoder = _find_decoder(model)
-        hooks = [
+        handles = [
             decoder.register_forward_pre_hook(start, with_kwargs=True),
             decoder.register_forward_hook(finish, with_kwargs=True),
         ]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
     def forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse to compress one layer by itself.
@@ -272,8 +252,8 @@ class _RankKVPress:
             Always: budgets follow from all layers.
         """
         raise ConfigError(
-            "RankKVPress budgets all layers together, so no other press can run it layer by layer: pass it to the "
-            "pipeline by itself, or use `with press(model):`."
+            "RankKVPress budgets all layers together, so another press cannot run it layer by layer: pass it alone to "
+            "the pipeline, or use `with press(model):`."
         )
 
     compress = forward_hook
@@ -289,8 +269,8 @@ def _build_cache(model: Any, config: RankKVConfig) -> RankKVCache:
     other = [index for index, layer in enumerate(cache.layers) if not isinstance(layer, RankKVLayer)]
     if other:
         raise UnsupportedModelError(
-            f"layers {other} of {type(model).__name__} are no full-attention layers, and kvpress' pipeline cannot take "
-            "answers back from them; use rankkv.compress() and generate() with this model."
+            f"layers {other} of {type(model).__name__} are not full-attention layers, so kvpress' pipeline cannot crop "
+            "them after an answer: use rankkv.compress() and generate() with this model."
         )
     return cache
 
@@ -298,16 +278,16 @@ def _build_cache(model: Any, config: RankKVConfig) -> RankKVCache:
 def _check_prompt(given: Any, attention_mask: Any) -> None:
     if type(given) is not DynamicCache or getattr(given, "offloading", False):
         raise InputError(
-            f"this press fills transformers' DynamicCache without offloading, got {type(given).__name__}: leave the "
-            "pipeline's `cache` out (a RankKVCache compresses by itself and needs no press)."
+            f"this press needs transformers' DynamicCache without offloading, got {type(given).__name__}: omit the "
+            "pipeline's `cache` (a RankKVCache compresses by itself and needs no press)."
         )
     if attention_mask is None:
         return
     is_plain = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
     if not is_plain or not bool(attention_mask.bool().all()):
         raise InputError(
-            "this press takes prompts without padding: give one prompt at a time, or use a RankKVCache, which keeps in "
-            "each row of a padded batch what the row keeps alone."
+            "this press takes prompts without padding: give one prompt at a time, or use a RankKVCache, which supports "
+            "padded batches."
         )
 
 
@@ -330,7 +310,7 @@ def _build_class() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Build the class on first use: it inherits from one of kvpress'."""
+    """Build the class on first use, since it inherits from a class of kvpress."""
     if name != "RankKVPress":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _build_class()

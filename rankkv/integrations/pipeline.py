@@ -1,4 +1,4 @@
-"""``pipeline("rankkv-text-generation")``: one context, compressed once, and the answers to many questions about it."""
+"""Pipeline ``"rankkv-text-generation"``: compress one context once, then answer many questions about it."""
 
 from __future__ import annotations
 
@@ -31,40 +31,41 @@ _GENERATE_OPTIONS = {name for name in vars(GenerationConfig()) if not name.start
     "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer",
     "assistant_model",
 }  # fmt: skip
-#: Of a generation that does not sample; transformers warns of them otherwise, and model repositories set them.
+#: Options of greedy decoding.  Model repositories set the sampling options, and transformers would warn about them.
 _SAMPLING_OFF = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-#: A tokenizer that knows no limit names one of about this many tokens.
+#: A tokenizer without a limit reports one above this number of tokens.
 _NO_LIMIT = 10**9
 
 
 class RankKVTextGenerationPipeline(Pipeline):
     """Answer questions about a context from its compressed KV cache.
 
-    The context is prefilled and compressed once; every question is answered on a copy of that cache, so neither their
-    order nor their number changes an answer.  Task name and arguments ``question``, ``questions``, ``answer_prefix``,
-    ``max_new_tokens`` and ``max_context_length`` mean what they mean in kvpress' pipeline; ``compression_ratio`` is
-    the fraction *kept* here.
+    The context is prefilled and compressed once.  Every question is answered on a copy of that cache, so their order
+    and number do not change an answer.  Task name and arguments ``question``, ``questions``, ``answer_prefix``,
+    ``max_new_tokens`` and ``max_context_length`` mean the same as in kvpress' pipeline.  ``compression_ratio`` is the
+    fraction *kept* here; kvpress means the fraction removed.
 
     Parameters of a call
     --------------------
     context : str, or dict with "context" and "question" or "questions"
-        The document; a list or a data set of them gives one result each.
+        The document; a list or data set of documents gives one result each.
     question, questions : str or list of str
-        One question gives ``{"answer": str}``, a list ``{"answers": [str, ...]}``; none lets the model go on.
+        One question gives ``{"answer": str}``, a list ``{"answers": [str, ...]}``.  Without a question the model
+        continues the context.
     question_aware : bool, default False
-        Compress context and question together, anew for each question, so that what is kept depends on it.
+        Compress context and question together, once per question, so that the kept tokens depend on the question.
     answer_prefix : str
-        How every answer begins; it is not repeated in the answer.
+        Beginning of every answer; the answer does not repeat it.
     max_new_tokens : int, default 50
-        Most tokens of an answer.
+        Largest number of tokens of an answer.
     max_context_length : int, optional
-        Most tokens of the context; None is the tokenizer's limit.  What is cut off is warned of.
+        Largest number of tokens of the context; None is the tokenizer's limit.  A warning tells how many are cut off.
     system_prompt, use_chat_template, template_options
         See :func:`rankkv.models.prompts.split_prompt`.
     return_details : bool, default False
-        Add ``"details"``: tokens, bytes and how the cache was compressed.
+        Add ``"details"``: tokens, bytes, budgets and the options of the compression.
     **options
-        Options of :class:`~rankkv.RankKVConfig` or ``config=``, and of ``model.generate`` (greedy by default).
+        ``config=`` or options of :class:`~rankkv.RankKVConfig`, and options of ``model.generate`` (greedy by default).
 
     Examples
     --------
@@ -85,19 +86,19 @@ class RankKVTextGenerationPipeline(Pipeline):
     _load_feature_extractor = False
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Answer the questions about one context, or about each of several."""
+        """Answer the questions about one context, or about each of several contexts."""
         if args:
             raise InputError("give the questions by name: pipe(context, question=...).")
         batch_size = kwargs.get("batch_size") or self._batch_size or 1
         if batch_size != 1:
             raise ConfigError(
-                f"batch_size={batch_size} is not possible here, since every context has a cache of its own: leave it "
-                "out (several prompts at once: a left-padded batch and RankKVCache)."
+                f"batch_size={batch_size} is not possible here, since every context has its own cache: leave it out "
+                "(for several prompts at once, use a left-padded batch and RankKVCache)."
             )
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save model and tokenizer; no code goes beside them, since :func:`register` brings it back."""
+        """Save model and tokenizer, without code: :func:`register` makes the task known again."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.tokenizer.save_pretrained(save_directory, **kwargs)
 
@@ -114,7 +115,7 @@ class RankKVTextGenerationPipeline(Pipeline):
             for name in ("question_aware", "max_new_tokens", "return_details")
             if name in given
         }
-        # Pipeline joins a call's parameters to those it was built with by name, so these two are joined here.
+        # Pipeline merges a call's parameters with its own by name only; the contents of these two are merged here.
         built_with = getattr(self, "_forward_params", {})
         cache_options = {name: value for name, value in given.items() if name in _CACHE_OPTIONS}
         if cache_options:
@@ -131,7 +132,7 @@ class RankKVTextGenerationPipeline(Pipeline):
         }
         if generate_options.get("num_return_sequences") not in (None, 1):
             raise ConfigError(
-                "num_return_sequences must be 1: a question has one answer; ask it several times."
+                "num_return_sequences must be 1, since a question has one answer: ask it several times."
             )
         if generate_options:
             forward["generate_options"] = {**built_with.get("generate_options", {}), **generate_options}
@@ -151,7 +152,7 @@ class RankKVTextGenerationPipeline(Pipeline):
             unknown = inputs.keys() - {"context", "question", "questions"}
             if "context" not in inputs or unknown:
                 raise InputError(
-                    f"an input has the keys {sorted(map(str, inputs))}; give 'context', and 'question' or 'questions'."
+                    f"an input has the keys {sorted(map(str, inputs))}: give 'context', and 'question' or 'questions'."
                 )
             context = inputs["context"]
             if "question" in inputs or "questions" in inputs:
@@ -159,7 +160,7 @@ class RankKVTextGenerationPipeline(Pipeline):
         if question is not None and questions is not None:
             raise InputError("give either question or questions, not both.")
         if isinstance(questions, str):
-            raise InputError("questions is a list of texts; give a single one as question.")
+            raise InputError("questions must be a list of texts: give a single text as question.")
         asked = [question or ""] if questions is None else list(questions)
         limit = max_context_length
         if limit is None and self.tokenizer.model_max_length < _NO_LIMIT:
@@ -167,7 +168,7 @@ class RankKVTextGenerationPipeline(Pipeline):
         prompt = split_prompt(self.tokenizer, context, asked, max_context_length=limit, **prompt_options)
         if prompt.dropped_tokens:
             warnings.warn(
-                f"the context was longer than {limit} tokens: its last {prompt.dropped_tokens} were left out.",
+                f"the context was longer than {limit} tokens: its last {prompt.dropped_tokens} were cut off.",
                 stacklevel=2,
             )
         return {
@@ -186,7 +187,7 @@ class RankKVTextGenerationPipeline(Pipeline):
         config: RankKVConfig | None = None,
         generate_options: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Compress, and generate each answer on a copy of the cache."""
+        """Compress the context, and generate each answer on a copy of the cache."""
         config = config or RankKVConfig()
         options = self._fill_options(generate_options or {})
         context = input_tensors["context_ids"]
@@ -198,7 +199,7 @@ class RankKVTextGenerationPipeline(Pipeline):
                 cache = RankKVCache(self.model, config=config)
             else:
                 cache = shared.copy()
-                # generate() makes rows of the ids for the beams, and of an empty cache.
+                # generate() repeats the ids for the beams, but not the rows of a filled cache.
                 cache.batch_repeat_interleave(self._count_beams(options))
             output = self.model.generate(
                 ids,
@@ -251,14 +252,14 @@ class RankKVTextGenerationPipeline(Pipeline):
 
 
 def register() -> type[RankKVTextGenerationPipeline]:
-    """Make the task ``"rankkv-text-generation"`` known to ``transformers.pipeline`` and return its class.
+    """Register the task ``"rankkv-text-generation"`` with ``transformers.pipeline`` and return its class.
 
-    Called again it does nothing; importing this module registers nothing.
+    Further calls do nothing.  Importing this module registers nothing.
 
     Raises
     ------
     ConfigError
-        If another class has the name.
+        If another class has registered this name.
 
     Examples
     --------
@@ -278,7 +279,7 @@ def register() -> type[RankKVTextGenerationPipeline]:
 
 
 def unregister() -> None:
-    """Take the task out again."""
+    """Remove the task from ``transformers.pipeline``."""
     if PIPELINE_REGISTRY.supported_tasks.get(TASK, {}).get("impl") is RankKVTextGenerationPipeline:
         del PIPELINE_REGISTRY.supported_tasks[TASK]
 

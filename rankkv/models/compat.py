@@ -1,9 +1,10 @@
-"""What differs between transformers versions, in one place."""
+"""Differences between transformers versions."""
 
 from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +19,12 @@ _RENAMED_IN = Version("5.24.0.dev0")
 
 
 def check_transformers() -> None:
-    """Raise if the installed transformers is older than what RankKV was tested with.
+    """Raise if the installed transformers is older than the oldest tested version.
 
     Raises
     ------
     UnsupportedModelError
-        With the version found and the one that is needed.
+        With the installed version and the needed one.
     """
     if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
         raise UnsupportedModelError(
@@ -33,7 +34,7 @@ def check_transformers() -> None:
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
-    """Return the keyword under which this transformers version takes a cache.
+    """Return the keyword argument by which this transformers version takes a cache.
 
     ``cache`` from transformers 5.24 on, ``past_key_values`` before.
 
@@ -47,19 +48,21 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 
 
 def accepts_argument(model: Any, name: str) -> bool:
-    """Tell whether the model's forward takes an argument of this name; a PEFT wrapper hands it on to its base model."""
+    """Tell whether the model's forward, or that of the base model of a PEFT wrapper, has this argument."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(base.forward).parameters
 
 
 def takes_dynamic_cache(model: Any) -> bool:
-    """Tell whether this transformers version gives the model its usual cache; most hybrids once had their own."""
+    """Tell whether this transformers version gives the model a DynamicCache."""
+    # Most hybrid models once had their own cache class, and reported it by this method.
     ask = getattr(model, "_supports_default_dynamic_cache", None)
     return True if ask is None else bool(ask())
 
 
 def read_config(config: Any, name: str) -> Any:
-    """Return a value of a config; None where it has none, or one for each layer, which transformers refuses to read."""
+    """Return a value of a config; None if it is absent, or differs between layers."""
+    # transformers refuses to read a value that has one entry per layer.
     spec = vars(config).get("_heterogeneity_spec")
     if spec is not None and name in spec.per_layer_attributes:
         return None
@@ -67,12 +70,46 @@ def read_config(config: Any, name: str) -> Any:
 
 
 def find_eager_homes(model: Any) -> list[ModuleType]:
-    """Find the Python modules whose eager attention function is called without asking the attention interface.
+    """Find the Python modules whose eager attention function is called directly, past the attention interface.
 
-    Before transformers 5.1 every model did so; since then eager is asked for like any other backend.
+    Before transformers 5.1 every model did so.  Newer versions look up eager like any other backend.
     """
     if hasattr(AttentionInterface, "get_interface"):
         return []
     names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     homes = (sys.modules.get(name) for name in sorted(names))
     return [home for home in homes if hasattr(home, "eager_attention_forward")]  # type: ignore[misc]
+
+
+def find_position_limit(config: Any) -> int | None:
+    """Return the number of positions of a text config; None if it has none, or its rope grows with the text."""
+    parameters = read_config(config, "rope_parameters") or read_config(config, "rope_scaling") or {}
+    kinds = {parameters.get("rope_type")} | {
+        kind.get("rope_type") for kind in parameters.values() if isinstance(kind, dict)
+    }
+    limit = read_config(config, "max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 and "dynamic" not in kinds else None
+
+
+def warn_if_dropped(model: Any) -> None:
+    """Warn if generate() of this model drops its cache once the text passes the length its rope was trained for.
+
+    Phi-3 and its relatives do so with longrope: their short and long factors turn keys differently.
+    """
+    prepare = getattr(type(model), "prepare_inputs_for_generation", None)
+    code = getattr(inspect.unwrap(prepare), "__code__", None) if prepare else None
+    name = "original_max_position_embeddings"
+    limit = getattr(model.config, name, None)
+    if code is None or limit is None or name not in (*code.co_names, *code.co_consts):
+        return
+    warnings.warn(
+        f"generate() of {type(model).__name__} drops any cache when the text passes {limit} tokens "
+        f"({name}), so such a text is not compressed: give a longer prompt to rankkv.compress() first; an answer that "
+        "passes this length continues with a full cache.",
+        stacklevel=3,
+    )
+
+
+def find_offset_owner(model: Any) -> Any:
+    """Return the module that keeps the position offset of the last image (Qwen2-VL and others); None without one."""
+    return next((module for module in model.modules() if "rope_deltas" in vars(module)), None)

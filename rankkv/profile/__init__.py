@@ -1,4 +1,4 @@
-"""Profiles: the measured sensitivity of each layer and head of one model, kept as JSON; no torch is imported here."""
+"""Profiles: the measured sensitivity of each layer and head of one model, kept as JSON; imports no torch."""
 
 from .record import RankProfile
 

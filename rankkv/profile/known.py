@@ -1,4 +1,4 @@
-"""Which profile belongs to a model: those shipped with the package and those in the user's cache folder."""
+"""Known profiles: those shipped with the package, those in the user's cache folder, and the search for a model's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..models.tensor_parallel import sample_parameter
 from ..utils.files import find_cache_folder
 from .record import RankProfile, compute_shape_key
 
-#: Entries of a model's configuration that say which profile can belong to it.
+# Entries of a model's configuration that must agree with those of its profile.
 _SHAPE = (
     "model_type",
     "num_hidden_layers",
@@ -28,17 +28,22 @@ _SHAPE = (
     "intermediate_size",
     "vocab_size",
 )
-# So many parameters, spread over the model, and so many values of each tell its weights from others.
+# Parameters sampled, spread over the model, and values of each: enough to recognise the weights.
 _SAMPLED_PARAMETERS, _SAMPLED_VALUES = 16, 4
 
 
 def describe_shape(model: Any) -> dict[str, Any]:
-    """Return what a model's configuration says of its shape.
+    """Return the entries of a model's configuration that describe its shape.
 
     Parameters
     ----------
     model : PreTrainedModel
         A causal language model.
+
+    Returns
+    -------
+    dict
+        Integers and strings, such as ``num_hidden_layers`` and ``model_type``.
     """
     config = model.config.get_text_config(decoder=True)
     found = {name: read_config(config, name) for name in _SHAPE}
@@ -46,7 +51,7 @@ def describe_shape(model: Any) -> dict[str, Any]:
 
 
 def sample_weights(model: Any) -> list[float]:
-    """Read a few weights spread over the model: enough to tell it from another of the same shape.
+    """Read a few weights that tell the model from another of the same shape.
 
     Parameters
     ----------
@@ -56,8 +61,8 @@ def sample_weights(model: Any) -> list[float]:
     Returns
     -------
     list of float
-        Values of up to 16 parameters, 4 each, fetched where they are offloaded; of those that are kept nowhere or not
-        floating-point, none.
+        Values of up to 16 parameters spread over the model, 4 each, fetched if they are offloaded. Parameters that are
+        not floating-point or have no stored values are left out.
     """
     names = list(list_weights(model))
     count = min(_SAMPLED_PARAMETERS, len(names))
@@ -76,7 +81,7 @@ def list_known_profiles(key: str) -> list[Path]:
     Parameters
     ----------
     key : str
-        From `compute_shape_key`.
+        Digest from `compute_shape_key`.
     """
     own = sorted(_own_folder().glob(f"*{key}*.json")) if _own_folder().is_dir() else []
     with importlib.resources.as_file(importlib.resources.files("rankkv.profile") / "shipped") as folder:
@@ -84,24 +89,25 @@ def list_known_profiles(key: str) -> list[Path]:
 
 
 def save_known_profile(profile: RankProfile) -> Path:
-    """Keep a profile in the user's cache folder, where its model finds it, and return the path."""
+    """Save a profile in the user's cache folder, where `find_profile` looks, and return the path."""
+    # The digest keeps models of one shape apart.
     digest = hashlib.sha256(repr(profile.weight_sample).encode()).hexdigest()[:8]
     return profile.save(_own_folder() / f"{profile.key}-{digest}.json")
 
 
 def find_profile(model: Any, layer_indices: list[int], with_heads: bool = False) -> RankProfile | None:
-    """Find the known profile of a model; None where there is none.
+    """Find the known profile of a model; None if none is known.
 
-    Weights are looked at only where a profile of the same shape is known.
+    Weights are read only if a profile of the same shape is known.
 
     Parameters
     ----------
     model : PreTrainedModel
         A causal language model.
     layer_indices : list of int
-        Its compressible layers.
+        Model indices of its compressible layers.
     with_heads : bool, default False
-        Go on from profiles that hold layers only, as long as one with heads is known.
+        Prefer a profile with heads over an earlier one that holds layers only.
     """
     shape = describe_shape(model)
     first = None
@@ -110,7 +116,7 @@ def find_profile(model: Any, layer_indices: list[int], with_heads: bool = False)
             profile = _load(path, path.stat().st_mtime_ns)
             profile.check_model(shape, sample_weights(model), layer_indices)
         except (RankKVError, OSError):
-            # A damaged file, or one of another model of this shape, is no reason to fail where none was asked for.
+            # A damaged file or another model's profile must not stop a user who named no profile.
             continue
         if profile.head_gain_divergence or not with_heads:
             return profile
@@ -120,6 +126,7 @@ def find_profile(model: Any, layer_indices: list[int], with_heads: bool = False)
 
 @functools.lru_cache(maxsize=8)
 def _load(path: Path, changed_at: int) -> RankProfile:
+    # `changed_at` is part of the cache's key: a file written again is read again.
     return RankProfile.load(path)
 
 

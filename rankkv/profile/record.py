@@ -1,4 +1,4 @@
-"""RankProfile: what compressing each layer of one model costs, measured once, kept as JSON."""
+"""RankProfile: the measured sensitivity of each layer and head of one model, and its JSON form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERSION = 1
 #: Name of the file in a hub repository.
 HUB_FILE = "rankkv_profile.json"
 
-#: Sampled weights of the same model in another floating-point type differ by its rounding, no more.
+# Share of the largest sampled weight. Casting a model to another floating-point type changes weights by less.
 _WEIGHT_TOLERANCE = 0.01
 
 
@@ -27,37 +27,36 @@ _WEIGHT_TOLERANCE = 0.01
 class RankProfile:
     """Measured sensitivity of each compressible layer of one model.
 
-    All distances are means over the calibration texts, in nats a token, between the model with its full cache and the
-    model with part of it, on a continuation: ``divergence`` is KL(full || compressed), ``excess_loss`` the difference
-    of the negative log-likelihoods, which the former estimates with less noise.
+    All distances are means over the calibration texts, in nats per token. They compare the model with its full cache
+    and with part of it, on a continuation. ``divergence`` is KL(full || compressed). ``excess_loss`` is the difference
+    of the negative log-likelihoods; the divergence estimates it with less noise.
 
     Parameters
     ----------
     model : mapping
-        What the profile belongs to: type, layer count, heads, widths, vocabulary.
+        Shape of the model: type, layer count, heads, widths, vocabulary.
     weight_sample : sequence of float
-        Values of a few weights, which tell this model from another of the same shape.
+        Values of a few weights that tell this model from another of the same shape.
     layer_indices : sequence of int
         Model indices of the compressible layers.
     ratios : sequence of float
         Fractions of the cache kept at which the curves were measured, ascending.
     excess_loss, divergence : sequence of sequence of float
-        ``[layer][ratio]``: distance when this layer alone is compressed to that ratio; in a profile of gradients
-        (``calibration["method"]``) an estimate of what that adds where all other layers keep ``base_ratio``.
+        ``[layer][ratio]``: distance when this layer alone is compressed to that ratio. If ``calibration["method"]`` is
+        "gradient", an estimate of the distance this adds while all other layers keep ``base_ratio``.
     gain_loss, gain_divergence : sequence of float
-        ``[layer]``: with every layer compressed to ``base_ratio``, how much nearer the model comes when this layer
-        gets its full cache back.
+        ``[layer]``: drop in distance when this layer gets its full cache back and all others keep ``base_ratio``.
     base_ratio : float
-        See above.
+        Fraction of the cache that all layers keep for the gains.
     ranks : mapping
         ``"scope/aggregation"`` to ``{"mean": [layer], "std": [layer]}``, effective ranks over the texts.
     calibration : mapping
-        How it was measured: number of texts, tokens, selector, version.
+        Record of the measurement: number of texts, tokens, selector, version.
     name : str
-        What the model was called.
+        Name of the model.
     head_gain_divergence : sequence of sequence of float
-        ``[layer][kv_head]``: as ``gain_divergence``, when this head alone gets its full cache back; empty if
-        not measured.
+        ``[layer][kv_head]``: as ``gain_divergence``, when this head alone gets its full cache back. Empty if not
+        measured.
 
     Raises
     ------
@@ -120,16 +119,16 @@ class RankProfile:
             values = getattr(self, name)
             if len(values) != count:
                 raise ProfileError(
-                    f"{name} has {len(values)} entries for {count} layers; the file is damaged, calibrate again."
+                    f"{name} has {len(values)} entries for {count} layers: the file is damaged; calibrate again."
                 )
             if name in ("excess_loss", "divergence") and any(len(row) != len(ratios) for row in values):
                 raise ProfileError(
-                    f"{name} needs {len(ratios)} numbers a layer, one a ratio; calibrate again."
+                    f"{name} needs {len(ratios)} numbers per layer, one per ratio; calibrate again."
                 )
         heads = [len(row) for row in self.head_gain_divergence]
         if heads and (len(heads) != count or 0 in heads):
             raise ProfileError(
-                f"head_gain_divergence has {heads} heads for {count} layers; the file is damaged, calibrate again."
+                f"head_gain_divergence has {heads} heads for {count} layers: the file is damaged; calibrate again."
             )
         numbers = [*self.gain_loss, *self.gain_divergence, *self.weight_sample]
         tables = (self.excess_loss, self.divergence, self.head_gain_divergence)
@@ -141,36 +140,36 @@ class RankProfile:
 
     @property
     def key(self) -> str:
-        """Digest of the model's shape, by which known profiles are found."""
+        """Digest of the model's shape, the key of known profiles."""
         return compute_shape_key(self.model)
 
     def check_model(
         self, model: Mapping[str, Any], weight_sample: Iterable[float], layers: list[int]
     ) -> None:
-        """Raise if the profile belongs to another model.
+        """Check that the profile belongs to a model.
 
         Parameters
         ----------
         model : mapping
-            Shape of the model at hand.
+            Shape of the model.
         weight_sample : iterable of float
             Its sampled weights.
         layers : list of int
-            Its compressible layers.
+            Model indices of its compressible layers.
 
         Raises
         ------
         ProfileError
-            The message says how they differ.
+            If it belongs to another model; the message names the differences.
         """
         names = sorted({*self.model, *model})
         differing = [
-            f"{name} {self.model.get(name)!r} there, {model.get(name)!r} here"
+            f"{name}: profile {self.model.get(name)!r}, model {model.get(name)!r}"
             for name in names
             if self.model.get(name) != model.get(name)
         ]
         if not differing and list(self.layer_indices) != list(layers):
-            differing = [f"compressible layers {list(self.layer_indices)} there, {list(layers)} here"]
+            differing = [f"compressible layers: profile {list(self.layer_indices)}, model {list(layers)}"]
         if not differing:
             sample = [float(value) for value in weight_sample]
             scale = max((abs(value) for value in self.weight_sample), default=0.0)
@@ -179,11 +178,11 @@ class RankProfile:
                 for a, b in zip(sample, self.weight_sample, strict=True)
             )
             if not same:
-                differing = ["the shape is the same but the weights are others"]
+                differing = ["the shape is the same but the weights differ"]
         if differing:
             raise ProfileError(
                 f"the profile{f' of {self.name}' if self.name else ''} belongs to another model: "
-                f"{'; '.join(differing)}. Use profile=None, or calibrate this model (rankkv calibrate)."
+                f"{'; '.join(differing)}; use profile=None, or calibrate this model (rankkv calibrate)."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,19 +191,19 @@ class RankProfile:
 
     @classmethod
     def from_dict(cls, record: Any) -> RankProfile:
-        """Build a profile from what `to_dict` gave.
+        """Build a profile from a record of `to_dict`.
 
         Raises
         ------
         ProfileError
-            If it is none, or of a version this library does not know.
+            If the record is not a profile, or has a version that this library does not know.
         """
         if not isinstance(record, Mapping) or record.get("format") != FORMAT:
-            raise ProfileError("this is no RankKV profile: give a file that RankProfile.save() wrote.")
+            raise ProfileError("this is not a RankKV profile: give a file that RankProfile.save() wrote.")
         if record.get("version") != VERSION:
             raise ProfileError(
-                f"the profile has version {record.get('version')!r}, this RankKV reads {VERSION}: calibrate again, or "
-                "use the RankKV that wrote it."
+                f"the profile has version {record.get('version')!r} but this RankKV reads version {VERSION}: calibrate "
+                "again, or use the RankKV that wrote it."
             )
         fields = {name: value for name, value in record.items() if name not in ("format", "version")}
         try:
@@ -223,9 +222,9 @@ class RankProfile:
         Raises
         ------
         SourceUnavailableError
-            If there is no such file.
+            If the file cannot be read.
         ProfileError
-            If it holds no profile.
+            If it does not hold a profile.
         """
         try:
             text = Path(path).expanduser().read_text(encoding="utf-8")
@@ -234,7 +233,7 @@ class RankProfile:
         try:
             record = json.loads(text)
         except ValueError as error:
-            raise ProfileError(f"{str(path)!r} is not JSON ({error}); give the path of a profile.") from error
+            raise ProfileError(f"{str(path)!r} is not JSON ({error}): give the path of a profile.") from error
         return cls.from_dict(record)
 
     @classmethod
@@ -246,11 +245,11 @@ class RankProfile:
         model : PreTrainedModel
             A causal language model.
         tokenizer : PreTrainedTokenizerBase, optional
-            Needed where texts are strings.
+            Needed for texts that are strings.
         texts : sequence of str or Tensor
             Strings, or token ids ``[token]`` or ``[1, token]``.
         **options
-            Tokens of context and continuation, ratios, selector, a file to resume from.
+            Such as the tokens of context and continuation, the ratios, the selector and a file to resume from.
         """
         # The root resolves names on use: calibration runs caches and stands above this package.
         import rankkv
@@ -258,14 +257,14 @@ class RankProfile:
         return rankkv.calibrate(model, tokenizer, texts, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the profile, as JSON, to a model repository of the hub, and return the commit's address.
+        """Upload the profile, as JSON, to a hub repository and return the commit's address.
 
         Parameters
         ----------
         repo_id : str
-            "organisation/name"; the repository is made if there is none.
+            "organisation/name" of a model repository, created if it does not exist.
         **options
-            ``private`` for a new repository, and those of ``huggingface_hub.HfApi.upload_file``, such as ``token``,
+            ``private`` for a new repository, and options of ``huggingface_hub.HfApi.upload_file``, such as ``token``,
             ``revision`` or ``create_pr``.
 
         Raises
@@ -273,28 +272,30 @@ class RankProfile:
         InputError
             If ``repo_id`` cannot be a hub id.
         SourceUnavailableError
-            If the hub cannot be reached, or refuses.
+            If the hub cannot be reached, or refuses the upload.
         """
         require("huggingface_hub", "pip install huggingface_hub", "pushing a profile")
         return push_file(repo_id, HUB_FILE, dump_json(self.to_dict()).encode(), **options)
 
     @classmethod
     def pull_from_hub(cls, repo_id: str, **options: Any) -> RankProfile:
-        """Download a profile that `push_to_hub` uploaded; without the hub, the one that was downloaded before.
+        """Download a profile that `push_to_hub` uploaded.
+
+        If the hub cannot be reached, an earlier download is used.
 
         Parameters
         ----------
         repo_id : str
             "organisation/name".
         **options
-            Of ``huggingface_hub.hf_hub_download``, such as ``token`` or ``revision``.
+            Options of ``huggingface_hub.hf_hub_download``, such as ``token`` or ``revision``.
 
         Raises
         ------
         SourceUnavailableError
             If the hub cannot be reached and nothing was downloaded before, or the repository holds no profile.
         ProfileError
-            If what it holds is none.
+            If the downloaded file is not a profile.
         """
         require("huggingface_hub", "pip install huggingface_hub", "pulling a profile")
         return cls.load(pull_file(repo_id, HUB_FILE, **options))
@@ -312,14 +313,16 @@ def compute_shape_key(model: Mapping[str, Any]) -> str:
 
 
 def check_profile(value: Any) -> Any:
-    """Return the option ``profile`` as "auto", None or a `RankProfile`; paths and records are loaded.
+    """Check the option ``profile`` and return "auto", None or a `RankProfile`.
+
+    Paths and records are loaded.
 
     Raises
     ------
     ProfileError, SourceUnavailableError
         As `RankProfile.load` and `RankProfile.from_dict`.
     InputError
-        If it is none of these.
+        If the value is of another type.
     """
     if value is None or isinstance(value, RankProfile) or value == "auto":
         return value
@@ -327,6 +330,4 @@ def check_profile(value: Any) -> Any:
         return RankProfile.load(value)
     if isinstance(value, Mapping):
         return RankProfile.from_dict(value)
-    raise InputError(
-        f"profile={value!r} is none of 'auto', None, a RankProfile or the path of one; give one of these."
-    )
+    raise InputError(f"profile={value!r} must be 'auto', None, a RankProfile, or the path of a saved one.")

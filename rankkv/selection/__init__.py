@@ -1,4 +1,4 @@
-"""Selection: an observation of a layer goes in, scores and then the indices of the kept tokens come out."""
+"""Selection: methods that score the tokens of a layer, and the choice of kept tokens from their scores."""
 
 from .base import NEEDS, Selector, WrappingSelector
 from .registry import SELECTORS, get_selector, register_selector, unregister_selector

@@ -1,4 +1,4 @@
-"""What a token selection method is, and the one routine that turns its scores into kept tokens."""
+"""Selector and WrappingSelector: the description of a token selection method and of its options."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..observe.observation import Observation
 
-#: What a method may read, as :attr:`Selector.needs` says it.
+#: Values of :attr:`Selector.needs`: inputs that a method may read.
 NEEDS = ("window attention", "whole attention", "queries", "keys only", "keys and values", "nothing")
 
 
 @dataclass(frozen=True)
 class Selector:
-    """A token selection method: scores for every key, and how many of the newest tokens it protects.
+    """Token selection method: a score for every key, and the number of protected newest tokens.
 
     Parameters
     ----------
     name : str
-        Registry key, equal to the file's name.
+        Registry key, equal to the name of the method's module.
     score : callable
-        ``score(observation, **options) -> Tensor [batch, kv_head or 1, key]``: higher is kept first.  A head axis of
+        ``score(observation, **options) -> Tensor [batch, kv_head or 1, key]``: higher is kept first. A head axis of
         1 means that all heads of the layer keep the same tokens.
     needs : str
-        What it reads, one of :data:`NEEDS`: attention weights of the observation window or of all queries, the queries
-        themselves, keys alone, keys and values, or nothing but the number of tokens.
+        Input of the method, one of :data:`NEEDS`: attention weights of the observation window or of all queries, the
+        queries themselves, keys alone, keys and values, or only the number of tokens ("nothing").
     source : str
         Paper of the method.
     cost : str
-        Operations for each head of a layer, up to a factor of head_dim: ``"O(window x keys)"`` and the like.
+        Operations per head of a layer, up to a factor of head_dim, such as ``"O(window x keys)"``.
     options : mapping
         Options bound to ``score``.
     recent_fraction : float, optional
         Fraction of a layer's budget protected as its newest tokens; None protects ``min(window_size, budget // 2)``.
     past_queries : {"", "turned", "unturned"}
-        What it needs of queries that are gone, of :data:`rankkv.observe.queries.PAST_QUERIES`; empty for nothing.
+        Statistics of past queries that the method needs, of :data:`rankkv.observe.queries.PAST_QUERIES`; empty for
+        none.
     fallback : (str, str), optional
-        An option the method is meant to have, and what is done where it is not given.
+        An option that the method should get, and a sentence on what replaces it if it is missing.
     step : {"decay", "sum", "rescore"}
-        How scores go on from query to query: ``"sum"`` adds the attention each new query pays, ``"decay"`` does so over
-        an exponential window as long as the observation window, ``"rescore"`` computes them anew from the keys.
+        Update of the scores by each new query. ``"sum"`` adds the query's attention. ``"decay"`` does so over an
+        exponential window as long as the observation window. ``"rescore"`` recomputes the scores from the keys.
 
     Examples
     --------
@@ -71,13 +72,13 @@ class Selector:
         Raises
         ------
         ConfigError
-            If the method has no option of that name, or the value is outside its range.
+            If the method has no option of that name, or ``recent_fraction`` is outside [0, 1].
         """
         options = dict(options)
         recent_fraction = options.pop("recent_fraction", self.recent_fraction)
         if recent_fraction is not None and not 0.0 <= recent_fraction <= 1.0:
             raise ConfigError(
-                f"recent_fraction={recent_fraction!r} of selector {self.name!r} is outside [0, 1]: it is the fraction "
+                f"recent_fraction={recent_fraction!r} of selector {self.name!r} is outside [0, 1]: give the fraction "
                 "of a layer's budget that is kept for the newest tokens."
             )
         for name in options:
@@ -96,33 +97,33 @@ class Selector:
 
     @property
     def description(self) -> str:
-        """One sentence: the first line of the docstring of ``score``."""
+        """One sentence, the first line of the docstring of ``score``."""
         return (inspect.getdoc(self.score) or "").partition("\n")[0]
 
     @property
     def remark(self) -> str:
-        """What is done in place of an option that is not given; empty where there is nothing to say."""
+        """Sentence on the fallback for a missing option; empty if none is missing."""
         if self.fallback is None or self.options.get(self.fallback[0]) is not None:
             return ""
         return f"selector {self.name}: {self.fallback[1]}"
 
     def compute_scores(self, observation: Observation) -> Tensor:
-        """Compute the scores by which tokens are selected, ``[batch, kv_head or 1, key]``."""
+        """Compute the scores that select tokens, ``[batch, kv_head or 1, key]``."""
         return self.refine(self.compute_lasting_scores(observation), observation)
 
     def compute_lasting_scores(self, observation: Observation) -> Tensor:
-        """Compute the scores that later queries continue (see ``step``), ``[batch, kv_head or 1, key]``."""
+        """Compute the scores that later queries update (see ``step``), ``[batch, kv_head or 1, key]``."""
         return self.score(observation, **self.options)
 
     def refine(self, scores: Tensor, observation: Observation) -> Tensor:
-        """Make of lasting scores those by which tokens are selected; here they are the same."""
+        """Compute the scores that select tokens from lasting scores; here they are the same."""
         return scores
 
     def count_protected(self, budget: int, window_size: int, sink_size: int) -> tuple[int, int]:
-        """Return how many of the newest and of the first tokens a budget of ``budget`` tokens protects.
+        """Count the newest and the first tokens that a budget protects.
 
-        Both lie inside the budget: ``min(window_size, budget // 2)`` newest (or ``recent_fraction`` of the budget) and
-        ``min(sink_size, budget // 4)`` first ones.
+        Both are part of the budget: ``min(window_size, budget // 2)`` newest tokens (or ``recent_fraction`` of the
+        budget) and ``min(sink_size, budget // 4)`` first ones.
         """
         sinks = min(sink_size, budget // 4)
         if self.recent_fraction is None:
@@ -130,7 +131,7 @@ class Selector:
         return min(max(1, int(self.recent_fraction * budget)), budget - sinks), sinks
 
     def __getstate__(self) -> dict[str, Any]:
-        # A view of a mapping cannot be sent to another process, as Ray sends selectors to its workers.
+        # Ray sends selectors to its workers, and a MappingProxyType cannot be pickled.
         return {**vars(self), "options": dict(self.options)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,17 +147,18 @@ class Selector:
 
 @dataclass(frozen=True)
 class WrappingSelector(Selector):
-    """A method whose ``score`` is ``score(scores, observation, **options)``: it refines the scores of a base.
+    """Token selection method that refines the scores of a base method.
 
-    What it reads, how its scores go on from query to query and what it protects follow from the base.  While decoding,
-    the scores of the base are continued, and refined again for each selection.
+    Its ``score`` is ``score(scores, observation, **options)``. Its inputs (``needs``, ``past_queries``), its ``step``
+    and its ``recent_fraction`` are those of the base. While decoding, new queries update the base's scores, and each
+    selection refines them again.
 
     Parameters
     ----------
     base : Selector
-        The method whose scores are refined; the option ``base`` exchanges it, by name or as a selector.
+        Method whose scores are refined. The option ``base`` replaces it, by name or as a selector.
     wraps : tuple of str
-        What a base may read, of :data:`rankkv.selection.NEEDS`; empty for any.
+        Inputs that a base may read, of :data:`rankkv.selection.NEEDS`; empty for any.
 
     Examples
     --------
@@ -173,7 +175,7 @@ class WrappingSelector(Selector):
     def of(
         cls, base: Selector, name: str, score: Any, source: str, cost: str, **more: Any
     ) -> WrappingSelector:
-        """Build the wrapper ``name`` around ``base``; ``cost`` comes on top of the base's."""
+        """Build the wrapper ``name`` around ``base``; ``cost`` includes the base's."""
         return cls(
             name,
             score,
@@ -189,7 +191,7 @@ class WrappingSelector(Selector):
 
     @property
     def option_names(self) -> list[str]:
-        """``base``, and the names of the options of ``score``."""
+        """Names of the options: ``base`` and those of ``score``."""
         return ["base", *list(inspect.signature(self.score).parameters)[2:]]
 
     def with_options(self, **options: Any) -> Selector:
@@ -198,10 +200,8 @@ class WrappingSelector(Selector):
         Raises
         ------
         ConfigError
-            If the method has no option of that name, a value is outside its range, or the base has no scores that
-            this method can refine.
-        UnknownNameError
-            If no selector has the name that ``base`` gives.
+            If the method has no option of that name, ``recent_fraction`` is outside [0, 1], or ``base`` is not a
+            selector whose scores this method can refine.
         """
         changed = super().with_options(**options)
         if "base" not in options:
@@ -210,11 +210,11 @@ class WrappingSelector(Selector):
         if not isinstance(base, Selector):
             raise ConfigError(
                 f"base={base!r} of selector {self.name!r} must be a Selector: use get_selector({self.name!r}, "
-                f"base={base!r}), which looks names up."
+                f"base={base!r}), which accepts names."
             )
         if self.wraps and base.needs not in self.wraps:
             raise ConfigError(
-                f"base={str(base)!r} of selector {self.name!r} reads {base.needs!r}: its scores are no attention; "
+                f"base={str(base)!r} of selector {self.name!r} reads {base.needs!r}, so its scores are not attention: "
                 f"give a method that reads one of: {', '.join(self.wraps)}."
             )
         recent_fraction = options.get("recent_fraction", base.recent_fraction)
@@ -228,16 +228,18 @@ class WrappingSelector(Selector):
         )
 
     def compute_lasting_scores(self, observation: Observation) -> Tensor:
-        """Compute the scores of the base, which later queries continue."""
+        """Compute the scores of the base, which later queries update."""
         return self._base.compute_lasting_scores(observation)
 
     def refine(self, scores: Tensor, observation: Observation) -> Tensor:
-        """Make of the base's scores those by which tokens are selected."""
+        """Compute the scores that select tokens from the base's lasting scores."""
         options = {name: value for name, value in self.options.items() if name != "base"}
         return self.score(self._base.refine(scores, observation), observation, **options)
 
     @property
     def _base(self) -> Selector:
         if self.base is None:
-            raise ConfigError(f"selector {self.name!r} wraps another one: give it a base.")
+            raise ConfigError(
+                f"selector {self.name!r} refines the scores of another selector: give it a base."
+            )
         return self.base

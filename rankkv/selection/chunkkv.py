@@ -1,21 +1,21 @@
-"""ChunkKV: keep whole chunks of neighbouring tokens, by the mean score of each."""
+"""ChunkKV: keep whole chunks of neighbouring tokens, ranked by mean score."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..observe.observation import Observation
+from .scoring import check_integer_option
 
 
 def refine_chunkkv(scores: Tensor, observation: Observation, chunk_length: int = 20) -> Tensor:
     """Give every token the mean score of its chunk, over all heads of the layer.
 
-    Chunk ``c`` holds the real tokens of a row from ``c * chunk_length`` to before ``(c + 1) * chunk_length``; its score
-    is the mean of the base's scores over its tokens (those still there, where some were evicted) and over the heads, so
-    all heads keep the same chunks.  Ties go to the earlier token: chunks are kept whole, the best first, and **the last
-    one kept is cut at its end** so that budgets stay exact.
+    Chunk ``c`` holds the real tokens of a row from ``c * chunk_length`` to before ``(c + 1) * chunk_length``. Its score
+    is the mean of the base's scores over its remaining tokens and over the heads, so all heads keep the same chunks.
+    Ties go to the earlier token, so chunks are kept whole, the best first. **The last chunk kept is cut at its end** so
+    that budgets stay exact.
 
     Parameters
     ----------
@@ -38,26 +38,24 @@ def refine_chunkkv(scores: Tensor, observation: Observation, chunk_length: int =
 
     Notes
     -----
-    The option ``base`` (default ``"snapkv"``) names the method whose scores are averaged.  kvpress rounds the budget
-    down to whole chunks, and its SnapKV gives the observation window the highest score, so that a chunk the window
-    begins in is kept too; here the newest tokens are protected as with every selector, and their chunks compete by the
-    base's own scores.  Where the window begins with a chunk and the budget is a number of chunks, both keep the same.
+    The option ``base`` (default ``"snapkv"``) names the method whose scores are averaged. kvpress rounds the budget
+    down to whole chunks. Its SnapKV gives the observation window the highest score, so it also keeps the chunk in which
+    the window begins. Here the newest tokens are protected as with every selector, and their chunks compete by the
+    base's own scores. If the window begins with a chunk and the budget is a whole number of chunks, both keep the same
+    tokens.
 
     References
     ----------
     Liu et al., "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference", 2025,
     arXiv:2502.00299, algorithm 1.
     """
-    if not isinstance(chunk_length, int) or isinstance(chunk_length, bool) or chunk_length < 1:
-        raise ConfigError(
-            f"chunk_length={chunk_length!r} of selector 'chunkkv' must be an integer of at least 1."
-        )
+    check_integer_option("chunkkv", "chunk_length", chunk_length, 1)
     index = observation.real_index
     heads = max(scores.shape[1], index.shape[1])
     is_real = (index >= 0).expand(-1, heads, -1)
     chunk = index.clamp(min=0) // chunk_length
     place = chunk.expand(-1, heads, -1).flatten(1)
-    # In float64, so that the order of the additions cannot decide between two chunks.
+    # Sums are in float64, so that the order of the additions cannot decide between two chunks.
     scores = scores.double().expand(-1, heads, -1).masked_fill(~is_real, 0.0).flatten(1)
     sums = scores.new_zeros(scores.shape[0], max(observation.lengths) // chunk_length + 1)
     counts = torch.zeros_like(sums).scatter_add_(-1, place, is_real.double().flatten(1))

@@ -1,4 +1,4 @@
-"""CriticalKV and VATP: attention scores weighed by what a value adds to the layer's output."""
+"""CriticalKV and VATP: attention scores weighed by the norm of the value's part of the layer's output."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ def refine_criticalkv(
     first_stage_ratio: float = 0.5,
     projection: bool = True,
 ) -> Tensor:
-    """Weigh attention scores by the norm of each key's value behind the output projection, in two stages.
+    """Weigh attention scores by the norm of each key's projected value, in two stages.
 
-    ``w_j = mean over the heads h of the group of ||v_j W_h||_1``, ``W_h`` being the rows of the layer's output
-    projection that belong to head h.  Of a budget of b tokens the first ``int(first_stage_ratio * b)`` places go by the
-    base's scores s, the others by ``(s_j + epsilon) * w_j``.  Both stages together are one order of the tokens that no
-    budget changes; it is returned as minus the place in it.  ``first_stage_ratio=0`` returns ``(s_j + epsilon) * w_j``
-    itself.  VATP is ``base="h2o", projection=False, first_stage_ratio=0.0, epsilon=0.0``.
+    ``w_j = mean over the heads h of the group of ||v_j W_h||_1``, where ``W_h`` holds the rows of the layer's output
+    projection that belong to head h. Of a budget of b tokens, the base's scores s fill the first
+    ``int(first_stage_ratio * b)`` places. ``(s_j + epsilon) * w_j`` fills the others. Both stages together give one
+    order of the tokens for all budgets. The result is minus the place in that order.
+
+    ``first_stage_ratio=0`` returns ``(s_j + epsilon) * w_j`` itself. VATP is
+    ``base="h2o", projection=False, first_stage_ratio=0.0, epsilon=0.0``.
 
     Parameters
     ----------
     scores : Tensor
-        The base's scores, ``[batch, kv_head or 1, key]``, attention and so not negative.
+        The base's scores, ``[batch, kv_head or 1, key]``; attention, so not negative.
     observation : Observation
         The layer's values, and its attention module.
     epsilon : float, default 1e-4
@@ -36,8 +38,8 @@ def refine_criticalkv(
     first_stage_ratio : float, default 0.5
         Share of a budget that is filled by the base's scores alone, in [0, 1].
     projection : bool, default True
-        False takes ``||v_j||_1``.  So does True where no output projection is found: in a module whose children do not
-        say which one it is, and under tensor parallelism.
+        False uses ``||v_j||_1``. So does True if no output projection is found: if the module's children do not
+        identify it, and under tensor parallelism.
 
     Returns
     -------
@@ -51,9 +53,9 @@ def refine_criticalkv(
 
     Notes
     -----
-    The option ``base`` (default ``"snapkv"``) names the method whose scores are weighed; it must read attention.  As in
+    The option ``base`` (default ``"snapkv"``) names the method whose scores are weighed; it must read attention. As in
     kvpress, the newest ``window_size`` tokens fill the first places of the first stage, the newest of them first.
-    Sinks, which kvpress does not protect, come out of the second stage.
+    Sinks, which kvpress does not protect, take places of the second stage.
 
     References
     ----------
@@ -69,7 +71,7 @@ def refine_criticalkv(
         return weighed
     index = observation.real_index.expand(weighed.shape)
     newest_from = torch.tensor(observation.lengths, device=index.device) - observation.window_size
-    # Above any score, and in the order of their positions.
+    # The newest tokens rank above any score, the newest first.
     first = torch.where(index >= newest_from.view(-1, 1, 1), (index + 1) * 1e30, scores.double())
     ranks = [
         [_join_orders(*orders, ratio=first_stage_ratio) for orders in zip(*row, strict=True)]
@@ -79,7 +81,7 @@ def refine_criticalkv(
 
 
 def compute_value_norms(observation: Observation, projection: bool) -> Tensor:
-    """Compute the L1 norm of each value, behind the output projection if that is wanted and found.
+    """Compute the L1 norm of each value, projected if ``projection`` and a projection is found.
 
     Parameters
     ----------
@@ -101,6 +103,7 @@ def compute_value_norms(observation: Observation, projection: bool) -> Tensor:
         norms = values.float().abs().sum(dim=-1)
         return observation.compute_group_mean(norms)
     matrices = compute_projection_matrix(found, width, values, parts).view(heads, values.shape[-1], -1)
+    # Blocks of tokens bound the memory: each projected value is hidden_size wide.
     rows = max(1, BLOCK_ELEMENTS // (values.shape[0] * matrices.shape[-1]))
     norms = torch.empty(values.shape[0], heads, values.shape[-2], dtype=torch.float32, device=values.device)
     for head in range(heads):
@@ -120,14 +123,17 @@ def _check(epsilon: object, first_stage_ratio: object, projection: object) -> No
 
 
 def _list_orders(scores: Tensor, index: Tensor) -> list[list[list[int]]]:
-    """List the places of the keys from the highest score to the lowest, ``[row][head]``, padding last."""
+    """List the keys from the highest score to the lowest, ``[row][head]``, padding last."""
     scores = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min)
     scores = scores.masked_fill(index < 0, float("-inf"))
     return scores.sort(dim=-1, descending=True, stable=True).indices.tolist()
 
 
 def _join_orders(first: list[int], second: list[int], ratio: float) -> list[int]:
-    """Rank the keys so that those below any b are the best ``int(ratio * b)`` of one order, filled up by the other."""
+    """Rank the keys by two orders, for every budget b at once.
+
+    The keys of rank below b are the best ``int(ratio * b)`` of the first order, then the best others of the second.
+    """
     ranks = [-1] * len(first)
     by_first, by_second = iter(first), iter(second)
     placed = 0
@@ -136,7 +142,7 @@ def _join_orders(first: list[int], second: list[int], ratio: float) -> list[int]
         if int(ratio * (rank + 1)) > placed:
             placed += 1
             key = next(by_first)
-        # A key that the second order has placed already leaves its place to the next of that order.
+        # Take the next key of the second order. Keys that already have a rank are skipped.
         while key < 0 or ranks[key] >= 0:
             key = next(by_second)
         ranks[key] = rank

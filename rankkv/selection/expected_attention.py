@@ -1,4 +1,4 @@
-"""Expected attention: keep what queries yet to come can be expected to attend to, judged by those that came."""
+"""Expected attention: keep the keys that future queries are expected to attend to, estimated from past queries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments, split_moments
-from .scoring import without_padding
+from .scoring import check_integer_option, without_padding
 
 
 @without_padding
@@ -19,31 +19,31 @@ def score_expected_attention(
     value_norms: bool = True,
     epsilon: float = 0.0,
 ) -> Tensor:
-    """Score each key by the attention that queries yet to come are expected to pay to it, times its value's norm.
+    """Score each key by the expected attention of future queries times its value's norm.
 
-    Queries turned back to position 0 are taken as normal with mean ``m`` and covariance ``C``.  With ``R`` the mean of
-    the rotary matrices of the next ``future_positions`` positions and the layer's scaling ``s``,
+    Queries without rotary embedding are modelled as normal with mean ``m`` and covariance ``C``. Let ``R`` be the mean
+    of the rotary matrices of the next ``future_positions`` positions and ``s`` the layer's scaling. Then
 
     ``z_j = s k_j R m + s^2 / 2 k_j R C R^T k_j^T`` (the logarithm of the expected ``exp(s q k_j^T)``),
 
     ``score_j = (mean over the heads of the group of softmax_j z_j + epsilon) ||v_j||``.
 
-    All queries count but those of the sinks; the softmax is over all keys but the sinks, which score as high as the
-    best.  What past queries leave is ``m`` and ``C`` alone, so that a prompt in chunks scores as in one piece, and in
-    bounded decoding every query so far counts.
+    All queries count except those of the sinks. The softmax is over all keys except the sinks, which score as high as
+    the best key. Only ``m`` and ``C`` are kept of past queries. A prompt in chunks therefore scores like a whole
+    prompt, and in bounded decoding every query so far counts.
 
     Parameters
     ----------
     observation : Observation
-        The layer's queries, keys and values, and how it turns them with position.
+        The layer's queries, keys, values and rotary embedding.
     future_positions : int, default 512
-        How many positions from the newest token on ``R`` is the mean over.
+        Number of positions after the newest token that ``R`` averages over.
     covariance : bool, default True
-        Whether the term with ``C`` counts.
+        Use the term with ``C``.
     value_norms : bool, default True
-        Whether values weigh.
+        Multiply by ``||v_j||``.
     epsilon : float, default 0.0
-        The larger, the more the values weigh against attention.
+        Larger values give the value norms more influence against attention.
 
     Returns
     -------
@@ -53,27 +53,24 @@ def score_expected_attention(
     Raises
     ------
     ConfigError
-        If ``future_positions`` is no integer of at least 1, or ``epsilon`` is negative.
+        If ``future_positions`` is not an integer of at least 1, or ``epsilon`` is negative.
 
     Notes
     -----
-    Unlike kvpress' form, ``s`` is the scaling the model uses, which is not ``head_dim ** -0.5`` in all; a learned
-    attention sink takes its part of the softmax; and only the rotated part of a head is turned.  Left out are a tanh
-    cap on the logits and position biases.  A model whose layers turn keys in no known way is scored with ``R = 1`` from
-    its queries as they are, and a warning says so.
+    Three points differ from kvpress. ``s`` is the model's own scaling, which is not always ``head_dim ** -0.5``. A
+    learned attention sink takes its share of the softmax. Only the rotary part of a head is rotated. A tanh cap on the
+    logits and position biases are ignored. If the rotary embedding of a model is unknown, its queries are used as they
+    are with ``R = 1``, and a warning says so.
 
-    As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
-    other); kvpress protects none.
+    As with every selector, the newest token is always kept, whatever it scores; ``recent_fraction=0.0`` protects no
+    other token. kvpress protects none.
 
     References
     ----------
     Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
     2025, arXiv:2510.00636.
     """
-    if isinstance(future_positions, bool) or not isinstance(future_positions, int) or future_positions < 1:
-        raise ConfigError(
-            f"future_positions={future_positions!r} of selector 'expected_attention' must be an integer of at least 1."
-        )
+    check_integer_option("expected_attention", "future_positions", future_positions, 1)
     if not epsilon >= 0:
         raise ConfigError(f"epsilon={epsilon!r} of selector 'expected_attention' must be 0 or more.")
     spread, mean, count = split_moments(compute_query_moments(observation, "unturned"))
@@ -88,6 +85,7 @@ def score_expected_attention(
     batch, key_heads, tokens = keys.shape[:3]
     groups = mean.shape[1] // key_heads
     mean, spread = mean.unflatten(1, (key_heads, groups)), spread.unflatten(1, (key_heads, groups))
+    # One group at a time: the quadratic form needs a copy of the keys per query head.
     logits = torch.empty(batch, key_heads, groups, tokens, device=keys.device)
     for group in range(groups):
         logit = (keys * mean[:, :, group]).sum(dim=-1) * observation.scaling
@@ -103,7 +101,7 @@ def score_expected_attention(
         weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = logits.softmax(dim=-1)
-    # With nothing but sinks there is nothing to divide attention over.
+    # If all keys are sinks, the softmax is over nothing and NaN; the mask replaces it by 0.
     scores = weights.masked_fill(is_sink[:, :, None], 0.0).mean(dim=2)
     if value_norms:
         scores = (scores + epsilon) * torch.linalg.vector_norm(
@@ -118,7 +116,7 @@ def score_expected_attention(
 def _average_rotation(
     observation: Observation, frequencies: Tensor, future_positions: int
 ) -> tuple[Tensor, Tensor]:
-    """Average cosine and sine over the positions to come, ``[batch, 1, 1, pair]``."""
+    """Average cosine and sine over the future positions, ``[batch, 1, 1, pair]``."""
     newest = observation.query_rotary_positions[:, 0, -1:]
     future = newest + torch.arange(1, future_positions + 1, device=newest.device)
     angles = future[:, :, None] * frequencies

@@ -11,11 +11,11 @@ def score_h2o(observation: Observation) -> Tensor:
     """Score each key by the column sum of the whole causal attention matrix.
 
     ``score_j = mean over the heads of the group of sum over all query rows i of A[i, j]``, accumulated in blocks of
-    rows, so that memory stays ``O(block x keys)``.  The selector's ``recent_fraction=0.5`` is the paper's own split of
+    rows, so that memory stays ``O(block x keys)``. The selector's ``recent_fraction=0.5`` is the paper's own split of
     a budget into heavy hitters and recent tokens.
 
     kvpress' ``ObservedAttentionPress`` divides each sum by the number of queries that see the key, which favours late
-    tokens.  Here it is the sum, as in the paper.
+    tokens. Here it is the sum, as in the paper.
 
     Parameters
     ----------
@@ -29,8 +29,8 @@ def score_h2o(observation: Observation) -> Tensor:
 
     Notes
     -----
-    The sums over the observation window's rows alone are ``snapkv`` with ``kernel_size=1``: its mean over these rows
-    gives the same order, so it is no method of its own here.
+    There is no separate method for sums over the observation window alone: ``snapkv`` with ``kernel_size=1`` averages
+    over the same rows, which gives the same order.
 
     References
     ----------

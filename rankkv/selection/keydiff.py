@@ -13,8 +13,8 @@ from .scoring import without_padding
 def score_keydiff(observation: Observation) -> Tensor:
     """Score each key by its cosine similarity to the mean direction of all keys, the lower the better.
 
-    ``score_j = - cos(k_j, a)`` with the anchor ``a = mean over the keys i held of k_i / ||k_i||``, in float32.  The
-    paper compresses block by block while the prompt comes in, as ``prefill="streaming"`` does.
+    ``score_j = - cos(k_j, a)`` with the anchor ``a = mean over the cached keys i of k_i / ||k_i||``, in float32. The
+    paper compresses block by block during the prefill, as ``prefill="streaming"`` does.
 
     Parameters
     ----------
@@ -24,12 +24,12 @@ def score_keydiff(observation: Observation) -> Tensor:
     Returns
     -------
     Tensor
-        ``[batch, kv_head, key]`` float32; where attention sees more key heads than the cache has, their mean.
+        ``[batch, kv_head, key]`` float32; the mean if attention sees more key heads than the cache has.
 
     Notes
     -----
-    As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
-    other); kvpress protects none.
+    As with every selector, the newest token is always kept, whatever it scores; ``recent_fraction=0.0`` protects no
+    other token. kvpress protects none.
 
     References
     ----------

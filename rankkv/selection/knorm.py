@@ -13,8 +13,8 @@ from .scoring import merge_ties, without_padding
 def score_knorm(observation: Observation) -> Tensor:
     """Score each key by its norm, the lower the better.
 
-    ``score_j = - ||k_j||_2``, in float32.  Keys of low norm get high attention in most layers; the paper leaves the
-    first two layers uncompressed, where this does not hold, which is a matter of budgets and not done here.
+    ``score_j = - ||k_j||_2``, in float32. Keys of low norm get high attention in most layers. The first two layers are
+    an exception, and the paper leaves them uncompressed. A selector does not set budgets, so this is not done here.
 
     Parameters
     ----------
@@ -24,13 +24,13 @@ def score_knorm(observation: Observation) -> Tensor:
     Returns
     -------
     Tensor
-        ``[batch, kv_head, key]`` float32; where attention sees more key heads than the cache has, their mean.
+        ``[batch, kv_head, key]`` float32; the mean if attention sees more key heads than the cache has.
 
     Notes
     -----
-    As with every selector the newest token is always kept, whatever it scores (``recent_fraction=0.0`` protects no
-    other); kvpress protects none.  Norms that are equal but for rounding, as those of a token that
-    comes again are in the first layer, tie, and the earlier one is kept.
+    As with every selector, the newest token is always kept, whatever it scores; ``recent_fraction=0.0`` protects no
+    other token. kvpress protects none. Norms that differ only by rounding tie, and the earlier token is kept. Such ties
+    occur in the first layer, where a repeated token has keys of equal norm.
 
     References
     ----------

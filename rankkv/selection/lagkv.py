@@ -1,27 +1,26 @@
-"""LagKV: keep the tokens whose keys and values stand out against those of the partition that follows."""
+"""LagKV: keep the tokens whose keys and values vary most relative to the next partition."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..observe.observation import Observation
-from .scoring import without_padding
+from .scoring import check_integer_option, without_padding
 
 
 @without_padding
 def score_lagkv(observation: Observation, lag_size: int = 128, across: bool = False) -> Tensor:
-    """Score each token by how far its key and value spread over the range of the next partition.
+    """Score each token by the spread of its key and value relative to the next partition.
 
-    After the sinks, tokens are cut into partitions of ``lag_size``.  For partition p, with the least and the greatest
-    value ``lo, hi [head_dim]`` of each channel in partition p + 1,
+    After the sinks, tokens are cut into partitions of ``lag_size``. Let ``lo, hi [head_dim]`` be the least and the
+    greatest value of each channel in partition p + 1. For the tokens j of partition p,
 
     ``s_j = (softmax_j std_c((k_jc - lo_c) / (hi_c - lo_c)) + the same of v) / 2``, the softmax over the tokens of p,
 
-    and ``score_j = rank of s_j in p / lag_size``, so that each partition keeps an equal share.  The last partition and
-    what is left over are the reference that nothing follows: with the sinks they score 1, above the rest.  Fewer than
-    ``sink_size + 2 * lag_size`` tokens have no partition to be compared, and the newest are kept.
+    and ``score_j = rank of s_j in p / lag_size``, so that each partition keeps an equal share. The last partition and
+    the incomplete one after it have no full partition after them. They score 1 like the sinks, above the rest. With
+    fewer than ``sink_size + 2 * lag_size`` tokens no partition can be compared, and the newest tokens are kept.
 
     Parameters
     ----------
@@ -35,25 +34,24 @@ def score_lagkv(observation: Observation, lag_size: int = 128, across: bool = Fa
     Returns
     -------
     Tensor
-        ``[batch, kv_head, key]`` float32; where attention sees more key heads than the cache has, ``s`` is their mean.
+        ``[batch, kv_head, key]`` float32; ``s`` is the mean if attention sees more key heads than the cache has.
 
     Raises
     ------
     ConfigError
-        If ``lag_size`` is no integer of at least 2.
+        If ``lag_size`` is not an integer of at least 2.
 
     Notes
     -----
-    The paper compresses a partition as soon as the next is full, again and again as tokens come in; here a compression
-    scores what the layer holds, as kvpress does.  Where ``hi = lo`` the channel counts as 0.
+    The paper compresses each partition as soon as the next is full. Here a compression scores all tokens of the layer
+    at once, as kvpress does. A channel with ``hi = lo`` counts as 0.
 
     References
     ----------
     Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important", 2025,
     arXiv:2504.04704, equations 1 to 6.
     """
-    if isinstance(lag_size, bool) or not isinstance(lag_size, int) or lag_size < 2:
-        raise ConfigError(f"lag_size={lag_size!r} of selector 'lagkv' must be an integer of at least 2.")
+    check_integer_option("lagkv", "lag_size", lag_size, 2)
     tokens = observation.key_length
     first = min(observation.sink_size, tokens)
     scores = torch.ones(
@@ -65,7 +63,7 @@ def score_lagkv(observation: Observation, lag_size: int = 128, across: bool = Fa
         return scores
     last = first + parts * lag_size
     spreads = [
-        observation.compute_group_mean(_compare(states[:, :, first:last].float(), lag_size))
+        observation.compute_group_mean(_compute_spreads(states[:, :, first:last].float(), lag_size))
         for states in (observation.keys, observation.values)
     ]
     scored = (spreads[0] + spreads[1]) / 2
@@ -79,7 +77,8 @@ def score_lagkv(observation: Observation, lag_size: int = 128, across: bool = Fa
     return scores
 
 
-def _compare(states: Tensor, lag_size: int) -> Tensor:
+def _compute_spreads(states: Tensor, lag_size: int) -> Tensor:
+    """Compute the softmax of the spreads relative to the next partition, ``[batch, head, partition, token]``."""
     parts = states.unflatten(-2, (-1, lag_size))
     scored, following = parts[:, :, :-1], parts[:, :, 1:]
     low, high = following.amin(dim=-2, keepdim=True), following.amax(dim=-2, keepdim=True)

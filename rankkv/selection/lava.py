@@ -10,19 +10,18 @@ from .snapkv import pool_votes
 
 
 def score_lava(observation: Observation, pooling: str = "max", kernel_size: int = 7) -> Tensor:
-    """Score each key by the attention of the observation window, times the largest value norm of its head.
+    """Score each key by the observation window's attention times its head's largest value norm.
 
     ``score_j = max over the heads of the group of (pool_j(mean over window rows i of A[i, j]) * max_k ||v_k||_1)``, k
-    over the keys before the window.  The factor is the same for all keys of a head: it decides between heads, where
-    these share a budget, and leaves the order inside a head to the attention.  For the layers' budgets as in the paper
-    take ``strategy="lava"``.
+    over the keys before the window. The factor is the same for all keys of a head. It does not change the order inside
+    a head, but it decides between heads that share a budget. ``strategy="lava"`` gives the paper's layer budgets.
 
     Parameters
     ----------
     observation : Observation
         The layer's queries, keys and values.
     pooling : {"max", "avg"}, default "max"
-        How neighbouring keys are joined, as in SnapKV.
+        Pooling over neighbouring keys, as in SnapKV.
     kernel_size : int, default 7
         Width of the pooling, odd; 1 means none.
 
@@ -45,7 +44,7 @@ def score_lava(observation: Observation, pooling: str = "max", kernel_size: int 
     norms = observation.values.float().abs().sum(dim=-1)
     lengths = torch.tensor(observation.lengths, device=norms.device).view(-1, 1, 1)
     index = observation.real_index
-    # A prompt no longer than the window has no key before it: then all count.
+    # In a prompt no longer than the window, no key comes before the window; use all keys.
     stops = torch.where(lengths > observation.window_size, lengths - observation.window_size, lengths)
     largest = norms.masked_fill((index < 0) | (index >= stops), 0.0).amax(dim=-1)
     groups = votes.shape[1] // largest.shape[1]

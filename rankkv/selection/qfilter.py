@@ -14,15 +14,15 @@ from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments, split_moments
 from .scoring import without_padding
 
-FORMAT = "rankkv.calibration.query_filters/1"
+FORMAT = "rankkv.query_filters/1"
 
 
 @without_padding
 def score_qfilter(observation: Observation, filters: str | PathLike[str] | None = None) -> Tensor:
     """Score each key by its projection on its head's filter, the principal direction of calibration queries.
 
-    ``score_j = k_j . f`` with ``f = mean over the heads of the group of u_h``, where ``u_h`` is the first right
-    singular vector of the matrix of a head's queries, rotary embedding included, pointing to where the queries lie.
+    ``score_j = k_j . f`` with ``f = mean over the heads of the group of u_h``. Here ``u_h`` is the first right singular
+    vector of the matrix of a head's queries, rotary embedding included. Its sign makes it point towards the queries.
 
     Parameters
     ----------
@@ -30,23 +30,23 @@ def score_qfilter(observation: Observation, filters: str | PathLike[str] | None 
         The layer's keys; without ``filters``, its queries too.
     filters : str or path, optional
         File that :func:`rankkv.save_query_filters` wrote from :func:`rankkv.compute_query_filters`, or another JSON
-        file that holds the same record under ``"query_filters"``.  None takes the directions of the prompt's own
-        queries, and those generated since, instead of calibrated ones; ``summary()`` says so.
+        file that holds the same record under ``"query_filters"``. None uses the queries of the prompt and of the
+        generated tokens instead of calibration queries; ``summary()`` says so.
 
     Returns
     -------
     Tensor
-        ``[batch, kv_head, key]`` float32; where attention sees more key heads than the cache has, their mean.
+        ``[batch, kv_head, key]`` float32; the mean if attention sees more key heads than the cache has.
 
     Raises
     ------
     InputError
-        If ``filters`` is no such file, or one of a model of other layers, heads or head_dim.
+        If ``filters`` is not such a file, or belongs to a model with other layers, heads or head_dim.
 
     Notes
     -----
-    kvpress loads filters that the authors published, which point the other way and are multiplied by -1 in the score.
-    The newest token is always kept, in kvpress only if its score says so.
+    kvpress loads the filters that the authors published. They point the other way and are multiplied by -1 in the
+    score. The newest token is always kept; kvpress keeps it only if it scores high enough.
 
     References
     ----------
@@ -69,7 +69,7 @@ def compute_filter(moments: Tensor, key_heads: int) -> Tensor:
     moments : Tensor
         ``[batch, head, key_dim + 1, key_dim + 1]``, see :func:`rankkv.observe.queries.compute_query_moments`.
     key_heads : int
-        Number of key heads; each group of query heads is averaged.
+        Number of key heads. The directions of a group of query heads are averaged.
 
     Returns
     -------
@@ -77,21 +77,21 @@ def compute_filter(moments: Tensor, key_heads: int) -> Tensor:
         ``[batch, key_head, key_dim]`` float32.
     """
     spread, mean, count = split_moments(moments)
-    # The right singular vectors of the queries are the eigenvectors of their second moment, about 0.
+    # The right singular vectors of the queries are the eigenvectors of their uncentred second moment.
     second = spread / count.clamp(min=1) + mean.mT @ mean
     first = torch.linalg.eigh(second).eigenvectors[..., -1]
-    # The sum of the left singular vector, by which the paper chooses the sign, is that of the queries' projections.
+    # The paper chooses the sign by the sum of the left singular vector, which has the sign of the mean projection.
     towards = (first * mean[..., 0, :]).sum(dim=-1, keepdim=True)
     return torch.where(towards < 0, -first, first).unflatten(1, (key_heads, -1)).mean(dim=2)
 
 
 def load_query_filters(path: str | PathLike[str]) -> dict[int, Tensor]:
-    """Load filters, ``{layer: [key_head, key_dim]}`` float32.
+    """Load filters from a file, ``{layer: [key_head, key_dim]}`` float32.
 
     Raises
     ------
     InputError
-        If there is no such file, or it holds no filters.
+        If the file does not exist, or holds no filters.
     """
     if not isinstance(path, str | PathLike):
         raise InputError(
@@ -101,14 +101,15 @@ def load_query_filters(path: str | PathLike[str]) -> dict[int, Tensor]:
         found = stat(path)
     except OSError as error:
         raise InputError(
-            f"no query filters at {fspath(path)!r}: {error.strerror}. compute_query_filters() computes them and "
-            "save_query_filters() writes them."
+            f"no query filters at {fspath(path)!r} ({error.strerror}): compute them with compute_query_filters() and "
+            "write them with save_query_filters()."
         ) from error
     return _read(fspath(path), found.st_mtime_ns, found.st_size)
 
 
 @lru_cache(maxsize=8)
-def _read(path: str, changed: int, size: int) -> dict[int, Tensor]:
+def _read(path: str, changed_at: int, size: int) -> dict[int, Tensor]:
+    # Time and size are part of the cache's key: a file written again is read again.
     try:
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
@@ -119,14 +120,18 @@ def _read(path: str, changed: int, size: int) -> dict[int, Tensor]:
             int(layer): torch.tensor(rows, dtype=torch.float32) for layer, rows in record["layers"].items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path!r} holds no query filters of format {FORMAT!r} ({error}).") from error
+        raise InputError(
+            f"{path!r} holds no query filters of format {FORMAT!r} ({error}): give a file that "
+            "save_query_filters() wrote."
+        ) from error
 
 
 def _find_filter(path: str | PathLike[str], observation: Observation) -> Tensor:
     filters, layer_idx = load_query_filters(path), observation.layer_idx
     if layer_idx not in filters:
         raise InputError(
-            f"{fspath(path)!r} has no filter for layer {layer_idx}: it was computed for another model."
+            f"{fspath(path)!r} has no filter for layer {layer_idx}: it was computed for another model, so compute "
+            "filters for this one."
         )
     found = tuple(filters[layer_idx].shape)
     shards = observation.shards
@@ -135,6 +140,6 @@ def _find_filter(path: str | PathLike[str], observation: Observation) -> Tensor:
     if found != expected:
         raise InputError(
             f"the filter for layer {layer_idx} in {fspath(path)!r} is {found}, but the layer's keys "
-            f"are {expected} (heads, head_dim): it was computed for another model."
+            f"are {expected} (heads, head_dim): it was computed for another model, so compute filters for this one."
         )
     return filters[layer_idx] if shards is None else shards.take_own(filters[layer_idx], dim=0)

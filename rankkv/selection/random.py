@@ -9,7 +9,7 @@ from ..observe.observation import Observation
 
 
 def score_random(observation: Observation, seed: int = 0) -> Tensor:
-    """Score each key by a uniform random number that depends on the seed, the layer, the head and the token.
+    """Score each key by a uniform random number that depends on seed, layer, head and token.
 
     Parameters
     ----------
@@ -27,9 +27,9 @@ def score_random(observation: Observation, seed: int = 0) -> Tensor:
     draws: list[Tensor] = []
     parts = 1 if observation.shards is None else observation.shards.size
     for length in observation.lengths:
-        # One token after the other, so that neither padding nor later tokens change what a token draws.
+        # Draw token by token, so that neither padding nor later tokens change a token's number.
         generator = torch.Generator().manual_seed(seed * 100_003 + observation.layer_idx)
-        # A row of nothing but padding, as a chunk may be, still needs a number to point at.
+        # A row of padding only, as a chunk may be, still needs one number for gather.
         drawn = torch.rand(max(1, length), observation.kv_heads * parts, generator=generator).T
         if observation.shards is not None:
             drawn = observation.shards.take_own(drawn, dim=0)

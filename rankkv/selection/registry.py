@@ -1,7 +1,9 @@
-"""Registry of selectors: one row a method, and the functions that read and extend it."""
+"""Registry of selectors: one entry per method, and the functions that read and extend it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import ConfigError, UnknownNameError
@@ -73,21 +75,22 @@ _BUILT_IN = frozenset(SELECTORS)
 
 
 def get_selector(selector: str | Selector, **options: Any) -> Selector:
-    """Return a selector by name, with options bound.
+    """Return a registered selector, with options bound.
 
     Parameters
     ----------
     selector : str or Selector
-        Registry key or a selector, which is passed through.
+        Registry key, or a selector, which is returned as it is if no options are given.
     **options
         Options of the method, such as ``pooling="avg"`` for SnapKV or ``recent_fraction=0.5`` for H2O.
 
     Raises
     ------
     UnknownNameError
-        If no selector of that name is registered.
+        If no selector of that name, or of the name that ``base`` gives, is registered.
     ConfigError
-        If the method has no such option.
+        If the method has no option of that name, ``recent_fraction`` is outside [0, 1], or the method cannot refine
+        the scores of ``base``.
 
     Examples
     --------
@@ -98,28 +101,31 @@ def get_selector(selector: str | Selector, **options: Any) -> Selector:
         if selector not in SELECTORS:
             raise UnknownNameError.of("selector", selector, SELECTORS)
         selector = SELECTORS[selector]
-    if isinstance(options.get("base"), str):
-        options["base"] = get_selector(options["base"])
+    base = options.get("base")
+    if isinstance(base, str) and isinstance(selector, WrappingSelector):
+        bound = selector.with_options(**{**options, "base": get_selector(base)})
+        # Keep the name as the option's value: it is what records and messages show.
+        return replace(bound, options=MappingProxyType({**bound.options, "base": base}))
     return selector.with_options(**options) if options else selector
 
 
 def register_selector(selector: Selector) -> Selector:
-    """Add a method of your own to the registry, so that its name works wherever a selector is named.
+    """Add a selector to the registry, so that every option ``selector`` accepts its name.
 
     Parameters
     ----------
     selector : Selector
-        The method: a name, ``score(observation, **options)``, what it reads, its source and its cost.
+        Name, ``score(observation, **options)``, needs, source and cost of the method.
 
     Returns
     -------
     Selector
-        The same.
+        The same selector.
 
     Raises
     ------
     ConfigError
-        If it is no selector, its name is taken or no Python name, or it does not say what it reads.
+        If it is not a `Selector`, its name is taken or not a Python name, or its ``needs`` are not in `NEEDS`.
 
     Examples
     --------
@@ -131,7 +137,7 @@ def register_selector(selector: Selector) -> Selector:
     >>> unregister_selector("oldest")
     """
     if not isinstance(selector, Selector):
-        raise ConfigError(f"{selector!r} is no Selector: build one around your scoring function.")
+        raise ConfigError(f"{selector!r} is not a Selector: build one around your scoring function.")
     if selector.needs not in NEEDS:
         raise ConfigError(
             f"needs={selector.needs!r} of selector {selector.name!r} must be one of: {', '.join(NEEDS)}."
@@ -141,11 +147,11 @@ def register_selector(selector: Selector) -> Selector:
 
 
 def unregister_selector(name: str) -> None:
-    """Take a method out of the registry that :func:`register_selector` put there.
+    """Remove a selector that :func:`register_selector` added.
 
     Raises
     ------
     UnknownNameError
-        If no method of that name was registered.
+        If :func:`register_selector` added no selector of that name.
     """
     remove_entry(SELECTORS, "selector", name, _BUILT_IN)

@@ -1,4 +1,4 @@
-"""Scores that are statistics of a row's tokens: computed on each row as if it were alone."""
+"""Helpers of the scoring functions: rows scored without padding, ties merged, options checked."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..errors import ConfigError
 from ..observe.observation import Observation
 
 
 def without_padding(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate a scoring function so that it sees each row of a padded batch alone, without its padding.
+    """Decorate a scoring function so that it sees each row alone, without padding.
 
-    A mean, a norm or a partition over the tokens then needs no mask.  Padding scores 0; it is never selected.
+    A mean, a norm or a partition over the tokens then needs no mask. Padding scores 0 and is never selected.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ def without_padding(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
         rows = {
             row: score(observation.take_row(row), *args, **options)
             for row, count in enumerate(observation.available)
-            # A row may be nothing but padding while a prompt comes in chunks.
+            # In a chunk of the prompt a row may hold padding only.
             if count
         }
         heads = max((scores.shape[1] for scores in rows.values()), default=1)
@@ -54,7 +55,7 @@ def without_padding(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _score_groups(
     score: Callable[..., Tensor], observation: Observation, *args: Any, **options: Any
 ) -> Tensor:
-    """Score the tokens of each head alone, where heads hold different tokens."""
+    """Score the tokens of each head alone, for heads that hold different tokens."""
     joined = torch.zeros(observation.valid.shape, dtype=torch.float32, device=observation.keys.device)
     for row, heads in enumerate(observation.valid.any(dim=-1).tolist()):
         for head, holds_tokens in enumerate(heads):
@@ -65,22 +66,22 @@ def _score_groups(
 
 
 def merge_ties(scores: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """Give scores that follow each other within a relative ``tolerance`` the lowest value among them.
+    """Replace each run of nearly equal scores by the lowest of them.
 
-    In a model's first layer, keys of the same token differ by their rotation alone, which leaves their norms equal;
-    what float32 makes of that differs from one batch to the next.
+    In a model's first layer, keys of the same token differ only by their rotation, so their norms are equal. Their
+    float32 values differ by rounding, and differently from batch to batch.
 
     Parameters
     ----------
     scores : Tensor
         ``[..., key]``.
     tolerance : float, default 1e-6
-        Greatest difference of two neighbours in order, as a fraction of the larger.
+        Largest difference between neighbours in ascending order, as a fraction of the larger.
 
     Returns
     -------
     Tensor
-        Of the same shape and dtype; the order of scores that are further apart is kept.
+        Same shape and dtype; scores that are further apart keep their order.
 
     Examples
     --------
@@ -93,3 +94,17 @@ def merge_ties(scores: Tensor, tolerance: float = 1e-6) -> Tensor:
     index = torch.arange(scores.shape[-1], device=scores.device)
     first = torch.where(begins, index, 0).cummax(dim=-1).values
     return torch.empty_like(scores).scatter_(-1, order, ordered.gather(-1, first))
+
+
+def check_integer_option(selector: str, name: str, value: object, least: int) -> None:
+    """Check that an option of a selector is an integer of at least ``least``.
+
+    Raises
+    ------
+    ConfigError
+        If it is not; the message names the option, its value and the selector.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(
+            f"{name}={value!r} of selector {selector!r} must be an integer of at least {least}."
+        )

@@ -1,4 +1,4 @@
-"""Select kept tokens from scores: the protected ones first, then the best, per head or across the heads of a layer."""
+"""Choice of the kept tokens from scores: protected tokens first, then the best, per head or across heads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from ..config import count_spanned
 from .base import Selector
 
-# Of the tokens a head is sure of, those beyond the protected ones may become two fewer as the budget grows (rounding
-# of the halves and quarters that are protected), and the protected ones grow by one more than the budget does.
-#: Tokens a head beyond the budget that a layer keeps while its budget may still shrink.
+# Half and a quarter of the budget are protected, rounded. As the budget grows, rounding may take two unprotected places
+# from a head, and the protected tokens may grow by one more than the budget: three in all.
+#: Tokens per head that a layer keeps beyond its budget while the budget may still shrink.
 CASCADE_SLACK = 3
 
 
@@ -29,27 +29,28 @@ def select_tokens(
     protect_before: Sequence[int] | None = None,
     keep: Sequence[int] | None = None,
 ) -> Tensor:
-    """Select the indices of the tokens to keep: the protected ones, then those of the highest score.
+    """Select the indices of the tokens to keep: protected tokens, then the highest scores.
 
     Parameters
     ----------
     scores : Tensor
-        ``[batch, kv_head or 1, key]``; ties go to the earlier token, a score that is not a number loses.
+        ``[batch, kv_head or 1, key]``; ties go to the earlier token, NaN ranks last.
     real_index : Tensor
-        ``[batch, kv_head or 1, key]`` int64, index of each key in its row's real tokens, -1 where there is none.
+        ``[batch, kv_head or 1, key]`` int64, index of each key in its row's real tokens, -1 for padding.
     lengths, budgets : sequence of int
-        Real tokens seen and tokens to keep, one entry a row.
+        Real tokens seen and tokens to keep, one entry per row.
     selector : Selector
-        Says how much of a budget is protected.
+        Sets how much of a budget is protected.
     window_size, sink_size : int
         See :meth:`Selector.count_protected`.
     protect : sequence of (start, stop)
         Spans of real tokens that are kept before any other.
     protect_before : sequence of int, optional
-        Length of each row when its budget was made: tokens from there on have no place in it for a span of theirs.
+        Length of each row when its budget was made. Spans protect no tokens from there on, since the budget does not
+        include them.
     keep : sequence of int, optional
-        Tokens to select in each row where that differs from ``min(budget, length)``: fewer where fewer are there, one
-        more while budgets may still shrink, since the protected part shrinks with them.
+        Tokens to select in each row, by default ``min(budget, length)``. Give fewer if fewer are left. Give one more
+        while budgets may still shrink, because the protected part shrinks with them.
 
     Returns
     -------
@@ -79,13 +80,13 @@ def select_tokens(
         protect=protect,
         protect_before=protect_before,
     )
-    # On a GPU the host would wait to learn where the kept tokens stand, which sorting needs not know.
+    # On a GPU, nonzero() below would make the host wait for the device; sorting does not.
     if min(keep) < width or scores.device.type != "cpu":
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
         rank = torch.arange(width, device=order.device)
         order = order.masked_fill(rank >= torch.tensor(keep, device=order.device).view(-1, 1, 1), -1)
         return order.sort(dim=-1).values
-    # Nothing has to be sorted to find what lies above the least score that is kept, and the first of those at it.
+    # On a CPU this beats sorting: keep the scores above the lowest kept one, and the first of those equal to it.
     least = scores.topk(width, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above, level = scores > least, scores == least
     is_kept = above | (level & (level.cumsum(dim=-1) <= width - above.sum(dim=-1, keepdim=True)))
@@ -104,7 +105,7 @@ def raise_protected(
     protect: Sequence[tuple[int, int]] = (),
     protect_before: Sequence[int] | None = None,
 ) -> Tensor:
-    """Raise the scores of protected tokens to infinity and lower those of empty places to minus infinity.
+    """Set the scores of protected tokens to infinity and those of padding to minus infinity.
 
     Parameters
     ----------
@@ -129,7 +130,7 @@ def raise_protected(
     sinks = torch.tensor([first for _, first in counts], device=device)
     shape = torch.broadcast_shapes(scores.shape, real_index.shape)
     real_index = real_index.expand(shape)
-    # The lowest finite number, so that a score that is not a number still ranks above padding.
+    # NaN becomes the lowest finite number, so that it still ranks above padding.
     scores = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min).expand(shape)
     is_protected = (real_index >= newest_from.view(-1, 1, 1)) | (real_index < sinks.view(-1, 1, 1))
     stops = torch.tensor(spanned_in, device=device).view(-1, 1, 1)
@@ -154,27 +155,27 @@ def select_tokens_across_heads(
 ) -> Tensor:
     """Select the tokens of a layer whose heads share one budget of ``kv_heads * keep`` tokens.
 
-    Every head first gets its protected tokens and then its best, up to ``int(head_floor * budget)`` in all; what is
-    left goes to the highest scores of all heads together.  Ties go to the earlier token, then to the lower head.
+    Every head first gets its protected tokens and then its best, up to ``int(head_floor * budget)`` in all. The rest
+    goes to the highest scores over all heads. Ties go to the earlier token, then to the lower head.
 
     Parameters
     ----------
     scores : Tensor
         ``[batch, kv_head, key]``; comparable between heads, as attention weights are.
     real_index : Tensor
-        ``[batch, kv_head or 1, key]`` int64, index of each key in its row's real tokens, -1 where there is none.
+        ``[batch, kv_head or 1, key]`` int64, index of each key in its row's real tokens, -1 for padding.
     lengths, budgets, selector, window_size, sink_size, protect, protect_before
         See :func:`rankkv.selection.select_tokens`; a budget is an average over the heads.
     head_floor : float
         Fraction of the budget that every head keeps, in [0, 1].
     keep : sequence of int
-        Tokens to select in each row, an average over the heads: :data:`CASCADE_SLACK` more than the budget (or all)
-        while that may still shrink; a smaller budget then selects from these what it would select from all.
+        Tokens to select in each row, an average over the heads. Give :data:`CASCADE_SLACK` more than the budget (or
+        all) while the budget may still shrink. A smaller budget then selects the same tokens from these as from all.
 
     Returns
     -------
     Tensor
-        Int64 ``[batch, kv_head, width]``, ascending, as wide as the head that keeps most; others start with -1.
+        Int64 ``[batch, kv_head, width]``, ascending, as wide as the head that keeps most; other heads start with -1.
 
     References
     ----------
@@ -211,9 +212,10 @@ def select_tokens_across_heads(
         [max(0, count - b - 1) for b, count in zip(budgets, keep, strict=True)], device=device
     )
     safe = torch.maximum(protected, floors.view(-1, 1, 1)) + spare.view(-1, 1, 1)
+    # Before the heads compete, each keeps its protected tokens or its floor, and the spare tokens of a cascade.
     is_safe = (place < safe) & (real_index >= 0)
     scores = scores.masked_fill(is_safe, float("inf"))
-    # Evicted slots stand at other places in other heads, so the order of ties is that of the tokens themselves.
+    # Heads hold different tokens at the same place after evictions, so ties are ordered by token index, not by place.
     token = (real_index * heads + torch.arange(heads, device=device).view(-1, 1)).flatten(1).argsort(dim=-1)
     best = scores.flatten(1).gather(1, token).sort(dim=-1, descending=True, stable=True).indices
     best = token.gather(1, best)[:, : heads * max(keep)]

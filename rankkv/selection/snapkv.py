@@ -1,4 +1,4 @@
-"""SnapKV: keep what the observation window attends to, clustered by pooling."""
+"""SnapKV: keep the keys that the observation window attends to, clustered by pooling."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _POOLS: dict[str, Callable[..., Tensor]] = {"max": functional.max_pool1d, "avg":
 
 
 def score_snapkv(observation: Observation, pooling: str = "max", kernel_size: int = 5) -> Tensor:
-    """Score each key by the attention that the observation window pays to it, pooled along the keys.
+    """Score each key by the observation window's attention to it, pooled along the keys.
 
-    ``score_j = mean over the heads of the group of pool_j(mean over window rows i of A[i, j])``.  Keys before the
+    ``score_j = mean over the heads of the group of pool_j(mean over window rows i of A[i, j])``. Keys before the
     window are pooled among themselves, so that the window's attention to itself does not leak into them.
 
-    kvpress' ``SnapKVPress`` is ``pooling="avg"`` with ``sink_size=0``; it keeps the whole window whatever the budget,
-    while here the window's protected part is at most half of a layer's budget and the rest of it competes by its score.
+    kvpress' ``SnapKVPress`` is ``pooling="avg"`` with ``sink_size=0``. It keeps the whole window whatever the budget.
+    Here at most half of a layer's budget protects the window, and the rest of the window competes by its score.
 
     Parameters
     ----------
     observation : Observation
         The layer's queries and keys.
     pooling : {"max", "avg"}, default "max"
-        How neighbouring keys are joined.
+        Pooling over neighbouring keys.
     kernel_size : int, default 5
         Width of the pooling, odd; 1 means none.
 
@@ -50,21 +50,21 @@ def score_snapkv(observation: Observation, pooling: str = "max", kernel_size: in
 
 
 def pool_votes(observation: Observation, selector: str, pooling: str, kernel_size: int) -> Tensor:
-    """Compute the mean attention of the observation window to each key, pooled along the keys.
+    """Compute the observation window's mean attention to each key, pooled along the keys.
 
     Parameters
     ----------
     observation : Observation
         The layer's queries and keys.
     selector : str
-        Named where an option is wrong.
+        Name of the selector, for error messages.
     pooling, kernel_size
         See :func:`score_snapkv`.
 
     Returns
     -------
     Tensor
-        ``[batch, head, key]`` float32, one head a query head.
+        ``[batch, query_head, key]`` float32.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def pool_votes(observation: Observation, selector: str, pooling: str, kernel_siz
             f"kernel_size={kernel_size!r} of selector {selector!r} must be an odd integer of at least 1."
         )
     rows = min(observation.window_size, observation.query_length)
-    # A row shorter than the window has padding in it, which is no query and must not dilute the mean.
+    # In a row shorter than the window, padding must not count as queries in the mean.
     queries = observation.query_valid[:, -rows:].sum(dim=-1).clamp(min=1)
     votes = observation.window_attention.sum(dim=-2) / queries[:, None, None]
     split = observation.key_length - rows

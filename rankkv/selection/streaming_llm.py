@@ -24,7 +24,7 @@ def score_streaming_llm(observation: Observation) -> Tensor:
 
     References
     ----------
-    Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023, arXiv:2309.17453, section 3.2.  The
-    paper re-numbers the positions of kept keys; here they keep their original positions.
+    Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023, arXiv:2309.17453, section 3.2. The
+    paper renumbers the positions of kept keys; here they keep their original positions.
     """
     return observation.real_index.float()

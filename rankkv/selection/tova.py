@@ -1,4 +1,4 @@
-"""TOVA: keep what the newest query attends to, the same tokens in all heads of a layer."""
+"""TOVA: keep the keys that the newest query attends to, the same tokens in all heads of a layer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..observe.observation import Observation
 
 
 def score_tova(observation: Observation) -> Tensor:
-    """Score each key by the attention that the newest query pays to it, averaged over all heads of the layer.
+    """Score each key by the newest query's attention to it, averaged over all heads.
 
-    ``score_j = mean over all heads of A[newest query, j]``.  In bounded decoding each new query scores all kept keys
-    anew, so that the token it attends to least is the one to go: the paper's own loop.
+    ``score_j = mean over all heads of A[newest query, j]``. In bounded decoding each new query scores all kept keys
+    again and the token it attends to least is evicted, as in the paper.
 
     Parameters
     ----------
@@ -25,8 +25,8 @@ def score_tova(observation: Observation) -> Tensor:
 
     Notes
     -----
-    The paper protects nothing; here the sinks and part of the budget for the newest tokens are protected as with every
-    selector.  ``recent_fraction=0.0`` with ``sink_size=0`` protects the newest token alone, as kvpress does.
+    The paper protects no token. Here the sinks and part of the budget for the newest tokens are protected as with every
+    selector. ``recent_fraction=0.0`` with ``sink_size=0`` protects only the newest token, as kvpress does.
 
     References
     ----------

@@ -14,8 +14,8 @@ from calibrating import write_model_and_text
 from launching import launch, run
 
 from rankkv import RankKVAnalyzer, RankKVResult
-from rankkv.pipeline import analyze_samples, summarize_layers
 from rankkv.errors import BudgetError, InputError
+from rankkv.pipeline import analyze_samples, summarize_layers
 
 EXPERIMENT = str(Path(__file__).resolve().parents[2] / "experiments" / "rank_analysis_exp.py")
 LENGTHS = (130, 150, 170)
@@ -116,7 +116,7 @@ def test_what_cannot_be_analyzed_is_refused(tiny_llama: Any) -> None:
         analyze_samples(analyzer, [torch.arange(60)] * 2, total_budgets=[60])
     with pytest.raises(BudgetError):
         analyze_samples(analyzer, [torch.arange(60)] * 2, total_budgets=[60, 3])
-    with pytest.raises(InputError, match="results of the same layers"):
+    with pytest.raises(InputError, match="results are empty or of different layers"):
         summarize_layers([])
 
 

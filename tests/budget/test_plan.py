@@ -144,7 +144,7 @@ def test_a_ratio_below_the_floor_is_raised_and_noted():
     plan, _ = fill(RankKVConfig(0.01), 200, [1.0, 1.0])
     assert plan.total_budget == 32
     assert plan.finish() == [16, 16]
-    assert re.search(r"asks for 4 tokens, raised to the floor of 16 a layer: 32", plan.notes[0])
+    assert re.search(r"gives 4 tokens, raised to 32: the floor is 16 per layer", plan.notes[0])
 
 
 def test_an_explicit_budget_below_the_floor_names_the_least():

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from rankkv import BudgetAllocator
 from rankkv.budget.strategies import compute_weights
-from rankkv.budget.weights import group_values
 from rankkv.errors import ConfigError
 from rankkv.limits import Limits
 
@@ -100,19 +99,6 @@ def least_spread(values, groups):
     return best[0]
 
 
-@given(st.lists(st.integers(0, 30).map(lambda n: n / 8), min_size=1, max_size=8), st.integers(1, 4))
-def test_groups_have_the_least_spread_of_all(values, groups):
-    labels = group_values(np.array(values), groups)
-    members = [
-        [v for v, label in zip(values, labels, strict=True) if label == group] for group in set(labels)
-    ]
-    spread = sum(sum((v - np.mean(m)) ** 2 for v in m) for m in members)
-    assert spread == pytest.approx(least_spread(values, groups), abs=1e-9)
-    assert len(members) <= groups
-    for a, b in itertools.combinations(range(len(values)), 2):
-        assert (values[a] < values[b]) <= (labels[a] <= labels[b])
-
-
 def test_dynamickv_counts_the_best_scores_of_all_layers():
     # Two heads a layer; 8 tokens a layer beyond the window of 4, so the best 3 x 2 x 8 = 48 scores are counted.
     scores = np.random.default_rng(3).random((3, 2, 30)) * np.array([1.0, 0.5, 2.0])[:, None, None]
@@ -134,20 +120,6 @@ def test_dynamickv_gives_a_layer_r_max_times_the_average_beyond_its_window_at_mo
     weights = compute_weights(scores, "dynamickv", r_max=2.5, limits=limits)
     assert weights[0] == pytest.approx(4 + 2.5 * 8)
     assert weights.sum() == pytest.approx(4 * 12)
-
-
-@pytest.mark.parametrize(("average", "squeezed"), [(0.21, 0.08), (0.4, 0.25)])
-def test_squeezeattention_takes_from_the_layers_most_like_their_input(average, squeezed):
-    # By the cosine of each layer's input and its sum with the attention: three groups, and the highest one gives.
-    cosines = np.array([0.31, 0.42, 0.77, 0.81, 0.79, 0.95, 0.97, 0.96, 0.98, 0.94])
-    highest = cosines > 0.9
-    others = (10 * average - highest.sum() * squeezed) / (~highest).sum()
-    weights = compute_weights(1 - cosines, "squeezeattention", squeeze=squeezed / average)
-    assert (weights * average).tolist() == pytest.approx(np.where(highest, squeezed, others).tolist())
-
-
-def test_squeezeattention_is_uniform_where_all_layers_are_alike():
-    assert compute_weights([0.2, 0.2, 0.2], "squeezeattention").tolist() == [1.0, 1.0, 1.0]
 
 
 def test_zigzagkv_shares_out_all_and_raises_a_layer_to_the_floor():

@@ -175,7 +175,7 @@ def test_all_backends_keep_the_same(tiny_llama, batch, selector, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"decode": "bounded"}, {"prefill": "streaming"}, {"merging": "keys_and_values"}],
+    [{}, {"decode": "bounded"}, {"prefill": "streaming"}],
     ids=str,
 )
 def test_a_floor_of_one_is_no_head_budget(model, batch, options):
@@ -443,7 +443,7 @@ def test_flex_attention(monkeypatch, way):
 
 def test_flash_attention_is_refused_by_name(tiny_llama):
     model = tiny_llama()
-    message = "head_budgets needs a mask for each head, which flash_attention_2 does not take.*'sdpa'"
+    message = "head_budgets needs a mask for each head, which flash_attention_2 does not support.*'sdpa'"
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match=message):
         RankKVCache(model, **KEEP)

@@ -63,7 +63,7 @@ def test_a_head_without_a_token_reads_nothing_of_another(tiny_llama):
     valid = torch.tensor([[[True, True], [False, False]], [[False, True], [False, False]]])
     tensor = torch.arange(8.0).view(2, 2, 2, 1) + 1
     layout = SlotLayout.of(valid)
-    padded = layout.unpack(layout.pack(tensor))
+    padded = layout.pad(layout.unpad(tensor))
     assert padded[..., 0].tolist() == [[[1.0, 2.0], [0.0, 0.0]], [[6.0, 6.0], [0.0, 0.0]]]
 
 

@@ -93,5 +93,5 @@ def test_a_model_without_layers_to_compress_is_named(tiny_llama):
 
 
 def test_before_the_prefill_there_is_nothing_to_explain(tiny_llama):
-    with pytest.raises(CacheStateError, match="not been compressed yet"):
+    with pytest.raises(CacheStateError, match="not compressed yet"):
         analyze_kept_tokens(RankKVCache(tiny_llama()))

@@ -201,7 +201,7 @@ def test_what_cannot_be_differentiated_is_refused_by_name(tiny_llama):
         RankProfile.calibrate(model, texts=texts, method="gradient", **options)
     with torch.inference_mode():
         model = tiny_llama(2)
-    with pytest.raises(UnsupportedModelError, match=r"not made in torch.inference_mode\(\)"):
+    with pytest.raises(UnsupportedModelError, match=r"not created in torch.inference_mode\(\)"):
         RankProfile.calibrate(model, texts=texts, method="gradient", **options)
     model = families.build("Mistral, sliding window")
     with (
@@ -218,5 +218,5 @@ def test_a_calibration_does_not_go_on_with_pieces_of_the_other_method(tiny_llama
     model, texts = tiny_llama(2), [make_ids()[0]]
     profile = RankProfile.calibrate(model, texts=texts, method="gradient", **options)
     assert RankProfile.calibrate(model, texts=texts, method="gradient", **options) == profile
-    with pytest.raises(InputError, match="method 'gradient' there, 'measured' here"):
+    with pytest.raises(InputError, match="method: file 'gradient', now 'measured'"):
         RankProfile.calibrate(model, texts=texts, **options)

@@ -105,10 +105,10 @@ def test_processes_keep_a_file_each_and_read_all(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context_tokens": 128}, r"another calibration \(context_tokens 96 there, 128 here\)"),
-        ({"ratios": [0.1], "weights": "c"}, r"\(other weights; ratios \[0.1, 0.4\] there, \[0.1\] here\)"),
+        ({"context_tokens": 128}, r"another calibration \(context_tokens: file 96, now 128\)"),
+        ({"ratios": [0.1], "weights": "c"}, r"\(other weights; ratios: file \[0.1, 0.4\], now \[0.1\]\)"),
         ({"model": "c"}, r"\(a model of another shape\)"),
-        ({"rankkv": "9"}, r"\(rankkv None there, '9' here\)"),
+        ({"rankkv": "9"}, r"\(rankkv: file None, now '9'\)"),
     ],
 )
 def test_another_calibration_is_refused_with_the_difference(written, changes, message):
@@ -131,7 +131,7 @@ def test_another_calibration_is_refused_with_the_difference(written, changes, me
 def test_a_file_of_another_kind_is_refused_and_left_as_it_is(tmp_path, content):
     path = tmp_path / "unfinished"
     path.write_text(content)
-    with pytest.raises(InputError, match="holds no measurements that this RankKV can go on from: delete it"):
+    with pytest.raises(InputError, match="holds no measurements that this RankKV can resume: delete it"):
         DoneRecords(path, IDENTITY)
     assert path.read_text() == content
 
@@ -145,5 +145,5 @@ def test_a_damaged_line_is_named(written, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write .*which keeps what is measured"):
+    with pytest.raises(InputError, match=r"cannot write the measurements to .*: name another file"):
         DoneRecords(tmp_path / "file" / "unfinished", IDENTITY).add("piece", {})

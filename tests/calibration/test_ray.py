@@ -457,12 +457,12 @@ def test_a_piece_that_kills_every_worker_ends_in_one_sentence(
         calibrate_on_ray(folder, [text.read_text()], address="auto", **options)
     losses = []
     with pytest.raises(
-        ProcessGroupError, match="6 workers died on the same piece, most likely for lack of mem"
+        ProcessGroupError, match="6 workers died on the same text chunk, most likely for lack of mem"
     ):
         calibrate_on_ray(folder, [text.read_text()], workers=1, on_loss=losses.append, **options)
     assert ray.is_initialized()
     assert [f"attempt {number} of 6" in loss for number, loss in enumerate(losses, start=2)] == [True] * 5
     assert len(count_calls(tmp_path / "ray")) == 6
     # What a worker says of its model is said here.
-    with pytest.raises(SourceUnavailableError, match="holds no config"):
+    with pytest.raises(SourceUnavailableError, match="has no config"):
         calibrate_on_ray(tmp_path, [text.read_text()], **SIZES)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rankkv import compress
-from rankkv.calibration import single_runs as calibration_cells
+from rankkv.calibration import single_runs
 from rankkv.models.compat import cache_argument
 
 CONTEXT = 100
@@ -34,7 +34,7 @@ def compute_divergence(model, ids, budget):
 
 def test_cells_of_one_layer_are_those_of_the_whole_cache(tiny_llama):
     model, ids = tiny_llama(1), make_ids()
-    record = calibration_cells.measure_text(model, ids, CONTEXT, (0.1, 0.4), base_ratio=0.2)
+    record = single_runs.measure_text(model, ids, CONTEXT, (0.1, 0.4), base_ratio=0.2)
     for place, budget in enumerate((10, 40)):
         loss, divergence = compute_divergence(model, ids, budget)
         assert record["excess_loss"][0][place] == pytest.approx(loss, abs=1e-4)
@@ -49,11 +49,11 @@ def test_cells_of_one_layer_are_those_of_the_whole_cache(tiny_llama):
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_replay_changes_no_cell(tiny_llama, tiny_neox, monkeypatch, family):
     model, ids = {"llama": tiny_llama, "neox": tiny_neox}[family](4), make_ids()
-    assert len(calibration_cells._find_layers(model)) == 4
-    replayed = calibration_cells.measure_text(model, ids, CONTEXT, (0.1, 0.4))
+    assert len(single_runs._find_layers(model)) == 4
+    replayed = single_runs.measure_text(model, ids, CONTEXT, (0.1, 0.4))
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_cells, "_find_layers", lambda model: [])
-        plain = calibration_cells.measure_text(model, ids, CONTEXT, (0.1, 0.4))
+        patch.setattr(single_runs, "_find_layers", lambda model: [])
+        plain = single_runs.measure_text(model, ids, CONTEXT, (0.1, 0.4))
     for name in ("divergence", "excess_loss", "gain_divergence", "gain_loss"):
         torch.testing.assert_close(
             torch.tensor(replayed[name]), torch.tensor(plain[name]), atol=1e-5, rtol=1e-3

@@ -11,8 +11,8 @@ import transformers
 from typer.testing import CliRunner
 
 from rankkv import RankKVCache, __version__
-from rankkv.cli import app
 from rankkv.analysis.selfcheck import run_selfcheck
+from rankkv.cli import app
 from rankkv.models import compat
 from rankkv.models.compat import OLDEST_TRANSFORMERS
 

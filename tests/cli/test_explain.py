@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rankkv import compress
-from rankkv.cache.kept_tokens import analyze_kept_tokens, split_pieces
+from rankkv.cache.kept_tokens import analyze_kept_tokens, decode_each_token
 from rankkv.cli import app
 
 PROMPT = (
@@ -38,7 +38,7 @@ def build_arguments(small, *more):
 def test_pieces_are_the_prompt_token_by_token(embedded):
     tokenizer = embedded[1]
     ids = tokenizer(PROMPT)["input_ids"]
-    pieces = split_pieces(tokenizer, ids)
+    pieces = decode_each_token(tokenizer, ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == PROMPT
     assert "🧭" in "".join(piece for piece in pieces if len(piece.strip()) == 1)
@@ -57,7 +57,7 @@ def test_lines_say_their_own_average(small, kept, embedded):
     text = [match[2].strip() for match in lines]
     assert text[:2] == ["First line of the text.", "Second, 中文 and 🧭 in it."]
     assert " ".join(text[2:]) == PROMPT.splitlines()[3].strip()
-    pieces = split_pieces(embedded[1], embedded[1](PROMPT)["input_ids"])
+    pieces = decode_each_token(embedded[1], embedded[1](PROMPT)["input_ids"])
     # What the first line shows: its words, full stop and the line break that ends it.
     count = next(number for number in range(len(pieces)) if "\n" in "".join(pieces[:number]))
     shares = kept.compute_shares().tolist()

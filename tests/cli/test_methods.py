@@ -40,7 +40,6 @@ EXPECTED = {
         "cake",
         "lava",
         "zigzagkv",
-        "squeezeattention",
         "dynamickv",
         "distortion",
         "proportional",

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from forced_needle import evaluate_needle
 
 from rankkv import load_texts
-from rankkv.evaluation import evaluate_needle
 from rankkv.evaluation.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def test_a_row_is_what_the_library_says_of_that_needle(folder, embedded):
     stretch = haystack[-12 * 128 :]
     options = {"uniform|0.5": {"strategy": "uniform", "selector": "snapkv", "compression_ratio": 0.5}}
     scores = evaluate_needle(*embedded, stretch, options, lengths=[128], depths=[0.9], question_aware=True)
-    expected = {score.cell.partition("|")[0]: score.answer_loss for score in scores}
+    expected = {score.setting.partition("|")[0]: score.answer_loss for score in scores}
     found = {
         row["strategy"]: row["answer_loss"]
         for row in rows

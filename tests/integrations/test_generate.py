@@ -155,7 +155,7 @@ def test_a_cache_that_is_given_is_used(model, tmp_path):
         cache = RankKVCache(model, 0.3)
         assert run(model, cache, **given, **GREEDY).equal(expected)
         assert cache.seen_tokens == IDS.shape[1] + 4
-        with pytest.raises(ConfigError, match="a cache is given, and budget too"):
+        with pytest.raises(ConfigError, match="a cache is given, but budget can"):
             run(model, RankKVCache(model), budget=8, **given, **GREEDY)
 
 
@@ -168,7 +168,7 @@ def test_tokens_that_rankkv_has_not_seen_are_refused(model):
 
 
 def test_another_kind_of_cache_is_refused(model):
-    with pytest.raises(ConfigError, match="a StaticCache is asked for"):
+    with pytest.raises(ConfigError, match="requests a StaticCache"):
         run(model, custom_generate=custom_generate, cache_implementation="static", **GREEDY)
 
 

@@ -27,7 +27,7 @@ accelerate = pytest.importorskip("accelerate")
 CASES = make_cases()
 QUICK = [
     *(f"selector {name}" for name in ("snapkv", "h2o", "criticalkv", "expected_attention", "lava")),
-    *(f"strategy {name}" for name in ("distortion", "squeezeattention", "cake")),
+    *(f"strategy {name}" for name in ("distortion", "cake")),
     *("padded", "beams", "sampling", "packed", "offload", "chunked", "bounded", "lookup", "head budgets"),
 ]
 PROMPT = oracles.random_prompt(90, seed=4, vocab_size=VOCAB_SIZE)
@@ -233,7 +233,7 @@ def test_split_layers_keep_and_say_the_same(split: Any, alone: Any, two_gpus: No
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("strategy", [None, "squeezeattention"])
+@pytest.mark.parametrize("strategy", [None, "lava"])
 @pytest.mark.parametrize("decode", ["grow", "bounded"])
 def test_what_a_layer_holds_stays_with_it(
     split: Any, two_gpus: None, num_beams: int, strategy: str | None, decode: str
@@ -264,7 +264,7 @@ def test_split_layers_are_analyzed_and_measured_alike(split: Any, whole: Any, tw
     from rankkv.cache.kept_tokens import analyze_kept_tokens
     from rankkv.evaluation import record_prefill
 
-    for strategy in ("proportional", "squeezeattention"):
+    for strategy in ("proportional", "lava"):
         one, other = (
             RankKVAnalyzer(model, "it", strategy=strategy).analyze(PROMPT) for model in (whole, split)
         )

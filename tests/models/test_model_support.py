@@ -119,7 +119,7 @@ def test_hybrids_keep_their_sliding_layers(family):
     windows = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
     assert cache.full_cache_bytes() == windows
     assert cache.cache_bytes() == oracles.storage_bytes(cache) < windows
-    left_alone = f"{3 - len(full_layers)} of 3 layers hold no full-attention cache and are left alone"
+    left_alone = f"{3 - len(full_layers)} of 3 layers have no full-attention cache and stay unchanged"
     assert left_alone in cache.summary()
     # Past the window, and past it again.
     oracles.assert_equals_masked_oracle(model, cache, ids, mask, chunks=oracles.next_chunks(2, [1] * 30))

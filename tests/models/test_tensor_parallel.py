@@ -20,17 +20,14 @@ CASES = make_cases()
 #: One for each way in which heads are joined; the others run with the slow tests.
 QUICK = [
     *(f"selector {name}" for name in ("snapkv", "h2o", "tova", "criticalkv", "chunkkv", "random")),
-    *(
-        f"strategy {name}"
-        for name in ("cake", "distortion", "dynamickv", "lava", "zigzagkv", "squeezeattention")
-    ),
+    *(f"strategy {name}" for name in ("cake", "distortion", "dynamickv", "lava", "zigzagkv")),
     *(f"{scope} concat" for scope in ("evictable", "window", "full")),
     *(f"evictable {name}" for name in ("mean", "median", "mass_normalized")),
     *("snapkv text", "h2o text", "padded", "beams", "head budgets"),
 ]
 EMBEDDED_TOKENS = 600
 #: Refused with a reason where heads are split.
-REFUSED = {"head budgets": "tensor parallelism keeps them in"}
+REFUSED = {"head budgets": "tensor parallelism splits them over"}
 
 
 @pytest.fixture(scope="module")

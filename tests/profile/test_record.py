@@ -195,7 +195,7 @@ def test_a_profile_survives_its_file(tmp_path):
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "no RankKV profile"),
+        ("[]", "not a RankKV profile"),
         ('{"format": "rankkv-profile", "version": 99}', "version 99"),
         ('{"format": "rankkv-profile", "version": 1, "surplus": 1}', "not well-formed"),
     ],
@@ -232,9 +232,9 @@ def test_a_profile_of_another_model_is_refused_with_the_difference(tiny_llama):
     assert RankKVCache(model, profile=profile).config.profile == profile
     half = tiny_llama(3).to(torch.bfloat16)
     assert RankKVCache(half, profile=profile).config.profile == profile
-    with pytest.raises(ProfileError, match="the weights are others"):
+    with pytest.raises(ProfileError, match="the weights differ"):
         RankKVCache(tiny_llama(3, seed=1), profile=profile)
-    with pytest.raises(ProfileError, match="num_hidden_layers 3 there, 4 here"):
+    with pytest.raises(ProfileError, match="num_hidden_layers: profile 3, model 4"):
         RankKVCache(tiny_llama(4), profile=profile)
     with pytest.raises(ProfileError, match="compressible layers"):
         RankKVCache(model, profile=make_profile(model, layers=2))
@@ -279,7 +279,7 @@ def test_the_shipped_profile_belongs_to_the_embedded_model_alone(embedded):
         stranger = type(model)._from_config(model.config, dtype=torch.bfloat16)
     assert describe_shape(stranger) == profile.model
     assert RankKVCache(stranger).config.resolve_strategy() == ("distortion", {})
-    with pytest.raises(ProfileError, match="weights are others"):
+    with pytest.raises(ProfileError, match="weights differ"):
         RankKVCache(stranger, profile=profile)
 
 

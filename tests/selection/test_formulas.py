@@ -455,7 +455,7 @@ def test_nothing_of_past_queries_is_held_that_is_not_needed(tiny_llama):
 
 def test_a_model_of_learned_positions_is_scored_as_it_is_and_told():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)).eval()
-    with pytest.warns(UserWarning, match="how GPT2LMHeadModel turns queries .* not known.*as they stand"):
+    with pytest.warns(UserWarning, match="how GPT2LMHeadModel applies positions .* not known.*unchanged"):
         cache = RankKVCache(model, 0.3, selector="expected_attention")
     oracles.forward(model, cache, PROMPTS[0])
     assert sum(cache.budgets) == round(0.3 * LENGTH * 2)

@@ -48,7 +48,6 @@ def make_cases() -> dict[str, dict[str, Any]]:
         "packed": case(positions="packed"),
         "int8": case(storage="int8"),
         "offload": case(storage="offload"),
-        "merging": case(merging="values"),
         "chunked": case(prefill="chunked"),
         "lookup": case(generate={"prompt_lookup_num_tokens": 3}),
         "all kept": case(compression_ratio=1.0),

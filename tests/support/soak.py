@@ -33,7 +33,6 @@ _MAY_BE_REFUSED = (
     ("prefill", "chunked"),
     ("decode", "periodic"),
     ("decode", "bounded"),
-    ("strategy", "squeezeattention"),
 )
 
 

@@ -198,8 +198,8 @@ print(json.dumps([
         ("SourceUnavailableError", "refused to push"),
         ("SourceUnavailableError", "hf auth login"),
         ("SourceUnavailableError", "has no model 'someone/nothing'"),
-        ("SourceUnavailableError", "holds no rankkv_profile.json"),
-        ("ProfileError", "no RankKV profile"),
+        ("SourceUnavailableError", "has no file rankkv_profile.json"),
+        ("ProfileError", "not a RankKV profile"),
         ("InputError", "hub id"),
     ]
     for (kind, message), (expected, part) in zip(answers, said, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.kept_tokens import KeptTokens, analyze_kept_tokens, split_pieces
+from ...cache.kept_tokens import KeptTokens, analyze_kept_tokens, decode_each_token
 from ...rank.observed_layer import compute_head_ranks
 from ..prefill_record import PrefillRecord
 
@@ -39,7 +39,7 @@ def describe_cells(
         attention), ``head_kept`` (tokens each kv head keeps) and ``stretch_shares`` (share kept of each of up to 48
         stretches of the prompt), one entry a layer.
     """
-    pieces = split_pieces(tokenizer, record.input_ids[0].tolist())
+    pieces = decode_each_token(tokenizer, record.input_ids[0].tolist())
     for name, options in settings.items():
         cache = record.build_cache(**options)
         if not cache.layer_indices:
