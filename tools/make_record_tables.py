@@ -40,6 +40,7 @@ COMMANDS = {
     "--seed 14 --ratios 0.05 0.1 0.2 --strategies uniform default auto",
     "needle": "experiments/needle_grid.py --part 0.6 1.0",
     "method_quality": "experiments/method_quality.py --part 0.6 1.0 --samples 3",
+    "unproven/storage": "experiments/storage_comparison.py --part 0.6 1.0 --samples 2 --seed 22 --steps 16",
     "sweep": "rankkv sweep experiments/sweep.yaml",
     "demo.json": "rankkv demo",
     "bench.json": "make bench, bench-compiled; python -m benchmarks.heads; python -m benchmarks.calibration --pieces 1",
@@ -179,6 +180,12 @@ def make_shares_of_uniform() -> str:
     return write_table(("budgets from", *(f"{ratio:.0%} kept".replace("%", " %") for ratio in ratios)), rows)
 
 
+def make_storages() -> str:
+    """Return the table of storages beside transformers' quantized cache."""
+    text = (RESULTS / "unproven" / "storage" / "summary.md").read_text(encoding="utf-8")
+    return text[text.index("| cache |") :].strip()
+
+
 def make_demo() -> str:
     """Make the table of the recorded demo."""
     rows = []
@@ -306,6 +313,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "needles": make_needles,
         "selectors-quality": make_selectors_quality,
         "shares-of-uniform": make_shares_of_uniform,
+        "storages": make_storages,
         "demo": make_demo,
         "origins": make_origins,
     },
