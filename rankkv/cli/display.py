@@ -57,11 +57,11 @@ class Step:
         self._progress.start()
 
     def advance(self, done: float, total: int, count: str | None = None) -> None:
-        """Show how many layers are done; with ``count``, its text in their place, now and then on no terminal too."""
+        """Show how many layers are done, or ``count``; without a terminal a line every 20 seconds."""
+        count = count or f"layer {done}/{total}"
         if self._progress is not None:
-            count = count or f"layer {done}/{total}"
             self._progress.update(self._task, completed=done, total=total, count=count)
-        elif count and time.perf_counter() - self._said > _SECONDS_BETWEEN_LINES:
+        elif time.perf_counter() - self._said > _SECONDS_BETWEEN_LINES:
             self._said = time.perf_counter()
             self._console.print(f"  {count}", markup=False, soft_wrap=True)
 

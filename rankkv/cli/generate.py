@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .checks import check_cache_options, check_model, parse_choice, parse_spans
 from .common import (
     build_question_prompt,
     check_at_least_one,
     collect_versions,
+    cut_text,
     get_context_length,
     parse_options,
     print_json,
@@ -132,7 +134,9 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option(help="The prompt, or the document that --question is about.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file with it.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text file, or a .jsonl file of one text.")
+    ] = None,
     question: Annotated[
         str | None, typer.Option(help="Asked after the document, through the chat template if there is one.")
     ] = None,
@@ -152,6 +156,33 @@ def generate(
         list[str] | None, typer.Option(help="Option of the strategy, name=value; may be repeated.")
     ] = None,
     scope: Annotated[str, typer.Option(help="Attention ranked: evictable, window or full.")] = "evictable",
+    min_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Fewest tokens per layer.", show_default="16, or half the average budget if that is more"
+        ),
+    ] = None,
+    head_budgets: Annotated[
+        str, typer.Option(help="Budgets of heads: auto, none, distortion, profile or adaptive.")
+    ] = "auto",
+    profile: Annotated[
+        str, typer.Option(help="Measured sensitivity of the model: auto, none, or the path of a profile.")
+    ] = "auto",
+    protect: Annotated[
+        list[str] | None, typer.Option(help="Tokens that every layer keeps, start:stop; may be repeated.")
+    ] = None,
+    decode: Annotated[
+        str, typer.Option(help="Generated tokens: grow keeps all, bounded and periodic compress them too.")
+    ] = "grow",
+    storage: Annotated[
+        str, typer.Option(help="How kept tokens are stored: full, int8 or offload (to CPU memory).")
+    ] = "full",
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Use at most this many tokens of the document, the first ones.", show_default="all"
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     dtype: Annotated[
         str | None,
@@ -171,31 +202,38 @@ def generate(
     console = make_console()
     check_at_least_one("--max-new-tokens", max_new_tokens)
     check_at_least_one("--budget", budget)
+    check_at_least_one("--max-length", max_length)
+    check_model(model, dtype, device_map)
     text = read_prompt(prompt, prompt_file)
     selector_options = parse_options(selector_option, "--selector-option")
-    strategy_options = parse_options(strategy_option, "--strategy-option")
+    options = {
+        "compression_ratio": compression_ratio,
+        "budget": budget,
+        "strategy": strategy,
+        "scope": scope,
+        "strategy_options": parse_options(strategy_option, "--strategy-option"),
+        "min_budget": min_budget,
+        "head_budgets": parse_choice(head_budgets),
+        "profile": parse_choice(profile),
+        "protect": parse_spans(protect),
+        "decode": decode,
+        "storage": storage,
+    }
+    check_cache_options(selector, selector_options, **options)
 
     with show_step(console, f"Loading {model}"):
         from ..analysis.generation import analyze_generation
-        from ..budget.plan import BudgetPlan
         from ..cache.cache import RankKVCache
         from ..config import RankKVConfig
         from ..models.loading import load_model
         from ..models.placement import find_input_device
         from ..selection import get_selector
 
-        # Checked here, so that a misspelt name does not wait for the model.
-        config = RankKVConfig(
-            compression_ratio,
-            budget=budget,
-            selector=get_selector(selector, **selector_options),
-            strategy=strategy,
-            scope=scope,
-            strategy_options=strategy_options,
-        )
-        BudgetPlan.check(config)
+        config = RankKVConfig(selector=get_selector(selector, **selector_options), **options)
         language_model, tokenizer = load_model(model, dtype, device_map)
 
+    if max_length is not None:
+        text = cut_text(tokenizer, text, max_length)
     input_ids = build_question_prompt(tokenizer, text, question).to(find_input_device(language_model))
     context = get_context_length(language_model)
     if context is not None and input_ids.shape[1] + max_new_tokens > context:
