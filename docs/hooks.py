@@ -1,103 +1,102 @@
-"""What the site takes from elsewhere in the repository when it is built: measured records, README tables, pictures."""
+"""Hooks of the site: recorded figures, the page for contributors, the repository's address, labels of table cells."""
 
 from __future__ import annotations
 
-import json
+import html
+import os
+import posixpath
 import re
-import sys
+import subprocess
 from pathlib import Path
 
-from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
+FIGURES = ROOT / "results" / "figures"
 
-import pictures  # noqa: E402
-
-LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)\)")
-INSERT = re.compile(
-    r"^<!-- (ablation|readme-block|readme-table|demo|commands)(?:: (.+?))? -->$", re.MULTILINE
-)
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#\s]+\.(?:png|svg))\)(\{[^}]*\})?")
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]+)?\)")
+ROW = re.compile(r"<tr>(.*?)</tr>", re.DOTALL)
+HEAD = re.compile(r"<th[^>]*>(.*?)</th>", re.DOTALL)
 
 
 def on_config(config):
-    """Put a page that the list of mkdocs.yml does not name yet behind the last page of its own level."""
-    named = str(config.nav)
-    places = [place for place, entry in enumerate(config.nav) if isinstance(next(iter(entry.values())), str)]
-    for path in sorted((ROOT / "docs").glob("*.md")):
-        if path.name not in named:
-            config.nav.insert(places[-1] + 1, path.name)
+    """Take the repository's address from ``REPOSITORY_URL``, else from the clone's remote ``origin``."""
+    config.repo_url = config.repo_url or os.environ.get("REPOSITORY_URL") or read_remote()
     return config
 
 
+def read_remote() -> str | None:
+    """Return the web address of the remote ``origin``; None where there is none or it is a path."""
+    try:
+        done = subprocess.run(
+            ["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.match(r"(?:https://|git@)(?:[^@/]*@)?([\w.-]+)[/:](.+?)(?:\.git)?$", done.stdout.strip())
+    return f"https://{found[1]}/{found[2]}" if found else None
+
+
 def on_files(files, config):
-    """Add the drawn pictures and the recorded figures to the site."""
-    for name, draw in pictures.PICTURES.items():
-        files.append(File.generated(config, f"pictures/{name}.svg", content=draw()))
-    for path in sorted((ROOT / "results" / "figures").glob("*.png")):
+    """Add the recorded figures and the page for contributors."""
+    for path in sorted(FIGURES.glob("*.png")):
         files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "contributing.md", content=text))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Replace each comment that names a record by the table that is recorded, and links out of the site by paths."""
-    folder = (ROOT / "docs" / page.file.src_uri).parent
-    markdown = LINK.sub(lambda match: name_outside(match, folder), markdown)
-    return INSERT.sub(lambda match: insert(match[1], match[2]), markdown)
+    """Point figures and links that leave docs/ to what the site has; show each figure for the light or dark scheme."""
+    # The page for contributors is written as a file of the root.
+    folder = ROOT if page.file.src_uri == "contributing.md" else (ROOT / "docs" / page.file.src_uri).parent
+    place = posixpath.dirname(page.file.src_uri)
+    markdown = IMAGE.sub(lambda match: pair_image(match, folder, place), markdown)
+    if folder == ROOT:
+        markdown = re.sub(r"\]\(docs/", "](", markdown)
+    return LINK.sub(lambda match: point_outside(match, folder, config.repo_url), markdown)
 
 
-def name_outside(link: re.Match[str], folder: Path) -> str:
-    """Return a link to a file of the repository that is no page as its words and its path; others as they are."""
+def pair_image(image: re.Match[str], folder: Path, place: str) -> str:
+    """Return an image as Markdown, with its dark variant beside it if there is one."""
+    words, address, attributes = image[1], image[2], image[3] or ""
+    target = (folder / address).resolve()
+    if target.parent == FIGURES:
+        address = posixpath.relpath(f"figures/{target.name}", place or ".")
+    dark = target.with_name(f"{target.stem}-dark{target.suffix}")
+    if not dark.exists():
+        return f"![{words}]({address}){attributes}"
+    other = posixpath.join(posixpath.dirname(address), dark.name)
+    return f"![{words}]({address}#only-light){attributes}![{words}]({other}#only-dark){attributes}"
+
+
+def point_outside(link: re.Match[str], folder: Path, repository: str | None) -> str:
+    """Return a link to a file that is not a page: to the repository where its address is known, else as a path."""
     target = (folder / link[2]).resolve()
     if not target.exists() or target.is_relative_to(ROOT / "docs"):
         return link[0]
     path = target.relative_to(ROOT).as_posix()
-    return f"`{path}`" if link[1] in (path, target.name) else f"{link[1]} (`{path}`)"
+    if path == "CONTRIBUTING.md":
+        return f"[{link[1]}]({posixpath.relpath('contributing.md', folder.relative_to(ROOT / 'docs'))}{link[3] or ''})"
+    if repository:
+        kind = "tree" if target.is_dir() else "blob"
+        return f"[{link[1]}]({repository}/{kind}/main/{path}{link[3] or ''})"
+    return f"`{path}`" if link[1].strip("`") in (path, target.name) else f"{link[1]} (`{path}`)"
 
 
-def insert(kind: str, name: str | None) -> str:
-    """Return one table of the repository as Markdown."""
-    if kind == "demo":
-        return write_demo_table()
-    if kind == "commands":
-        return write_command_table()
-    if kind == "ablation":
-        text = (ROOT / "results" / "ablation" / "summary.md").read_text(encoding="utf-8")
-        found = re.search(
-            rf"^### {re.escape(name)} .*?\n\n(\|.*?)\n\n", text + "\n\n", re.MULTILINE | re.DOTALL
-        )
-    else:
-        text = (ROOT / "README.md").read_text(encoding="utf-8")
-        if kind == "readme-block":
-            found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", text, re.DOTALL)
-        else:
-            found = re.search(rf"^(\| {re.escape(name)} \|.*?)\n\n", text, re.MULTILINE | re.DOTALL)
-    if found is None:
-        raise PluginError(f"there is no {kind} {name!r} to put into the documentation")
-    return found[1]
+def on_page_content(content, page, config, files):
+    """Name each cell's column in the cell, so that a narrow screen can show a row as a list."""
+    return re.sub(r"<table>.*?</table>", lambda match: label_cells(match[0]), content, flags=re.DOTALL)
 
 
-def write_demo_table() -> str:
-    """Return the rows of the recorded demo."""
-    record = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
-    rows = ["| cache | KV bytes | fact given back | answer |", "| --- | --- | --- | --- |"]
-    for run in record["runs"]:
-        answer = " ".join(run["answer"].split()).replace("|", "\\|")
-        rows.append(
-            f"| {run['name']} | {run['cache_bytes']:,} | {'yes' if run['has_fact'] else 'no'} | {answer} |"
-        )
-    return "\n".join(rows)
+def label_cells(table: str) -> str:
+    """Return a table whose cells carry their column's head as ``data-label``."""
+    heads = [html.escape(re.sub(r"<[^>]+>", "", head).strip(), quote=True) for head in HEAD.findall(table)]
 
+    def label_row(row: re.Match[str]) -> str:
+        columns = iter(heads)
+        return re.sub(r"<td(?=[ >])", lambda cell: f'<td data-label="{next(columns, "")}"', row[0])
 
-def write_command_table() -> str:
-    """Return every subcommand with the first sentence of its help."""
-    import typer
-
-    from rankkv.cli import app
-
-    rows = ["| command | what it does |", "| --- | --- |"]
-    for name, command in typer.main.get_command(app).commands.items():
-        first = " ".join((command.help or "").split("\n\n")[0].split())
-        rows.append(f"| `rankkv {name}` | {first.replace('|', chr(92) + '|')} |")
-    return "\n".join(rows)
+    wide = ' class="wide"' if len(heads) > 3 else ""
+    return ROW.sub(label_row, table).replace("<table>", f"<table{wide}>", 1)

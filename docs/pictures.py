@@ -1,21 +1,31 @@
-"""The pictures of "How it works", drawn as SVG when the site is built, from the recorded demo where they show data."""
+"""The pictures of the documentation, drawn as SVG, from the recorded demo where they show data.
+
+``python docs/pictures.py`` writes each into ``docs/pictures/``, once for a light and once for a dark ground.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 INK, PALE, LINE = "#2b2f3a", "#f4f5fa", "#c9cddb"
 COLOURS = {"sinks": "#e08e45", "evictable": "#3f51b5", "recent": "#5aa469", "gone": "#e7e9f2"}
+GROUND = "#ffffff"
+#: Each colour on a dark ground.
+DARK = {
+    GROUND: "#1e2129", INK: "#e6e8ee", PALE: "#2a2e3a", LINE: "#4a5063",
+    "#e08e45": "#f0a05a", "#3f51b5": "#8f9dff", "#5aa469": "#76c487", "#e7e9f2": "#363b4a",
+}  # fmt: skip
 
 
 def _frame(width: int, height: int, title: str, parts: list[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" font-family="system-ui, sans-serif" font-size="13" fill="{INK}">\n<title>{escape(title)}</title>\n'
-        f'<rect width="{width}" height="{height}" rx="10" fill="#ffffff"/>\n'
+        f'<rect width="{width}" height="{height}" rx="10" fill="{GROUND}"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
@@ -33,31 +43,32 @@ def _box(x: float, y: float, width: float, height: float, fill: str, stroke: str
 def draw_flow() -> str:
     """Draw one layer's way through the five steps."""
     steps = [
-        ("1 observe", ["the last queries, keys", "and mask of the layer"]),
-        ("2 rank", ["effective rank of what", "could be evicted"]),
-        ("3 budget", ["ranks become whole", "tokens, exact in total"]),
-        ("4 select", ["SnapKV, H2O, ...", "score every token"]),
-        ("5 cache", ["what is kept stays,", "the rest is freed"]),
+        ("1 observe", "the last queries, the keys, the values and the mask of the layer"),
+        ("2 rank", "effective rank of the attention that could be evicted"),
+        ("3 budget", "rank and error of evicting become whole tokens, exact in total"),
+        ("4 select", "SnapKV, H2O or another method scores every token"),
+        ("5 cache", "what is kept stays, the rest is freed"),
     ]
     parts = [
-        _text(20, 32, "prompt", font_weight="600"),
+        _text(20, 30, "prompt: layer i attends as always, with the model's own attention", font_weight="600")
+    ]
+    for place, (title, words) in enumerate(steps):
+        y = 62 + place * 62
+        parts.append(
+            f'<path d="M64 {y - 20} v14 m-5 -6 l5 6 l5 -6" fill="none" stroke="{INK}" stroke-width="1.5"/>'
+        )
+        parts.append(f'<rect x="20" y="{y}" width="520" height="38" rx="8" fill="{PALE}" stroke="{LINE}"/>')
+        parts.append(_text(34, y + 24, title, font_weight="600", fill=COLOURS["evictable"]))
+        parts.append(_text(116, y + 24, words))
+    parts.append(
         _text(
             20,
-            200,
-            "Layer i attends as always; after its own attention the five steps run, and then layer i + 1.",
-        ),
-        _text(20, 220, "The first generated token therefore always equals that of the uncompressed model."),
-    ]
-    for place, (title, lines) in enumerate(steps):
-        x = 20 + place * 176
-        parts.append(f'<rect x="{x}" y="52" width="152" height="106" rx="8" fill="{PALE}" stroke="{LINE}"/>')
-        parts.append(_text(x + 14, 80, title, font_weight="600", fill=COLOURS["evictable"]))
-        parts += [_text(x + 14, 108 + 19 * row, line, font_size=12) for row, line in enumerate(lines)]
-        if place < len(steps) - 1:
-            parts.append(
-                f'<path d="M{x + 155} 105 h14 m-6 -5 l6 5 l-6 5" fill="none" stroke="{INK}" stroke-width="1.5"/>'
-            )
-    return _frame(900, 240, "The five steps of one layer: observe, rank, budget, select, cache", parts)
+            372,
+            "then layer i + 1; at the end the first token, equal to the uncompressed model's",
+            font_weight="600",
+        )
+    )
+    return _frame(560, 390, "The five steps of one layer: observe, rank, budget, select, cache", parts)
 
 
 def draw_scopes() -> str:
@@ -131,3 +142,20 @@ def draw_budgets() -> str:
 
 
 PICTURES = {"flow": draw_flow, "scopes": draw_scopes, "budgets": draw_budgets}
+
+
+def draw_all() -> dict[str, str]:
+    """Draw every picture for both grounds, by file name."""
+    drawn = {}
+    for name, draw in PICTURES.items():
+        light = draw()
+        drawn[f"{name}.svg"] = light
+        drawn[f"{name}-dark.svg"] = re.sub("|".join(DARK), lambda colour: DARK[colour[0]], light)
+    return drawn
+
+
+if __name__ == "__main__":
+    folder = ROOT / "docs" / "pictures"
+    folder.mkdir(exist_ok=True)
+    for file, svg in draw_all().items():
+        (folder / file).write_text(svg, encoding="utf-8")

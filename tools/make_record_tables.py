@@ -1,0 +1,366 @@
+# ruff: noqa: RUF001 - Chinese has its own punctuation.
+"""Write the tables of measurements in both READMEs and in docs/ from the records in results/.
+
+python tools/make_record_tables.py          # after a record has changed
+python tools/make_record_tables.py --check  # exit status 1 if a table is not that of its record
+
+A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; ``TABLES`` says which function makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+
+#: Column heads of the small table of the READMEs and the home page.
+MEASURED_HEADS = {
+    "README.md": (
+        "kept", "loss, nats per token", "with uniform budgets", "KV cache", "time to first token", "decode step",
+    ),
+    "README.zh-CN.md": ("保留", "损失，每 token 奈特", "均匀预算", "KV 缓存", "首 token 时间", "每步解码"),
+}  # fmt: skip
+
+#: What `rankkv` is run with for each record, without the files of text.
+COMMANDS = {
+    "ablation": "experiments/allocation_ablation.py --part 0.6 1.0 --samples 20 --selectors snapkv h2o "
+    "--strategies uniform default auto --seed 11",
+    "ablation_others": "experiments/allocation_ablation.py --part 0.6 1.0 --samples 5 --seed 13 --ratios 0.1 0.2 "
+    "--strategies uniform default layers whole pyramid cake inverse random",
+    "ablation_long": "experiments/allocation_ablation.py --part 0.6 1.0 --samples 3 --context 3072 --continuation 128 "
+    "--seed 12 --ratios 0.05 0.1 0.2 --strategies uniform layers layers-profile default auto",
+    "ablation_4096": "experiments/allocation_ablation.py --part 0.6 1.0 --samples 2 --context 4096 --continuation 128 "
+    "--seed 14 --ratios 0.05 0.1 0.2 --strategies uniform default auto",
+    "needle": "experiments/needle_grid.py --part 0.6 1.0",
+    "method_quality": "experiments/method_quality.py --part 0.6 1.0 --samples 3",
+    "unproven/storage": "experiments/storage_comparison.py --part 0.6 1.0 --samples 2 --seed 22 --steps 16",
+    "sweep": "rankkv sweep experiments/sweep.yaml",
+    "demo.json": "rankkv demo",
+    "bench.json": "make bench, bench-compiled; python -m benchmarks.heads; python -m benchmarks.calibration --pieces 1",
+    "quality_speed.json": "make bench-quality",
+    "parity.json": "make parity",
+    "families.json": "python tools/make_family_table.py",
+    "rank_analysis.json": "experiments/rank_analysis_exp.py --model embedded --dataset python-docs --num_samples 4",
+}
+
+
+def read_record(name: str) -> Any:
+    """Read a JSON record of ``results/``."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def read_rows(folder: str) -> list[dict[str, Any]]:
+    """Read the rows of an experiment's folder."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(RESULTS / folder / "rows.parquet").to_pylist()
+
+
+def read_summary(folder: str, heading: str) -> str:
+    """Return the table below the heading of a folder's summary that starts with ``heading``."""
+    text = (RESULTS / folder / "summary.md").read_text(encoding="utf-8") + "\n\n"
+    found = re.search(rf"^### {re.escape(heading)}.*?\n\n(\|.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        sys.exit(f"results/{folder}/summary.md has no table {heading!r}.")
+    return found[1]
+
+
+def write_table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    """Return rows of cells as a Markdown table."""
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)])
+
+
+def name_interval(found: dict[str, float | None], digits: int = 3) -> str:
+    """Return a ratio with its interval, if there is one that says something."""
+    ratio, low, high = found["ratio"], found["low"], found["high"]
+    if low is None or high is None or low == high:
+        return f"{ratio:.{digits}f}"
+    return f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def make_measured(page: str) -> str:
+    """Make the small table of loss, memory and time by the share of the cache kept."""
+    excess: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for row in read_rows("ablation"):
+        if row["selector"] == "snapkv":
+            excess[row["strategy"], row["ratio"]].append(row["excess"])
+    mean = {key: sum(values) / len(values) for key, values in excess.items()}
+    cache = {
+        row["compression_ratio"]: row["cache_bytes"]
+        for row in read_record("quality_speed.json")["rows"]
+        if row["way"].startswith("default")
+    }
+    heads = {
+        row["compression_ratio"]: row
+        for row in read_record("bench.json")["heads"]["rows"]
+        if row["heads"] == "distortion"
+    }
+    rows: list[tuple[object, ...]] = [("100 %", "0", "0", f"{cache[1.0] / 1e6:.1f} MB", "1.00", "1.00")]
+    for ratio in sorted(heads, reverse=True):
+        times = [heads[ratio][name]["ratio"] for name in ("prefill_cpu_ratio", "step_cpu_ratio")]
+        losses = [mean[strategy, ratio] for strategy in ("default", "uniform")]
+        row = [f"{ratio:.0%}".replace("%", " %"), *(f"{loss:.3f}" for loss in losses)]
+        rows.append((*row, f"{cache[ratio] / 1e6:.1f} MB", *(f"{time:.2f}" for time in times)))
+    return write_table(MEASURED_HEADS.get(page, MEASURED_HEADS["README.md"]), rows)
+
+
+def make_shares() -> str:
+    """Make the table of the share of the cache that loses what uniform budgets lose at 20 %."""
+    rows = []
+    for tokens, selector, folder in (
+        ("1,024", "snapkv", "ablation"),
+        ("1,024", "h2o", "ablation"),
+        ("3,072", "snapkv", "ablation_long"),
+        ("4,096", "snapkv", "ablation_4096"),
+    ):
+        table = read_summary(folder, f"{selector}: share of the cache")
+        shares = dict(re.findall(r"^\| (\S+) \| (.*?) \|$", table, re.MULTILINE))
+        rows.append((tokens, f"`{selector}`", shares["default"], shares["auto"]))
+    return write_table(("tokens of context", "selector", "default", "default with the profile"), rows)
+
+
+def make_needles() -> str:
+    """Make the table of needles found."""
+    found: dict[tuple[str, float], list[bool]] = defaultdict(list)
+    for row in read_rows("needle"):
+        found[row["strategy"], row["ratio"]].append(row["found"])
+    rows = []
+    names = {
+        "uniform": "uniform",
+        "RankKV": "default",
+        "RankKV, profile": "default with the profile",
+        "RankKV, layers": "default with equal heads (`head_budgets=None`)",
+    }
+    for strategy, name in names.items():
+        counts = [found[strategy, ratio] for ratio in (0.1, 0.2)]
+        rows.append((name, *(f"{sum(values)} of {len(values)}" for values in counts)))
+    full = found["full", 1.0]
+    rows.append(("full cache", *[f"{sum(full)} of {len(full)}"] * 2))
+    return write_table(("budgets from", "10 % kept", "20 % kept"), rows)
+
+
+def make_selectors_quality() -> str:
+    """Make the table of the excess loss of every selector with every way to spread the budget, at 20 %."""
+    excess: dict[tuple[str, str], list[float]] = defaultdict(list)
+    strategies: dict[str, None] = {}
+    for row in read_rows("method_quality"):
+        if row["task"] == "continuation" and row["ratio"] == 0.2:
+            excess[row["selector"], row["strategy"]].append(row["excess"])
+            strategies.setdefault(row["strategy"])
+    selectors = list(dict.fromkeys(selector for selector, _ in excess))
+    rows = []
+    for selector in selectors:
+        means = [sum(excess[selector, s]) / len(excess[selector, s]) for s in strategies]
+        rows.append((f"`{selector}`", *(f"{mean:.3f}" for mean in means)))
+    return write_table(("selector", *strategies), rows)
+
+
+def make_shares_of_uniform() -> str:
+    """Make the table of the mean loss over selectors as a share of that with uniform budgets."""
+    excess: dict[tuple[str, str, float], list[float]] = defaultdict(list)
+    for row in read_rows("method_quality"):
+        if row["task"] == "continuation":
+            excess[row["selector"], row["strategy"], row["ratio"]].append(row["excess"])
+    ratios = sorted({ratio for _, _, ratio in excess})
+    strategies = list(dict.fromkeys(strategy for _, strategy, _ in excess))
+    total: dict[tuple[str, float], float] = defaultdict(float)
+    for (_, strategy, ratio), values in excess.items():
+        total[strategy, ratio] += sum(values) / len(values)
+    rows = [
+        (s, *(f"{total[s, ratio] / total['uniform', ratio]:.2f}" for ratio in ratios)) for s in strategies
+    ]
+    return write_table(("budgets from", *(f"{ratio:.0%} kept".replace("%", " %") for ratio in ratios)), rows)
+
+
+def make_storages() -> str:
+    """Return the table of storages beside transformers' quantized cache."""
+    text = (RESULTS / "unproven" / "storage" / "summary.md").read_text(encoding="utf-8")
+    return text[text.index("| cache |") :].strip()
+
+
+def make_demo() -> str:
+    """Make the table of the recorded demo."""
+    rows = []
+    for run in read_record("demo.json")["runs"]:
+        answer = " ".join(run["answer"].split()).replace("|", "\\|")
+        times = f"{run['ttft_seconds']:.1f} s", f"{1e3 * run['tpot_seconds']:.0f} ms"
+        fact = "yes" if run["has_fact"] else "no"
+        rows.append((run["name"], f"{run['cache_bytes'] / 1e6:.1f} MB", *times, fact, answer))
+    return write_table(
+        ("cache", "KV cache", "first token", "later tokens", "code given back", "answer"), rows
+    )
+
+
+def make_sweep() -> str:
+    """Make the table of the example sweep: loss above the full cache and needles found."""
+    scores: dict[tuple[str, str, float], list[float]] = defaultdict(list)
+    for row in read_rows("sweep"):
+        scores[row["label"], row["method"], row["ratio"]].append(row["score"])
+    full = scores["continuation", "full", 1.0]
+    rows = []
+    for label, method, ratio in scores:
+        if label == "needle" and method not in ("full", "blank"):
+            losses = scores["continuation", method, ratio]
+            found = scores[label, method, ratio]
+            excess = sum(losses) / len(losses) - sum(full) / len(full)
+            shown = f"{ratio:.0%}".replace("%", " %"), f"{excess:.3f}", f"{sum(found):.0f} of {len(found)}"
+            rows.append((method, *shown))
+    found = scores["needle", "full", 1.0]
+    rows.append(("full cache", "100 %", "0.000", f"{sum(found):.0f} of {len(found)}"))
+    return write_table(("method", "kept", "loss above the full cache", "needles found"), rows)
+
+
+def make_targets() -> str:
+    """Make the table of targets of time and memory, met or not."""
+    rows = []
+    for row in read_record("bench.json")["targets"]["rows"]:
+        bound = f"{row['target']}{'' if row['met'] else ', not met'}"
+        rows.append((row["what"], row["against"], name_interval(row), bound))
+    return write_table(("what", "over", "measured", "target"), rows)
+
+
+def make_head_times() -> str:
+    """Make the table of the CPU time of equal heads and of heads with budgets of their own."""
+    names = {"equal": "`head_budgets=None`", "distortion": "default"}
+    rows = []
+    for row in read_record("bench.json")["heads"]["rows"]:
+        kept = f"{row['compression_ratio']:.0%}".replace("%", " %")
+        times = (name_interval(row[name]) for name in ("prefill_cpu_ratio", "step_cpu_ratio"))
+        rows.append((kept, names[row["heads"]], *times))
+    return write_table(("kept", "heads", "prefill over plain", "decode step over plain"), rows)
+
+
+def make_quality_speed() -> str:
+    """Make the table of loss, decode step and bytes of the quality benchmark."""
+    rows = []
+    for row in read_record("quality_speed.json")["rows"]:
+        if row["compression_ratio"] < 1:
+            kept = f"{row['compression_ratio']:.0%}".replace("%", " %")
+            size = f"{row['cache_bytes'] / 1e6:.1f} MB"
+            rows.append((row["way"], kept, f"{row['excess_loss']:.3f}", f"{row['tpot_cpu_ratio']:.2f}", size))
+    return write_table(
+        ("budgets from", "kept", "loss, nats per token", "decode step over plain", "KV cache"), rows
+    )
+
+
+def make_parity() -> str:
+    """Make the table of sets of kept tokens beside kvpress."""
+    total = read_record("parity.json")["total"]
+    head = (
+        "sets of kept tokens",
+        "equal",
+        "equal but for ties",
+        "different as documented",
+        "different otherwise",
+    )
+    return write_table(
+        head, [tuple(f"{total[key]:,}" for key in ("sets", "equal", "tie", "stated", "different"))]
+    )
+
+
+def make_commands() -> str:
+    """Make the table of subcommands with the first sentence of their help."""
+    import typer
+
+    from rankkv.cli import app
+
+    rows = []
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        first = " ".join((command.help or "").split("\n\n")[0].split())
+        rows.append((f"`rankkv {name}`", first.replace("|", "\\|")))
+    return write_table(("command", "what it does"), rows)
+
+
+def make_origins() -> str:
+    """Make the table of where each record comes from: command and commit."""
+    rows = []
+    for name, command in COMMANDS.items():
+        if name.endswith(".json"):
+            record = read_record(name)
+            parts = [record, *(part for part in record.values() if isinstance(part, dict))]
+            commits = {str(part.get("commit")) for part in parts if part.get("commit")}
+            commits |= {
+                str(p["machine"]["commit"])
+                for p in parts
+                if isinstance(p.get("machine"), dict) and p["machine"].get("commit")
+            }
+        else:
+            environment = read_record(f"{name}/manifest.json")["environment"]
+            commits = {str(environment["commit"])} if environment.get("commit") else set()
+        shown = ", ".join(f"`{commit[:7]}`" for commit in sorted(commits)) or "not recorded"
+        rows.append((f"`results/{name}`", f"`{command}`", shown))
+    return write_table(("record", "command", "commit"), rows)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    **{page: {"measured": lambda page=page: make_measured(page)} for page in MEASURED_HEADS},
+    "docs/index.md": {"measured": lambda: make_measured("docs/index.md")},
+    "docs/results.md": {
+        "shares": make_shares,
+        "snapkv": lambda: read_summary("ablation", "snapkv, all texts"),
+        "h2o": lambda: read_summary("ablation", "h2o, all texts"),
+        "others": lambda: read_summary("ablation_others", "snapkv, all texts"),
+        "long": lambda: read_summary("ablation_long", "snapkv, all texts"),
+        "longer": lambda: read_summary("ablation_4096", "snapkv, all texts"),
+        "needles": make_needles,
+        "selectors-quality": make_selectors_quality,
+        "shares-of-uniform": make_shares_of_uniform,
+        "storages": make_storages,
+        "demo": make_demo,
+        "origins": make_origins,
+    },
+    "docs/performance.md": {
+        "targets": make_targets,
+        "head-times": make_head_times,
+        "quality-speed": make_quality_speed,
+    },
+    "docs/evaluation.md": {"sweep": make_sweep},
+    "docs/kvpress.md": {"parity": make_parity},
+    "docs/command-line.md": {"commands": make_commands},
+}  # fmt: skip
+
+
+def put_between(text: str, name: str, table: str, page: str) -> str:
+    """Return the text with the table between the markers of that name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        sys.exit(f"{page} has no place for the table: put {begin} and {end} where it goes.")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def make_page(page: str) -> tuple[str, str]:
+    """Return the text of a page as it stands, and with every table made from its record."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    made = text
+    for name, make in TABLES[page].items():
+        made = put_between(made, name, make(), page)
+    return text, made
+
+
+def main() -> int:
+    """Write the tables, or name the pages whose tables are old."""
+    from rankkv.utils.files import write_text_atomically
+
+    old = []
+    for page in TABLES:
+        text, made = make_page(page)
+        if text != made:
+            old.append(page)
+            if "--check" not in sys.argv[1:]:
+                write_text_atomically(ROOT / page, made)
+    print(f"{'old' if '--check' in sys.argv[1:] else 'written'}: {', '.join(old) or 'none'}")
+    return int(bool(old) and "--check" in sys.argv[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
