@@ -1,4 +1,4 @@
-"""What the subcommands share: errors in one sentence, JSON on stdout, prompts, options and versions."""
+"""Helpers of the subcommands: errors in one sentence, JSON on stdout, prompts, options and versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user sees on stderr: progress by layer, and tables with bars."""
+"""Display on stderr: progress by layer, and tables with bars."""
 
 from __future__ import annotations
 
@@ -204,14 +204,14 @@ def make_spread_table(rows: Sequence[Mapping[str, float]], measure: str | None =
 
 
 class AnswerStream:
-    """Turns token ids that arrive one by one into text, in pieces that never split a character.
+    """Turn token ids that arrive one by one into text, without splitting a character.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
         Decodes; special tokens are left out.
     write : callable
-        Takes each new piece of text.
+        Takes each new part of the text.
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], Any]) -> None:

@@ -37,7 +37,7 @@ _BAR, _NARROWEST = 4, 40
 _SPARKS = " ▁▂▃▄▅▆▇█"
 
 
-def print_kept_tokens(console: Console, pieces: Sequence[str], kept: KeptTokens) -> None:
+def print_kept_tokens(console: Console, token_texts: Sequence[str], kept: KeptTokens) -> None:
     """Print which parts of the prompt a cache kept.
 
     On a terminal every token has a colour; elsewhere the share at the start of each line says the same of the line.
@@ -46,7 +46,7 @@ def print_kept_tokens(console: Console, pieces: Sequence[str], kept: KeptTokens)
     ----------
     console : Console
         Where it goes.
-    pieces : sequence of str
+    token_texts : sequence of str
         Text of each token.
     kept : KeptTokens
         Of the same tokens.
@@ -67,14 +67,14 @@ def print_kept_tokens(console: Console, pieces: Sequence[str], kept: KeptTokens)
     if console.is_terminal:
         console.print(_make_legend())
     gutter = _BAR + 6
-    for line in _break_lines(pieces, width - gutter):
+    for line in _break_lines(token_texts, width - gutter):
         own = [shares[index] for index, _ in line]
         mean = sum(own) / len(own)
         # Rounded away from both ends: 0 % and 100 % are said of lines that are lost or kept whole.
         shown = mean if mean in (0.0, 1.0) else min(max(mean, 0.01), 0.99)
         text = Text(f"{shown:4.0%} ") + Text(f"{draw_bar(mean, 1.0, _BAR):<{_BAR}} ", style="cyan")
-        for index, piece in line:
-            text.append(piece, style=_choose_style(shares[index]))
+        for index, text_of_token in line:
+            text.append(text_of_token, style=_choose_style(shares[index]))
         console.print(text, no_wrap=True, overflow="ignore", crop=False)
 
 
@@ -102,14 +102,14 @@ def _draw_strip(shares: Sequence[float], width: int) -> str:
     return "".join(_SPARKS[0 if mean == 0.0 else max(1, round(8 * mean))] for mean in means)
 
 
-def _break_lines(pieces: Sequence[str], width: int) -> Iterator[list[tuple[int, str]]]:
+def _break_lines(token_texts: Sequence[str], width: int) -> Iterator[list[tuple[int, str]]]:
     """Yield lines as pairs of a token and its text: broken where the text is, and where a line is full."""
     from rich.cells import cell_len
 
     line: list[tuple[int, str]] = []
     used = 0
-    for index, piece in enumerate(pieces):
-        parts = piece.expandtabs(4).split("\n")
+    for index, text_of_token in enumerate(token_texts):
+        parts = text_of_token.expandtabs(4).split("\n")
         for number, part in enumerate(parts):
             if number and line:
                 yield line
@@ -246,9 +246,9 @@ def generate(
     step_name = f"Prefilling {input_ids.shape[1]:,} tokens"
     with show_step(console, step_name) as step, watch_layers(language_model, step.advance) as stop_watching:
 
-        def write(piece: str) -> None:
+        def write(text: str) -> None:
             if not json:
-                sys.stdout.write(piece)
+                sys.stdout.write(text)
                 sys.stdout.flush()
 
         stream = AnswerStream(tokenizer, write)
@@ -260,15 +260,15 @@ def generate(
 
         record = analyze_generation(language_model, input_ids, cache, max_new_tokens, on_token=on_token)
         answer = stream.end()
-    kept, pieces = None, []
+    kept, token_texts = None, []
     if explain and not cache.layer_indices:
         console.print("Nothing to explain: no layer of this model is compressed.")
     elif explain:
         from ..cache.kept_tokens import analyze_kept_tokens, decode_each_token
 
-        kept, pieces = analyze_kept_tokens(cache), decode_each_token(tokenizer, input_ids[0].tolist())
+        kept, token_texts = analyze_kept_tokens(cache), decode_each_token(tokenizer, input_ids[0].tolist())
     if json:
-        explained = {} if kept is None else {"kept_tokens": {"pieces": pieces, **kept.to_dict()}}
+        explained = {} if kept is None else {"kept_tokens": {"pieces": token_texts, **kept.to_dict()}}
         print_json(
             {
                 "answer": answer,
@@ -294,4 +294,4 @@ def generate(
         soft_wrap=True,
     )
     if kept is not None:
-        print_kept_tokens(console, pieces, kept)
+        print_kept_tokens(console, token_texts, kept)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness as rows of one sample and one setting each, for the same statistics as all others."""
+"""Rows of lm-evaluation-harness tasks, one per sample and setting, for the same statistics as all others."""
 
 from __future__ import annotations
 
