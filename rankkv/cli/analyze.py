@@ -78,7 +78,6 @@ def analyze(
     check_at_least_one("--max-length", max_length)
     check_at_least_one("--budget", budget)
     check_output(output)
-    check_model(model, dtype, device_map)
     check_aggregation(aggregation)
     check_cache_options(
         compression_ratio=compression_ratio,
@@ -89,6 +88,7 @@ def analyze(
     )
     texts = read_prompts(prompt, prompt_file, dataset)
     options = parse_options(strategy_option, "--strategy-option")
+    check_model(model, dtype, device_map)
 
     with show_step(console, f"Loading {model}"):
         from ..budget.plan import BudgetPlan

@@ -49,16 +49,15 @@ def check_method(kind: str, name: str, options: Mapping[str, Any], flag: str) ->
     flag : str
         Where they were given.
     """
+    singular = {"selectors": "selector", "strategies": "strategy"}[kind]
     entry = next((entry for entry in load_known()[kind] if entry["name"] == name), None)
     if entry is None:
-        raise UnknownNameError.of(
-            kind.removesuffix("s").replace("strategie", "strategy"), name, list_names(kind)
-        )
+        raise UnknownNameError.of(singular, name, list_names(kind))
     known = [*entry["options"], *(["recent_fraction"] if kind == "selectors" else [])]
     for option in options:
         if option not in known:
             raise ConfigError(
-                f"{flag} {option!r} is not an option of {name!r}, whose options are: {', '.join(known) or 'none'}."
+                f"{singular} {name!r} has no option {option!r} ({flag}); its options are: {', '.join(known) or 'none'}."
             )
 
 

@@ -197,7 +197,6 @@ def evaluate(
         Console(highlight=False).print(_make_task_table())
         return
     check_at_least_one("--samples", samples)
-    check_model(model, dtype, device_map)
     given = parse_options(task_option, "--task-option")
     names = _split(tasks, "--tasks")
     numbers = [_number(item, float, "--ratios") for item in _split(ratios, "--ratios")]
@@ -209,6 +208,7 @@ def evaluate(
     for name in _split(strategies, "--strategies"):
         if name not in list_names("presets"):
             check_method("strategies", name, {}, "--strategies")
+    check_model(model, dtype, device_map)
     with show_step(console, f"Loading {model}"):
         from ..evaluation.comparison import check_floor, compare_settings, find_identical
         from ..evaluation.results import ResultStore

@@ -203,7 +203,6 @@ def generate(
     check_at_least_one("--max-new-tokens", max_new_tokens)
     check_at_least_one("--budget", budget)
     check_at_least_one("--max-length", max_length)
-    check_model(model, dtype, device_map)
     text = read_prompt(prompt, prompt_file)
     selector_options = parse_options(selector_option, "--selector-option")
     options = {
@@ -220,6 +219,7 @@ def generate(
         "storage": storage,
     }
     check_cache_options(selector, selector_options, **options)
+    check_model(model, dtype, device_map)
 
     with show_step(console, f"Loading {model}"):
         from ..analysis.generation import analyze_generation

@@ -35,7 +35,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("generate", "--prompt", "x", "--strategy", "pyramids"), "did you mean 'pyramid'"),
         (
             ("generate", "--prompt", "x", "--selector-option", "poolng=avg"),
-            "'poolng' is not an option of 'snapkv'",
+            "selector 'snapkv' has no option 'poolng'",
         ),
         (("generate", "--prompt", "x", "--compression-ratio", "1.5"), "outside (0, 1]"),
         (("generate", "--prompt", "x", "--decode", "grown"), "did you mean 'grow'"),
