@@ -14,7 +14,7 @@ PATH = Path(__file__).resolve().parent.parent / "rankkv" / "cli" / "known.json"
 
 def describe_known() -> dict[str, list[dict[str, Any]]]:
     """Describe what the registries hold."""
-    from rankkv.cli.methods import describe_methods
+    from rankkv.cli.known import describe_methods
     from rankkv.evaluation.settings import NAMED_STRATEGIES
     from rankkv.evaluation.tasks import TASKS, list_options
 

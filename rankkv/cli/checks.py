@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..config import AGGREGATIONS, RankKVConfig
 from ..errors import ConfigError, InputError, SourceUnavailableError, UnknownNameError
+from .known import list_names, load_known
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 _DEVICE_MAP = re.compile(
     r"(auto|balanced|balanced_low_0|sequential|cpu|disk|(cuda|mps|xpu|npu|hpu)(:\d+)?|\d+)"
 )
-
-
-@cache
-def load_known() -> dict[str, list[dict[str, Any]]]:
-    """Load the table of selectors, strategies and tasks, which the registries hold too, but after slow imports.
-
-    ``python tools/make_known_names.py`` writes it; a test compares it with the registries.
-    """
-    text = resources.files("rankkv.cli").joinpath("known.json").read_text(encoding="utf-8")
-    known: dict[str, list[dict[str, Any]]] = json.loads(text)
-    return known
-
-
-def list_names(kind: str) -> list[str]:
-    """List the names of one kind: "selectors", "strategies" or "tasks"."""
-    return [entry["name"] for entry in load_known()[kind]]
 
 
 def check_method(kind: str, name: str, options: Mapping[str, Any], flag: str) -> None:

@@ -16,9 +16,10 @@ from ..config import check_compression_ratio
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..utils.hub import require
 from ..utils.processes import find_own_device, gather, is_main_process, split_samples
-from .checks import check_method, check_model, list_names, load_known
+from .checks import check_method, check_model
 from .common import check_at_least_one, collect_versions, parse_options, print_json, reports_errors
 from .display import make_console, show_step
+from .known import list_names, load_known
 
 if TYPE_CHECKING:
     from rich.console import Console

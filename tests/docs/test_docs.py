@@ -209,7 +209,7 @@ def test_tables_are_those_of_the_records(site):
     for name in typer.main.get_command(app).commands:
         assert f"<code>rankkv {name}</code>" in commands
     choosing = (site / "choosing.html").read_text(encoding="utf-8")
-    from rankkv.cli.methods import describe_methods
+    from rankkv.cli.known import describe_methods
 
     for methods in describe_methods().values():
         for method in methods:
