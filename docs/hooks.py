@@ -66,9 +66,13 @@ def pair_image(image: re.Match[str], folder: Path, place: str) -> str:
         address = posixpath.relpath(f"figures/{target.name}", place or ".")
     dark = target.with_name(f"{target.stem}-dark{target.suffix}")
     if not dark.exists():
-        return f"![{words}]({address}){attributes}"
+        return f"[![{words}]({address})]({address}){attributes}"
     other = posixpath.join(posixpath.dirname(address), dark.name)
-    return f"![{words}]({address}#only-light){attributes}![{words}]({other}#only-dark){attributes}"
+    # Each is a link to itself, so that a phone can show it whole.
+    return (
+        f"[![{words}]({address}#only-light)]({address}){attributes}"
+        f"[![{words}]({other}#only-dark)]({other}){attributes}"
+    )
 
 
 def point_outside(link: re.Match[str], folder: Path, repository: str | None) -> str:
@@ -82,7 +86,11 @@ def point_outside(link: re.Match[str], folder: Path, repository: str | None) -> 
     if repository:
         kind = "tree" if target.is_dir() else "blob"
         return f"[{link[1]}]({repository}/{kind}/main/{path}{link[3] or ''})"
-    return f"`{path}`" if link[1].strip("`") in (path, target.name) else f"{link[1]} (`{path}`)"
+    return (
+        f"`{path}`"
+        if path.startswith(link[1].strip("`")) or link[1] == target.name
+        else f"{link[1]} (`{path}`)"
+    )
 
 
 def on_page_content(content, page, config, files):
@@ -98,5 +106,5 @@ def label_cells(table: str) -> str:
         columns = iter(heads)
         return re.sub(r"<td(?=[ >])", lambda cell: f'<td data-label="{next(columns, "")}"', row[0])
 
-    wide = ' class="wide"' if len(heads) > 3 else ""
+    wide = ' class="wide"' if len(heads) > 2 else ""
     return ROW.sub(label_row, table).replace("<table>", f"<table{wide}>", 1)

@@ -64,7 +64,7 @@ def draw_flow() -> str:
         _text(
             20,
             372,
-            "then layer i + 1; at the end the first token, equal to the uncompressed model's",
+            "then layer i + 1, and after the last layer the first token",
             font_weight="600",
         )
     )

@@ -40,6 +40,7 @@ COMMANDS = {
     "--seed 14 --ratios 0.05 0.1 0.2 --strategies uniform default auto",
     "needle": "experiments/needle_grid.py --part 0.6 1.0",
     "method_quality": "experiments/method_quality.py --part 0.6 1.0 --samples 3",
+    "unproven": "experiments/cache_options.py --part 0.6 1.0 --samples 5 --seed 21 --ratios 0.1 0.2 0.3 --setting ...",
     "unproven/storage": "experiments/storage_comparison.py --part 0.6 1.0 --samples 2 --seed 22 --steps 16",
     "sweep": "rankkv sweep experiments/sweep.yaml",
     "demo.json": "rankkv demo",

@@ -1,4 +1,4 @@
-"""The documentation site: mkdocs builds it, it asks nothing of the network, and every code block on it runs."""
+"""Tests of the documentation: its blocks run, its tables are those of the records, and the site is built and whole."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_record_tables
 import pytest
 import transformers
 from packaging.version import Version
@@ -23,7 +24,16 @@ DOCS = ROOT / "docs"
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 #: Pages whose blocks take long together; the others show the same calls.
-SLOW = {"recipes/batch.md", "recipes/chat.md", "recipes/rag.md", "recipes/reasoning.md", "choosing.md"}
+SLOW = {
+    "recipes/batch.md",
+    "recipes/chat.md",
+    "recipes/rag.md",
+    "recipes/reasoning.md",
+    "choosing.md",
+    "analysis.md",
+}
+#: A page that is written from a file beside docs/.
+GENERATED = {"contributing.html"}
 
 
 def find_blocks(page, language):
@@ -158,7 +168,7 @@ def pages(site):
 
 
 def test_every_page_is_built(pages):
-    assert {page.replace(".md", ".html") for page in PAGES} | {"404.html"} == set(pages)
+    assert {page.replace(".md", ".html") for page in PAGES} | GENERATED | {"404.html"} == set(pages)
 
 
 def test_nothing_is_loaded_from_elsewhere(site, pages):
@@ -197,38 +207,144 @@ def test_the_reference_shows_every_public_name(site):
     assert ":func:" not in reference
 
 
-def test_tables_are_those_of_the_records(site):
-    record = (ROOT / "results" / "ablation" / "summary.md").read_text(encoding="utf-8")
-    row = re.search(r"^\| uniform \| ([\d.]+ \[[^|]+\]) \|", record, re.MULTILINE)[1]
-    assert row in (site / "results.html").read_text(encoding="utf-8")
-    import typer
-
-    from rankkv.cli import app
-
-    commands = (site / "command-line.html").read_text(encoding="utf-8")
-    for name in typer.main.get_command(app).commands:
-        assert f"<code>rankkv {name}</code>" in commands
-    choosing = (site / "choosing.html").read_text(encoding="utf-8")
-    from rankkv.cli.known import describe_methods
-
-    for methods in describe_methods().values():
-        for method in methods:
-            assert f"<code>{method['name']}</code>" in choosing
+@pytest.mark.parametrize("page", [page for page in make_record_tables.TABLES if page.startswith("docs/")])
+def test_tables_are_those_of_the_records(page):
+    text, made = make_record_tables.make_page(page)
+    assert text == made, "run python tools/make_record_tables.py"
 
 
-def test_what_is_taken_from_the_repository(monkeypatch):
+def test_another_record_gives_another_table(monkeypatch):
+    """What the test above compares with is read from the record, not from the page."""
+    before = make_record_tables.make_parity()
+    record = {"total": dict.fromkeys(("sets", "equal", "tie", "stated", "different"), 1)}
+    monkeypatch.setattr(make_record_tables, "read_record", lambda name: record)
+    assert make_record_tables.make_parity() != before
+
+
+def test_every_record_is_told_of():
+    """The results page names command and commit of every record."""
+    results = ROOT / "results"
+    there = {path.name for path in results.glob("*.json")}
+    there |= {path.parent.relative_to(results).as_posix() for path in results.rglob("manifest.json")}
+    told = set(make_record_tables.COMMANDS)
+    assert told == there
+
+
+def test_the_pictures_are_those_that_are_drawn():
+    pictures = load_script("pictures")
+    drawn = pictures.draw_all()
+    folder = DOCS / "pictures"
+    assert {path.name for path in folder.iterdir()} == set(drawn)
+    for name, svg in drawn.items():
+        assert (folder / name).read_text(encoding="utf-8") == svg, "run python docs/pictures.py"
+
+
+def load_script(name):
+    """Import a file of docs/, which is not a package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_follow_the_scheme(site):
+    """Each figure stands on its page once for a light and once for a dark ground."""
+    count = 0
+    for path in site.rglob("*.html"):
+        found = re.findall(r'<img [^>]*src="([^"]+)"', path.read_text(encoding="utf-8"))
+        light = [source.removesuffix("#only-light") for source in found if source.endswith("#only-light")]
+        dark = [source.removesuffix("#only-dark") for source in found if source.endswith("#only-dark")]
+        assert len(light) + len(dark) == len(found), found
+        assert [re.sub(r"-dark(?=\.\w+$)", "", source) for source in dark] == light
+        count += len(light)
+    assert count > 10
+
+
+def test_cells_are_labelled_for_narrow_screens(site):
+    """On a phone a row is a list, so each cell of a wide table names its column."""
+    text = (site / "results.html").read_text(encoding="utf-8")
+    tables = re.findall(r'<table class="wide">.*?</table>', text, re.DOTALL)
+    assert len(tables) > 8
+    for table in tables:
+        assert "<td>" not in table
+        assert 'data-label="' in table
+
+
+def test_the_home_page_shows_result_picture_and_repository(site, pages):
+    text = (site / "index.html").read_text(encoding="utf-8")
+    assert text.index("figures/allocation_ablation.png") < text.index('id="install"')
+    assert text.index("<table") < text.index('id="install"')
+    assert "contributing.html" in pages["index.html"].links
+    navigation = text[text.index("md-nav--primary") :]
+    assert "What an 8B model needs" in navigation
+
+
+def test_troubleshooting_covers_its_subjects():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    for heading in ("CUDA", "Out of memory", "Dtype", "Quantised weights"):
+        assert f"\n## {heading}\n" in text
+
+
+def test_quantised_weights_work_as_troubleshooting_says(tiny_llama):
+    """torch's int8 linear layers: equal to plain at ratio 1.0, compressed below."""
+    import warnings
+
+    import torch
+
+    from rankkv import RankKVCache
+    from rankkv.models import cache_argument
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(tiny_llama(), {torch.nn.Linear}, dtype=torch.qint8)
+    assert type(model.model.layers[0].self_attn.o_proj) is not torch.nn.Linear
+    ids = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(ids, **options)
+    assert plain.equal(model.generate(ids, **cache_argument(RankKVCache(model, 1.0)), **options))
+    cache = RankKVCache(model, 0.3)
+    model.generate(ids, **cache_argument(cache), **options)
+    assert sum(cache.budgets) == round(0.3 * 90 * len(cache.budgets))
+
+
+def test_a_streamer_gets_the_tokens(tiny_llama):
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    from rankkv import RankKVCache
+    from rankkv.models import cache_argument
+
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.parts = []
+
+        def put(self, value):
+            self.parts.append(value.reshape(-1))
+
+        def end(self):
+            pass
+
+    ids = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(0))
+    model, streamer = tiny_llama(), Collect()
+    cache = cache_argument(RankKVCache(model, 0.3))
+    output = model.generate(ids, **cache, streamer=streamer, max_new_tokens=5, do_sample=False)
+    assert torch.cat(streamer.parts).equal(output[0])
+
+
+def test_links_out_of_the_site(monkeypatch):
     pytest.importorskip("mkdocs")
-    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(hooks)
-    from mkdocs.exceptions import PluginError
-
-    with pytest.raises(PluginError, match="no readme-block 'nothing'"):
-        hooks.insert("readme-block", "nothing")
-    assert hooks.insert("demo", None).count("\n| ") == 4
+    hooks = load_script("hooks")
     written = (
         "[the log](../experiments/LOG.md), [limits](../docs/limits.md), [bench.json](../results/bench.json)"
     )
-    told = "the log (`experiments/LOG.md`), [limits](../docs/limits.md), `results/bench.json`"
-    assert hooks.LINK.sub(lambda match: hooks.name_outside(match, DOCS), written) == told
+
+    def rewrite(repository):
+        return hooks.LINK.sub(lambda match: hooks.point_outside(match, DOCS, repository), written)
+
+    assert rewrite(None) == (
+        "the log (`experiments/LOG.md`), [limits](../docs/limits.md), `results/bench.json`"
+    )
+    assert rewrite("https://example.org/a/b") == (
+        "[the log](https://example.org/a/b/blob/main/experiments/LOG.md), [limits](../docs/limits.md), "
+        "[bench.json](https://example.org/a/b/blob/main/results/bench.json)"
+    )

@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scale.md, against transformers' own configuration and model classes."""
+"""The arithmetic of docs/memory.md, against transformers' own configuration and model classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "scale.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 SHAPES = {
     "Llama-2-7B": {
         "num_hidden_layers": 32,
@@ -68,6 +68,18 @@ def test_numbers_are_those_of_the_classes(name: str) -> None:
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     expected = [str(len(attention)), str(config.num_key_value_heads), f"{weights / 2**30:.1f}"]
     expected.append(f"{token_bytes:,}")
-    for tokens in (131_072, 1_048_576):
-        expected += [f"{share * tokens * token_bytes / 2**30:.1f}" for share in (1.0, 0.3, 0.1)]
+    expected += [f"{share * 131_072 * token_bytes / 2**30:.1f}" for share in (1.0, 0.3, 0.1)]
     assert read_rows()[name] == expected
+
+
+def test_an_8b_model_at_each_length() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    token_bytes = int(read_rows()["Llama-3.1-8B"][3].replace(",", ""))
+    assert f"{token_bytes:,} bytes per token" in page
+    rows = re.findall(r"^\| \d+k \(([\d,]+)\) \| (.*) \|$", page, re.MULTILINE)
+    assert [tokens for tokens, _ in rows] == ["8,192", "32,768", "131,072"]
+    for tokens, cells in rows:
+        full = int(tokens.replace(",", "")) * token_bytes / 2**30
+        assert cells.split(" | ") == [f"{share * full:.1f}" for share in (1.0, 0.3, 0.1)]
+    batch = 16 * 32_768 * token_bytes / 2**30
+    assert f"16 sequences of 32k take {batch:.1f} GiB in full and\n  {0.3 * batch:.1f} GiB at 30 %" in page
