@@ -18,7 +18,7 @@ HEADS = {
 
 def list_methods(kind: str) -> list[dict[str, object]]:
     """Return the records of a registry, as ``rankkv methods --json`` shows them."""
-    from rankkv.cli.methods import describe_methods
+    from rankkv.cli.known import describe_methods
 
     return describe_methods()[kind]
 

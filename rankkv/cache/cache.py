@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
 from ..config import RankKVConfig
-from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
+from ..errors import CacheStateError, ConfigError, InputError, RankKVError, UnsupportedModelError
 from ..models.compat import check_transformers, warn_if_dropped
 from ..models.placement import find_layer_devices
 from ..models.tensor_parallel import find_head_shards
@@ -178,13 +178,13 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
         If heads keep different numbers of tokens, it is the average over heads.
         """
-        self._check_usable()
+        self._check_awaited()
         return [count_slots(layer) for layer in self.layers]
 
     @property
     def kept_per_head(self) -> list[list[list[int]]]:
         """Number of tokens that each kv head keeps, ``[compressible layer][row][kv_head]``."""
-        self._check_usable()
+        self._check_awaited()
         return [self.layers[index].kept_per_head for index in self.layer_indices]
 
     @property
@@ -225,7 +225,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
     @property
     def plans(self) -> list[BudgetPlan]:
         """Budget plans of the last compression, one per row; empty before the prefill."""
-        self._check_usable()
+        self._check_awaited()
         return self._schedule.compressor.plans
 
     @property
@@ -525,14 +525,23 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the layer's attention with its own mask; during the prefill, then compress the layer."""
+        self._awaited = None
+        if layer_idx == self.layer_indices[0] and not self._owner.has(call.module):
+            # The new tokens leave again, so that the cache still serves its own model.
+            self.layers[layer_idx].crop(-call.steps)
+            raise self._owner.refuse(call.module)
+        try:
+            return self._attend(layer_idx, call)
+        except BaseException as error:
+            # The next use says that this forward was interrupted; a refused turn leaves a compressed cache usable.
+            if not (isinstance(error, RankKVError) and self._schedule.compressed):
+                self._awaited = layer_idx
+            raise
+
+    def _attend(self, layer_idx: int, call: AttentionCall) -> Any:
         layer, steps = self.layers[layer_idx], call.steps
         # The first layer stands for all: they get the same position_ids.
         if layer_idx == self.layer_indices[0]:
-            if not self._owner.has(call.module):
-                # The new tokens leave again, so that the cache still serves its own model.
-                layer.crop(-steps)
-                self._awaited = None
-                raise self._owner.refuse(call.module)
             self._owner.check_length(layer.seen - steps, layer.seen)
             self._schedule.position_offset = self._owner.check_offset(
                 self._schedule.position_offset, steps, self._schedule.compressed
@@ -550,7 +559,6 @@ class RankKVCache(AttentionObserver, DynamicCache):
         # Until the round is over, layers stay in full: they may shrink again.
         if self._schedule.compressed:
             layer.rest()
-        self._awaited = None
         return output
 
     def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:

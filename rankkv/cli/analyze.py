@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..utils.processes import find_own_device, is_main_process
+from .checks import check_aggregation, check_cache_options, check_model
 from .common import (
     check_at_least_one,
     check_output,
@@ -77,8 +78,17 @@ def analyze(
     check_at_least_one("--max-length", max_length)
     check_at_least_one("--budget", budget)
     check_output(output)
+    check_aggregation(aggregation)
+    check_cache_options(
+        compression_ratio=compression_ratio,
+        budget=budget,
+        strategy=strategy,
+        scope=scope,
+        strategy_options=parse_options(strategy_option, "--strategy-option"),
+    )
     texts = read_prompts(prompt, prompt_file, dataset)
     options = parse_options(strategy_option, "--strategy-option")
+    check_model(model, dtype, device_map)
 
     with show_step(console, f"Loading {model}"):
         from ..budget.plan import BudgetPlan
@@ -86,14 +96,10 @@ def analyze(
         from ..config import RankKVConfig
         from ..models.loading import load_model
         from ..pipeline import RankKVAnalyzer, analyze_samples, summarize_layers
-        from ..rank.aggregation import get_aggregation
 
-        # Checked here, so that a misspelt name does not wait for the model.
         config = RankKVConfig(
             compression_ratio, budget=budget, strategy=strategy, scope=scope, strategy_options=options
         )
-        BudgetPlan.check(config)
-        get_aggregation(aggregation)
         language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
 
     limit = max_length or (_DATASET_TOKENS if dataset is not None else None)
@@ -164,6 +170,12 @@ def _show(console: Console, results: list[RankKVResult], rows: list[dict[str, fl
         f"\n{result.model_name}: {tokens}, {kept:,} of {slots:,} slots kept ({kept / slots:.1%}); "
         f"strategy {result.strategy}{f' ({listed})' if listed else ''}, scope {result.scope}, "
         f"heads {result.aggregation}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(
+        "These are budgets with equal heads and without a profile; generate divides them over heads too "
+        "(--head-budgets), so its layers keep other numbers. `rankkv generate --explain` shows what a cache keeps.",
         markup=False,
         soft_wrap=True,
     )

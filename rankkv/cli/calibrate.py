@@ -38,8 +38,8 @@ def calibrate(
             "--output", "-o", help="File of the profile.", show_default="where the model finds it by itself"
         ),
     ] = None,
-    max_texts: Annotated[int, typer.Option(help="Most pieces of text measured.")] = 12,
-    context_tokens: Annotated[int, typer.Option(help="Tokens of a piece that are compressed.")] = 1024,
+    max_texts: Annotated[int, typer.Option(help="Most text chunks measured.")] = 12,
+    context_tokens: Annotated[int, typer.Option(help="Tokens of a text chunk that are compressed.")] = 1024,
     continuation_tokens: Annotated[int, typer.Option(help="Tokens after them that are scored.")] = 256,
     selector: Annotated[str, typer.Option(help="Token selection method.")] = "snapkv",
     heads: Annotated[
@@ -65,7 +65,9 @@ def calibrate(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Most pieces that Ray measures at once.", show_default="one a GPU, or a CPU"),
+        typer.Option(
+            help="Most text chunks that Ray measures at once.", show_default="one per GPU, or per CPU"
+        ),
     ] = None,
     gpus_per_worker: Annotated[
         int | None,
@@ -98,7 +100,7 @@ def calibrate(
     with show_step(console, "Reading the texts"):
         from ..models.texts import load_texts
 
-        # One text a source, so that each source gives pieces in proportion to its length.
+        # One text a source, so that each source gives chunks in proportion to its length.
         documents = ["\n\n".join(load_texts(source)) for source in texts]
     if engine == "ray":
         from ..calibration.ray import calibrate_on_ray
@@ -151,7 +153,7 @@ def _check_engine(engine: str, given: dict[str, Any]) -> None:
 
 
 def _find_resume_path(model: str) -> Path:
-    """Return where a calibration without an output file keeps its pieces: a file for each model."""
+    """Return the progress file of a calibration without an output file: one per model."""
     digest = hashlib.sha256(model.encode()).hexdigest()[:16]
     return find_cache_folder() / "profiles" / f"unfinished-{digest}.jsonl"
 
@@ -195,7 +197,7 @@ def _keep(
     if json:
         print_json(profile.to_dict())
     console.print(
-        f"{profile.calibration['texts']} pieces, {len(profile.layer_indices)} layers. Written: {path}",
+        f"{profile.calibration['texts']} text chunks, {len(profile.layer_indices)} layers. Written: {path}",
         markup=False,
         soft_wrap=True,
     )

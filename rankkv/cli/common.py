@@ -1,4 +1,4 @@
-"""What the subcommands share: errors in one sentence, JSON on stdout, prompts, options and versions."""
+"""Helpers of the subcommands: errors in one sentence, JSON on stdout, prompts, options and versions."""
 
 from __future__ import annotations
 
@@ -105,7 +105,13 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         If none or both are given, or the text is blank.
     """
     _check_one_given({"--prompt": prompt, "--prompt-file": prompt_file})
-    return _read_one(prompt, prompt_file)
+    texts = read_prompts(prompt, None if prompt_file is None else [prompt_file], None)
+    if len(texts) != 1:
+        raise InputError(
+            f"{str(prompt_file)!r} holds {len(texts)} texts, and one prompt is needed: give a file of one text, or "
+            "--prompt."
+        )
+    return texts[0]
 
 
 def read_prompts(prompt: str | None, prompt_files: list[Path] | None, dataset: str | None) -> list[str]:
@@ -225,6 +231,12 @@ def build_question_prompt(tokenizer: Any, document: str, question: str | None) -
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
+
+
+def cut_text(tokenizer: Any, text: str, tokens: int) -> str:
+    """Return the beginning of a text, at most ``tokens`` tokens long."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return text if len(ids) <= tokens else tokenizer.decode(ids[:tokens])
 
 
 def get_context_length(model: Any) -> int | None:

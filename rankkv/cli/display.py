@@ -1,4 +1,4 @@
-"""What a user sees on stderr: progress by layer, and tables with bars."""
+"""Display on stderr: progress by layer, and tables with bars."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class Step:
         self._progress.start()
 
     def advance(self, done: float, total: int, count: str | None = None) -> None:
-        """Show how many layers are done; with ``count``, its text in their place, now and then on no terminal too."""
+        """Show how many layers are done, or ``count``; without a terminal a line every 20 seconds."""
+        count = count or f"layer {done}/{total}"
         if self._progress is not None:
-            count = count or f"layer {done}/{total}"
             self._progress.update(self._task, completed=done, total=total, count=count)
-        elif count and time.perf_counter() - self._said > _SECONDS_BETWEEN_LINES:
+        elif time.perf_counter() - self._said > _SECONDS_BETWEEN_LINES:
             self._said = time.perf_counter()
             self._console.print(f"  {count}", markup=False, soft_wrap=True)
 
@@ -204,14 +204,14 @@ def make_spread_table(rows: Sequence[Mapping[str, float]], measure: str | None =
 
 
 class AnswerStream:
-    """Turns token ids that arrive one by one into text, in pieces that never split a character.
+    """Turn token ids that arrive one by one into text, without splitting a character.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
         Decodes; special tokens are left out.
     write : callable
-        Takes each new piece of text.
+        Takes each new part of the text.
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], Any]) -> None:

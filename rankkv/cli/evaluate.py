@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import check_compression_ratio
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..utils.hub import require
 from ..utils.processes import find_own_device, gather, is_main_process, split_samples
+from .checks import check_method, check_model
 from .common import check_at_least_one, collect_versions, parse_options, print_json, reports_errors
 from .display import make_console, show_step
+from .known import list_names, load_known
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,10 +105,10 @@ def plan_harness(
 def _evaluate_harness(
     model: Any, tokenizer: Any, name: str, settings: Any, manager: Any, sampling: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    from ..evaluation.lm_eval.rows import evaluate_harness_task
+    from ..evaluation.lm_eval.rows import evaluate_harness_task, shorten_harness_errors
 
     # What the harness prints would stand in the JSON.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), shorten_harness_errors(f"task {name}"):
         return list(
             evaluate_harness_task(
                 model,
@@ -190,10 +193,23 @@ def evaluate(
     main = is_main_process()
     console.quiet = not main
     if list_tasks:
-        console.print(_make_task_table())
+        from rich.console import Console
+
+        Console(highlight=False).print(_make_task_table())
         return
     check_at_least_one("--samples", samples)
     given = parse_options(task_option, "--task-option")
+    names = _split(tasks, "--tasks")
+    numbers = [_number(item, float, "--ratios") for item in _split(ratios, "--ratios")]
+    counts = [_number(item, int, "--lengths") for item in _split(lengths, "--lengths")]
+    for number in numbers:
+        check_compression_ratio(number)
+    for name in _split(selectors, "--selectors"):
+        check_method("selectors", name, {}, "--selectors")
+    for name in _split(strategies, "--strategies"):
+        if name not in list_names("presets"):
+            check_method("strategies", name, {}, "--strategies")
+    check_model(model, dtype, device_map)
     with show_step(console, f"Loading {model}"):
         from ..evaluation.comparison import check_floor, compare_settings, find_identical
         from ..evaluation.results import ResultStore
@@ -201,13 +217,11 @@ def evaluate(
         from ..evaluation.tasks import TASKS
         from ..models.loading import load_model
 
-        names = _split(tasks, "--tasks")
         settings, uniform_of = build_settings(
-            [_number(item, float, "--ratios") for item in _split(ratios, "--ratios")],
+            numbers,
             _split(selectors, "--selectors"),
             _split(strategies, "--strategies"),
         )
-        counts = [_number(item, int, "--lengths") for item in _split(lengths, "--lengths")]
         own = [name for name in names if name in TASKS]
         harness = [name for name in names if name not in TASKS]
         task_options = _share_options(own, given)
@@ -304,14 +318,12 @@ def make_comparison_tables(comparisons: Sequence[Comparison]) -> Iterator[Table]
 def _make_task_table() -> Table:
     from rich.table import Table
 
-    from ..evaluation.tasks import TASKS, list_options
-
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("task", "metric", "options", "source"):
         table.add_column(name)
-    for task in TASKS.values():
-        options = ", ".join(f"{name}={value}" for name, value in list_options(task).items())
-        table.add_row(task.name, task.metric, options, task.source)
+    for task in load_known()["tasks"]:
+        options = ", ".join(f"{name}={value}" for name, value in task["options"].items())
+        table.add_row(task["name"], task["metric"], options, task["source"])
     return table
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .checks import check_cache_options, check_model, parse_choice, parse_spans
 from .common import (
     build_question_prompt,
     check_at_least_one,
     collect_versions,
+    cut_text,
     get_context_length,
     parse_options,
     print_json,
@@ -35,7 +37,7 @@ _BAR, _NARROWEST = 4, 40
 _SPARKS = " ▁▂▃▄▅▆▇█"
 
 
-def print_kept_tokens(console: Console, pieces: Sequence[str], kept: KeptTokens) -> None:
+def print_kept_tokens(console: Console, token_texts: Sequence[str], kept: KeptTokens) -> None:
     """Print which parts of the prompt a cache kept.
 
     On a terminal every token has a colour; elsewhere the share at the start of each line says the same of the line.
@@ -44,7 +46,7 @@ def print_kept_tokens(console: Console, pieces: Sequence[str], kept: KeptTokens)
     ----------
     console : Console
         Where it goes.
-    pieces : sequence of str
+    token_texts : sequence of str
         Text of each token.
     kept : KeptTokens
         Of the same tokens.
@@ -65,14 +67,14 @@ def print_kept_tokens(console: Console, pieces: Sequence[str], kept: KeptTokens)
     if console.is_terminal:
         console.print(_make_legend())
     gutter = _BAR + 6
-    for line in _break_lines(pieces, width - gutter):
+    for line in _break_lines(token_texts, width - gutter):
         own = [shares[index] for index, _ in line]
         mean = sum(own) / len(own)
         # Rounded away from both ends: 0 % and 100 % are said of lines that are lost or kept whole.
         shown = mean if mean in (0.0, 1.0) else min(max(mean, 0.01), 0.99)
         text = Text(f"{shown:4.0%} ") + Text(f"{draw_bar(mean, 1.0, _BAR):<{_BAR}} ", style="cyan")
-        for index, piece in line:
-            text.append(piece, style=_choose_style(shares[index]))
+        for index, text_of_token in line:
+            text.append(text_of_token, style=_choose_style(shares[index]))
         console.print(text, no_wrap=True, overflow="ignore", crop=False)
 
 
@@ -100,14 +102,14 @@ def _draw_strip(shares: Sequence[float], width: int) -> str:
     return "".join(_SPARKS[0 if mean == 0.0 else max(1, round(8 * mean))] for mean in means)
 
 
-def _break_lines(pieces: Sequence[str], width: int) -> Iterator[list[tuple[int, str]]]:
+def _break_lines(token_texts: Sequence[str], width: int) -> Iterator[list[tuple[int, str]]]:
     """Yield lines as pairs of a token and its text: broken where the text is, and where a line is full."""
     from rich.cells import cell_len
 
     line: list[tuple[int, str]] = []
     used = 0
-    for index, piece in enumerate(pieces):
-        parts = piece.expandtabs(4).split("\n")
+    for index, text_of_token in enumerate(token_texts):
+        parts = text_of_token.expandtabs(4).split("\n")
         for number, part in enumerate(parts):
             if number and line:
                 yield line
@@ -132,7 +134,9 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option(help="The prompt, or the document that --question is about.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file with it.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text file, or a .jsonl file of one text.")
+    ] = None,
     question: Annotated[
         str | None, typer.Option(help="Asked after the document, through the chat template if there is one.")
     ] = None,
@@ -152,6 +156,33 @@ def generate(
         list[str] | None, typer.Option(help="Option of the strategy, name=value; may be repeated.")
     ] = None,
     scope: Annotated[str, typer.Option(help="Attention ranked: evictable, window or full.")] = "evictable",
+    min_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Fewest tokens per layer.", show_default="16, or half the average budget if that is more"
+        ),
+    ] = None,
+    head_budgets: Annotated[
+        str, typer.Option(help="Budgets of heads: auto, none, distortion, profile or adaptive.")
+    ] = "auto",
+    profile: Annotated[
+        str, typer.Option(help="Measured sensitivity of the model: auto, none, or the path of a profile.")
+    ] = "auto",
+    protect: Annotated[
+        list[str] | None, typer.Option(help="Tokens that every layer keeps, start:stop; may be repeated.")
+    ] = None,
+    decode: Annotated[
+        str, typer.Option(help="Generated tokens: grow keeps all, bounded and periodic compress them too.")
+    ] = "grow",
+    storage: Annotated[
+        str, typer.Option(help="How kept tokens are stored: full, int8 or offload (to CPU memory).")
+    ] = "full",
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Use at most this many tokens of the document, the first ones.", show_default="all"
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     dtype: Annotated[
         str | None,
@@ -171,31 +202,38 @@ def generate(
     console = make_console()
     check_at_least_one("--max-new-tokens", max_new_tokens)
     check_at_least_one("--budget", budget)
+    check_at_least_one("--max-length", max_length)
     text = read_prompt(prompt, prompt_file)
     selector_options = parse_options(selector_option, "--selector-option")
-    strategy_options = parse_options(strategy_option, "--strategy-option")
+    options = {
+        "compression_ratio": compression_ratio,
+        "budget": budget,
+        "strategy": strategy,
+        "scope": scope,
+        "strategy_options": parse_options(strategy_option, "--strategy-option"),
+        "min_budget": min_budget,
+        "head_budgets": parse_choice(head_budgets),
+        "profile": parse_choice(profile),
+        "protect": parse_spans(protect),
+        "decode": decode,
+        "storage": storage,
+    }
+    check_cache_options(selector, selector_options, **options)
+    check_model(model, dtype, device_map)
 
     with show_step(console, f"Loading {model}"):
         from ..analysis.generation import analyze_generation
-        from ..budget.plan import BudgetPlan
         from ..cache.cache import RankKVCache
         from ..config import RankKVConfig
         from ..models.loading import load_model
         from ..models.placement import find_input_device
         from ..selection import get_selector
 
-        # Checked here, so that a misspelt name does not wait for the model.
-        config = RankKVConfig(
-            compression_ratio,
-            budget=budget,
-            selector=get_selector(selector, **selector_options),
-            strategy=strategy,
-            scope=scope,
-            strategy_options=strategy_options,
-        )
-        BudgetPlan.check(config)
+        config = RankKVConfig(selector=get_selector(selector, **selector_options), **options)
         language_model, tokenizer = load_model(model, dtype, device_map)
 
+    if max_length is not None:
+        text = cut_text(tokenizer, text, max_length)
     input_ids = build_question_prompt(tokenizer, text, question).to(find_input_device(language_model))
     context = get_context_length(language_model)
     if context is not None and input_ids.shape[1] + max_new_tokens > context:
@@ -208,9 +246,9 @@ def generate(
     step_name = f"Prefilling {input_ids.shape[1]:,} tokens"
     with show_step(console, step_name) as step, watch_layers(language_model, step.advance) as stop_watching:
 
-        def write(piece: str) -> None:
+        def write(text: str) -> None:
             if not json:
-                sys.stdout.write(piece)
+                sys.stdout.write(text)
                 sys.stdout.flush()
 
         stream = AnswerStream(tokenizer, write)
@@ -222,15 +260,15 @@ def generate(
 
         record = analyze_generation(language_model, input_ids, cache, max_new_tokens, on_token=on_token)
         answer = stream.end()
-    kept, pieces = None, []
+    kept, token_texts = None, []
     if explain and not cache.layer_indices:
         console.print("Nothing to explain: no layer of this model is compressed.")
     elif explain:
         from ..cache.kept_tokens import analyze_kept_tokens, decode_each_token
 
-        kept, pieces = analyze_kept_tokens(cache), decode_each_token(tokenizer, input_ids[0].tolist())
+        kept, token_texts = analyze_kept_tokens(cache), decode_each_token(tokenizer, input_ids[0].tolist())
     if json:
-        explained = {} if kept is None else {"kept_tokens": {"pieces": pieces, **kept.to_dict()}}
+        explained = {} if kept is None else {"kept_tokens": {"pieces": token_texts, **kept.to_dict()}}
         print_json(
             {
                 "answer": answer,
@@ -256,4 +294,4 @@ def generate(
         soft_wrap=True,
     )
     if kept is not None:
-        print_kept_tokens(console, pieces, kept)
+        print_kept_tokens(console, token_texts, kept)

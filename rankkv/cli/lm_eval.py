@@ -20,10 +20,12 @@ def lm_eval(context: typer.Context) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     from ..evaluation.lm_eval import model as lm_eval_model  # noqa: F401  registers the model
+    from ..evaluation.lm_eval.rows import shorten_harness_errors
 
     given = sys.argv
     try:
         sys.argv = ["rankkv lm-eval", *context.args]
-        cli_evaluate()
+        with shorten_harness_errors("one of these tasks"):
+            cli_evaluate()
     finally:
         sys.argv = given

@@ -108,7 +108,7 @@ def _print_plan(console: Console, config: SweepConfig, run: Sweep) -> None:
     counts = count_samples(config)
     for task in config.tasks:
         lengths = ", ".join(f"{length:,}" for length in task.lengths)
-        table.add_row(task.label, lengths, str(counts[task.label]), f"{config.cells} + full")
+        table.add_row(task.label, lengths, str(counts[task.label]), f"{config.setting_count} + full")
     console.print(table)
     console.print(
         f"{len(config.models)} model(s): {', '.join(model.name for model in config.models)}\n"
@@ -162,7 +162,7 @@ def _print_results(console: Console, folder: Path) -> None:
 
 
 class Remaining:
-    """How long the rest will take: what was estimated for it, times how wrong the estimate was so far.
+    """Estimate the seconds left: the estimate of the rest, times the error of the estimate so far.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a compressed cache is worth: tasks, shared prefills, statistics, and results that outlive a kill."""
+"""Evaluation: a model, texts and settings go in, rows with intervals come out, and finished rows survive a kill."""
 
 from __future__ import annotations
 

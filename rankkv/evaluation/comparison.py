@@ -1,4 +1,4 @@
-"""What rows of a task say: paired differences, and whether they can say anything."""
+"""Comparison of settings: paired differences between rows of a task, and the check against guessing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much worse a continuation is predicted from a compressed context than from the whole one."""
+"""Perplexity: the loss of a continuation after a compressed context, beside the full one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .prefill_record import PrefillRecord
 
 @dataclass(frozen=True)
 class ContinuationScore:
-    """What one cache made of one continuation.
+    """Score of one continuation with one cache.
 
     Attributes
     ----------
@@ -80,9 +80,9 @@ def compute_continuation_loss(model: Any, cache: Any, continuation_ids: Tensor) 
 
 
 def evaluate_continuation(
-    record: PrefillRecord, continuation_ids: Tensor, cells: Mapping[str, Mapping[str, Any]]
+    record: PrefillRecord, continuation_ids: Tensor, settings: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, ContinuationScore]]:
-    """Score one continuation with the full cache, then with one compressed cache a cell, from one prefill.
+    """Score one continuation with the full cache, then with one compressed cache per setting, from one prefill.
 
     Parameters
     ----------
@@ -90,13 +90,13 @@ def evaluate_continuation(
         The context, a single row.
     continuation_ids : Tensor
         ``[1, token]`` int64.
-    cells : mapping
-        Name of each cell, and its options of :class:`~rankkv.RankKVCache`.
+    settings : mapping
+        Name of each setting, and its options of :class:`~rankkv.RankKVCache`.
 
     Yields
     ------
     (str, ContinuationScore)
-        ``"full"`` first, then the cells in their order.
+        ``"full"`` first, then the settings in their order.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def evaluate_continuation(
     loss = float(_pick(reference, continuation_ids).mean())
     yield "full", ContinuationScore(loss, 0.0, slots, full_bytes)
     probabilities = reference.exp()
-    for name, options in cells.items():
+    for name, options in settings.items():
         cache = record.build_cache(**options)
         kept, kept_bytes = sum(cache.kept_lengths), cache.cache_bytes()
         predicted = predict_tokens(model, cache, continuation_ids)

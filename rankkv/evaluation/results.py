@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 class ResultStore:
     """A folder of results: ``manifest.json`` and one Parquet part for each finished unit of work.
 
-    A unit is what one process computes in one go, such as all cells of one text.  Its part appears whole or not at
+    A unit is what one process computes in one go, such as all settings of one text.  Its part appears whole or not at
     all, so a run that was killed goes on where it stood, with nothing lost or doubled.
 
     Parameters

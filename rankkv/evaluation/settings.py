@@ -1,4 +1,4 @@
-"""Which caches are compared: every selector with every strategy at every ratio, uniform budgets always among them."""
+"""Settings to compare: every selector with every strategy at every ratio, and uniform budgets beside each."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def load_model(
     Raises
     ------
     ConfigError
-        If ``dtype`` is not a floating-point type of torch.
+        If ``dtype`` is not a floating-point type of torch, or ``device_map`` names a device that is not there.
     InputError
         If ``name`` can be neither a path nor a hub id, or a file is not GGUF.
     MissingDependencyError
@@ -66,6 +66,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": _resolve_dtype(dtype), "trust_remote_code": False}
     if device_map is not None:
         require("accelerate", "pip install accelerate", "device_map")
+        _check_device(device_map)
         options["device_map"] = device_map
 
     text = os.fspath(name)
@@ -78,6 +79,19 @@ def load_model(
     if isinstance(name, os.PathLike) or _looks_like_path(text):
         return _load_path(Path(text).expanduser(), options)
     return _load_hub(text, options)
+
+
+def _check_device(device_map: Any) -> None:
+    """Raise, before weights are converted or downloaded, if a device is asked for that this machine lacks."""
+    import torch
+
+    kind = str(device_map).partition(":")[0]
+    backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(kind)
+    if backend is not None and not backend.is_available():
+        raise ConfigError(
+            f"device_map={str(device_map)!r} needs a device that torch {torch.__version__} does not find here: use "
+            "'cpu' or None, or install a build of torch for your device."
+        )
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None) -> Any:

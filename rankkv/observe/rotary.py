@@ -25,7 +25,7 @@ _SHIFT = 5
 
 @dataclass(frozen=True)
 class LayerRotation:
-    """How one layer turns its keys with position.
+    """Rotary embedding of one layer: the frequencies by which it turns keys with position.
 
     Parameters
     ----------

@@ -132,7 +132,7 @@ def test_refusals(arguments, words):
 def test_own_tasks_are_listed():
     result = invoke("--list")
     assert result.exit_code == 0
-    assert all(name in result.stderr for name in ("variable_tracking", "hops=4", "2404.06654"))
+    assert all(name in result.stdout for name in ("variable_tracking", "hops=4", "2404.06654"))
 
 
 @pytest.mark.slow

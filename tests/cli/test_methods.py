@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from rankkv.budget.strategies import PROFILE_STRATEGIES
 from rankkv.budget_allocation import STRATEGIES
 from rankkv.cli import app
-from rankkv.cli.methods import describe_methods
+from rankkv.cli.known import describe_methods
 from rankkv.selection import SELECTORS, get_selector
 
 KEYS = {"name", "options", "description", "needs", "cost", "source"}

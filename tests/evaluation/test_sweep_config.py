@@ -35,7 +35,7 @@ def test_selectors_and_allocations_are_crossed_and_methods_added():
         "h2o(recent_fraction=0.5) + uniform", "h2o(recent_fraction=0.5) + default", "h2o(recent_fraction=0.5) + square",
         "recent",
     ]  # fmt: skip
-    assert config.cells == len(config.list_settings()) == 14
+    assert config.setting_count == len(config.list_settings()) == 14
     options = {method.name: method.build_options(0.1) for method in config.methods}
     assert options["snapkv + uniform"] == {
         "strategy": "uniform", "selector": SELECTORS["snapkv"], "compression_ratio": 0.1,

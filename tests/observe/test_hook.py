@@ -144,7 +144,7 @@ def test_attention_that_goes_around_the_interface_is_an_error_by_name(tiny_llama
             CacheStateError, match="layer 0 updated this cache, but its attention was not observed"
         ):
             use()
-    with pytest.raises(UnsupportedModelError, match=r"attention of layer 0 did not go through .* interface"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 was not observed: .* interface"):
         update(cache, 1)
 
 

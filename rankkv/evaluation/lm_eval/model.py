@@ -263,7 +263,7 @@ class RankKVLM(HFLM):
 
     @property
     def question_aware(self) -> bool:
-        """Whether the whole prompt is compressed."""
+        """True if the whole prompt is compressed."""
         return self._split.question_aware
 
     @property

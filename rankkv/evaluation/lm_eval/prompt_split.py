@@ -1,4 +1,4 @@
-"""Which part of a benchmark's prompt is context, and which is the question."""
+"""Split a benchmark's prompt into its context and its question."""
 
 from __future__ import annotations
 

@@ -1,17 +1,27 @@
-"""Tasks of lm-evaluation-harness as rows of one sample and one setting each, for the same statistics as all others."""
+"""Rows of lm-evaluation-harness tasks, one per sample and setting, for the same statistics as all others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from ...errors import InputError, UnknownNameError
+from ...errors import (
+    InputError,
+    MissingDependencyError,
+    RankKVError,
+    SourceUnavailableError,
+    UnknownNameError,
+)
 from ..task_runner import BLANK, FULL
 from .model import RankKVLM
+
+#: Packages that are called otherwise than their modules.
+_PACKAGES = {"sklearn": "scikit-learn", "bs4": "beautifulsoup4"}
 
 
 def build_task_manager(names: Sequence[str], include_path: str | None = None) -> TaskManager:
@@ -21,6 +31,40 @@ def build_task_manager(names: Sequence[str], include_path: str | None = None) ->
         if all(manager.match_tasks([name]) for name in names):
             return manager
     return TaskManager(include_path=include_path)
+
+
+@contextmanager
+def shorten_harness_errors(task: str) -> Iterator[None]:
+    """Turn what the harness raises for a missing package or an unreachable data set into one sentence.
+
+    Raises
+    ------
+    MissingDependencyError
+        If the task needs a package that is not installed.
+    SourceUnavailableError
+        If its data set cannot be loaded.
+    """
+    try:
+        yield
+    except RankKVError:
+        raise
+    except ImportError as error:
+        package = _PACKAGES.get(error.name or "", error.name)
+        remedy = f": pip install {package}" if package else ""
+        raise MissingDependencyError(
+            f"{task} needs a package that is not installed{remedy} ({_first_line(error)})."
+        ) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "ouldn't" not in str(error):
+            raise
+        raise SourceUnavailableError(
+            f"the data of {task} cannot be loaded ({_first_line(error)}): check the network and the set's name, or "
+            "give tasks of your own with --include-path."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def evaluate_harness_task(

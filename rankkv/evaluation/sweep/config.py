@@ -1,4 +1,4 @@
-"""What a sweep runs, read from YAML and checked before any model is loaded."""
+"""Configuration of a sweep, read from YAML and checked before any model loads."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SweepTask:
 
 @dataclass(frozen=True)
 class SweepMethod:
-    """How a cache is compressed, but for the ratio: a selector, an allocation, and other options of the cache."""
+    """Name all options of a cache but the ratio: a selector, an allocation, and other options of the cache."""
 
     name: str
     selector: str
@@ -98,7 +98,7 @@ class SweepConfig:
     blank: bool = True
 
     @property
-    def cells(self) -> int:
+    def setting_count(self) -> int:
         """Compressed caches that each sample is measured with."""
         return len(self.methods) * len(self.ratios)
 
@@ -165,7 +165,7 @@ def parse_sweep_config(record: Any) -> SweepConfig:
     --------
     >>> config = parse_sweep_config({"tasks": [{"task": "needle"}], "selectors": ["snapkv"],
     ...     "allocations": ["uniform", "default"], "ratios": [0.1, 0.3]})
-    >>> list(config.list_settings())[:2], config.cells
+    >>> list(config.list_settings())[:2], config.setting_count
     (['snapkv + uniform @ 0.1', 'snapkv + uniform @ 0.3'], 4)
     """
     known = [item.name for item in fields(SweepConfig)] + ["selectors", "allocations"]

@@ -1,4 +1,4 @@
-"""Running a sweep: one prefill a sample for all its cells, one file for each finished sample, resumed after a kill."""
+"""Sweep: one prefill per sample for all settings, one file per finished sample, resumable after a kill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..results import ResultStore, write_rows
 from ..task_runner import EXTRA_TOKENS, evaluate_blank, evaluate_sample
 from ..tasks import Haystack, Sample, get_task, make_samples
 from .config import SweepConfig, SweepModel, SweepTask
-from .portrait import describe_cells
+from .kept_tokens import describe_kept_tokens
 
 ROWS, PORTRAITS = "rows.parquet", "portraits"
 # Long enough that the forward's fixed costs do not hide the costs of a token.
@@ -40,8 +40,8 @@ class Unit:
         Of its file.
     model, task, seed, sample
         What is measured.
-    is_portrayed : bool
-        Whether it is also described what each cell keeps of this prompt.
+    maps_kept_tokens : bool
+        True if the tokens that each setting keeps of this prompt are recorded too.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Unit:
     task: SweepTask
     seed: int
     sample: Sample
-    is_portrayed: bool
+    maps_kept_tokens: bool
 
 
 class Sweep:
-    """All cells of a sweep, in a folder that remembers which are done.
+    """Run all settings of a sweep in a folder that remembers the finished samples.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ class Sweep:
                         task=task,
                         seed=seed,
                         sample=sample,
-                        is_portrayed=seed == self.config.seeds[0] and number == len(samples) // 2,
+                        maps_kept_tokens=seed == self.config.seeds[0] and number == len(samples) // 2,
                     )
                     for number, sample in enumerate(samples)
                 ]
@@ -192,8 +192,8 @@ class ModelSweep:
                 asked += step * (len(prompt.answer_ids) + EXTRA_TOKENS)
         length, caches = len(sample.context_ids), len(self._settings) + 1
         blank = self._sweep.config.blank and sample.blank_ids is not None
-        portrait = build * length * len(self._settings) if unit.is_portrayed else 0.0
-        return (1 + blank) * length * prefill + caches * (build * length + asked) + blank * asked + portrait
+        mapping = build * length * len(self._settings) if unit.maps_kept_tokens else 0.0
+        return (1 + blank) * length * prefill + caches * (build * length + asked) + blank * asked + mapping
 
     def _probe(self, token_ids: Sequence[int]) -> tuple[float, float, float]:
         """Return seconds a prefilled token, a token of a cache that is built, and a forward of one token."""
@@ -219,12 +219,12 @@ class ModelSweep:
         sample = unit.sample
         record = record_prefill(self.model, torch.tensor(sample.context_ids)[None])
         found = list(evaluate_sample(record, self._tokenizer, sample, self._options))
-        if unit.is_portrayed:
-            portraits = describe_cells(record, self._tokenizer, self._options)
+        if unit.maps_kept_tokens:
+            kept_maps = describe_kept_tokens(record, self._tokenizer, self._options)
             # Before the unit counts as done, so that a kill in between loses nothing.
             write_rows(
                 self._sweep.folder / PORTRAITS / f"{unit.name}.parquet",
-                [{**self._name(unit, row["setting"]), **row} for row in portraits],
+                [{**self._name(unit, row["setting"]), **row} for row in kept_maps],
             )
         del record
         if self._sweep.config.blank and sample.blank_ids is not None:

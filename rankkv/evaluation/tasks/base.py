@@ -1,4 +1,4 @@
-"""What a task is made of: questions, samples, and the haystack that contexts are cut from."""
+"""Parts of a task: questions, samples, and the haystack that contexts are cut from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a task's function returns: a sample in pieces, before the prompt's frame is put around it.
+    """Hold the parts of a sample before the prompt's frame is put around them: the result of a task's function.
 
     Attributes
     ----------
@@ -85,13 +85,13 @@ class Task:
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a larger score is a better one."""
+        """True if a larger score is better."""
         return self.metric != "loss"
 
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Which sample is made: its number, its length, and its own chance.
+    """Identify one sample: its number, its length and its own random seed.
 
     Attributes
     ----------
@@ -129,11 +129,11 @@ class Haystack:
     def sentence_ends(self) -> frozenset[int]:
         """Ids of the tokens behind which a sentence or a line is over."""
         distinct = sorted(set(self.ids))
-        pieces = self.tokenizer.batch_decode([[token] for token in distinct])
+        texts = self.tokenizer.batch_decode([[token] for token in distinct])
         return frozenset(
             token
-            for token, piece in zip(distinct, pieces, strict=True)
-            if piece.rstrip(" ").endswith((".", "!", "?", "\n"))
+            for token, text in zip(distinct, texts, strict=True)
+            if text.rstrip(" ").endswith((".", "!", "?", "\n"))
         )
 
     def encode(self, text: str) -> list[int]:
@@ -155,7 +155,7 @@ class Haystack:
         return self.ids[start : start + tokens]
 
     def hide(self, facts: Iterable[tuple[str, float]], place: SampleSpec) -> list[int]:
-        """Hide facts in a piece of the text, in the order of their depths, at ends of sentences.
+        """Hide facts in a stretch of the text, in the order of their depths, at ends of sentences.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""From a task to samples: seeds, lengths, and the prompt's frame around context and question."""
+"""Samples of a task: seeds, lengths, and the prompt's frame around context and question."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONTEXT_MARK, _QUESTION_MARK = "\u27e6context\u27e7", "\u27e6question\u27e7"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What follows a compressed context: a question, and the answer that is scored.
+    """Hold what follows a compressed context: a question, and the answer that is scored.
 
     Attributes
     ----------
@@ -202,7 +202,7 @@ def _check_options(task: Task, given: dict[str, Any]) -> None:
 
 
 class _Frame:
-    """What stands before a context, between question and answer, and around nothing else."""
+    """Return the texts before a context and between question and answer."""
 
     def __init__(self, haystack: Haystack, chat: bool) -> None:
         self._haystack, self._chat = haystack, chat

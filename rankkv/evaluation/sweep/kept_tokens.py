@@ -1,4 +1,4 @@
-"""The portrait of one prompt: what every method keeps of it, by layer, head and token."""
+"""Kept-token maps: the tokens that every setting keeps of one prompt, by layer, head and token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..prefill_record import PrefillRecord
 STRETCHES = 48
 
 
-def describe_cells(
+def describe_kept_tokens(
     record: PrefillRecord, tokenizer: Any, settings: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Describe what every setting keeps of one recorded prompt; nothing of a model that has no layer to compress.
@@ -39,7 +39,7 @@ def describe_cells(
         attention), ``head_kept`` (tokens each kv head keeps) and ``stretch_shares`` (share kept of each of up to 48
         stretches of the prompt), one entry a layer.
     """
-    pieces = decode_each_token(tokenizer, record.input_ids[0].tolist())
+    texts = decode_each_token(tokenizer, record.input_ids[0].tolist())
     for name, options in settings.items():
         cache = record.build_cache(**options)
         if not cache.layer_indices:
@@ -49,7 +49,7 @@ def describe_cells(
         plan = cache.plans[0]
         yield {
             "setting": name,
-            "pieces": pieces,
+            "pieces": texts,
             "token_layers": kept.count_layers().tolist(),
             "token_shares": kept.compute_shares().tolist(),
             "layer_indices": cache.layer_indices,

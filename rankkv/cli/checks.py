@@ -1,0 +1,105 @@
+"""Checks of arguments before anything heavy is imported: names, numbers, dtypes, devices, paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import AGGREGATIONS, RankKVConfig
+from ..errors import ConfigError, InputError, SourceUnavailableError, UnknownNameError
+from .known import list_names, load_known
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+_DEVICE_MAP = re.compile(
+    r"(auto|balanced|balanced_low_0|sequential|cpu|disk|(cuda|mps|xpu|npu|hpu)(:\d+)?|\d+)"
+)
+
+
+def check_method(kind: str, name: str, options: Mapping[str, Any], flag: str) -> None:
+    """Raise if a method, or an option of it, is not known.
+
+    Parameters
+    ----------
+    kind : str
+        "selectors" or "strategies".
+    name : str
+        Name of the method.
+    options : mapping
+        Options given for it.
+    flag : str
+        Where they were given.
+    """
+    singular = {"selectors": "selector", "strategies": "strategy"}[kind]
+    entry = next((entry for entry in load_known()[kind] if entry["name"] == name), None)
+    if entry is None:
+        raise UnknownNameError.of(singular, name, list_names(kind))
+    known = [*entry["options"], *(["recent_fraction"] if kind == "selectors" else [])]
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"{singular} {name!r} has no option {option!r} ({flag}); its options are: {', '.join(known) or 'none'}."
+            )
+
+
+def check_cache_options(
+    selector: str = "snapkv", selector_options: Mapping[str, Any] | None = None, **options: Any
+) -> None:
+    """Raise if options of a cache name something unknown or lie outside their range; torch is not imported."""
+    from ..budget.plan import BudgetPlan
+
+    check_method("selectors", selector, selector_options or {}, "--selector-option")
+    config = RankKVConfig(selector=selector, **options)
+    name, strategy_options = config.resolve_strategy()
+    check_method("strategies", name, strategy_options, "--strategy-option")
+    BudgetPlan.check(config)
+
+
+def check_aggregation(name: str) -> None:
+    """Raise if a way to join heads is not known."""
+    if name not in AGGREGATIONS:
+        raise UnknownNameError.of("aggregation", name, AGGREGATIONS)
+
+
+def check_model(model: str, dtype: str | None, device_map: str | None) -> None:
+    """Raise if a model, a dtype or a device cannot be meant, before anything is converted or downloaded."""
+    if not model.strip():
+        raise InputError("--model is empty: give a hub id, a folder, a GGUF file or embedded.")
+    if (model.startswith((".", "/", "~")) or model.lower().endswith(".gguf")) and not Path(
+        model
+    ).expanduser().exists():
+        raise SourceUnavailableError(
+            f"no model at {model!r}: there is no such file or folder; check the path."
+        )
+    if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
+        raise UnknownNameError.of("dtype", dtype, _DTYPES)
+    if device_map is not None and not _DEVICE_MAP.fullmatch(device_map):
+        raise ConfigError(
+            f"--device-map {device_map!r} names no device: give auto, cpu, cuda, cuda:0, mps or another of "
+            "accelerate's maps."
+        )
+
+
+def parse_spans(given: list[str] | None) -> list[tuple[int, int]] | None:
+    """Parse spans of tokens, each ``start:stop``.
+
+    Examples
+    --------
+    >>> parse_spans(["0:40", "100:120"])
+    [(0, 40), (100, 120)]
+    """
+    spans = []
+    for text in given or []:
+        start, colon, stop = text.partition(":")
+        if not (colon and start.strip().isdecimal() and stop.strip().isdecimal()):
+            raise ConfigError(
+                f"--protect {text!r} is not of the form start:stop, such as 0:40 (tokens, stop excluded)."
+            )
+        spans.append((int(start), int(stop)))
+    return spans or None
+
+
+def parse_choice(text: str) -> Any:
+    """Return None for "none", and the text otherwise."""
+    return None if text.lower() == "none" else text
