@@ -1,4 +1,4 @@
-"""What budgets are worth: loss of a continuation from a compressed context, for every strategy, selector and ratio.
+"""Loss of a continuation from a compressed context, for every strategy, selector and ratio.
 
     python experiments/allocation_ablation.py --texts encyclopaedia=wiki.txt --texts code=code.txt --samples 20
 
@@ -207,41 +207,38 @@ def summarize(rows: Sequence[dict[str, Any]], seed: int) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw the excess against the share kept, one panel a selector."""
-    from statistics import fmean
+def draw(rows: Sequence[dict[str, Any]], folder: Path, source: str = "") -> list[Path]:
+    """Draw the excess loss by share kept with 95 % intervals over texts, one panel per selector."""
+    from rankkv.evaluation.statistics import compute_mean
+    from rankkv.plots import name_budgets, name_selector, plot_quality, save_figure
 
-    from rankkv.plots import save_figure
-    from rankkv.plots.style import PALETTE, new_figure, style_axes
-
-    selectors = list(dict.fromkeys(row["selector"] for row in rows))
-    strategies = list(dict.fromkeys(row["strategy"] for row in rows))
-    figure = new_figure(5.5 * len(selectors), 4.0)
-    for place, selector in enumerate(selectors):
-        axes = figure.add_subplot(1, len(selectors), place + 1)
-        style_axes(axes)
-        axes.yaxis.set_major_formatter("{x:.2f}")
-        for number, strategy in enumerate(strategies):
-            own = [row for row in rows if row["selector"] == selector and row["strategy"] == strategy]
-            ratios = sorted({row["ratio"] for row in own})
-            means = [fmean(row["excess"] for row in own if row["ratio"] == ratio) for ratio in ratios]
-            style = "--" if strategy == UNIFORM else "-"
-            axes.plot(
-                ratios,
-                means,
-                style,
-                marker="o",
-                markersize=4,
-                label=strategy,
-                color=PALETTE[number % len(PALETTE)],
-            )
-        axes.set_xscale("log")
-        axes.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
-        axes.minorticks_off()
-        axes.set_xlabel("share of the KV cache kept")
-        axes.set_title(f"{selector}: excess loss, nats a token", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    curves = {
+        f"Tokens selected by {name_selector(selector)}": {
+            name_budgets(strategy): [
+                (
+                    ratio,
+                    compute_mean([row["excess"] for row in rows if key(row) == (selector, strategy, ratio)]),
+                )
+                for ratio in dict.fromkeys(row["ratio"] for row in rows)
+            ]
+            for strategy in dict.fromkeys(row["strategy"] for row in rows)
+        }
+        for selector in dict.fromkeys(row["selector"] for row in rows)
+    }
+    texts = len({row["text"] for row in rows})
+    figure = plot_quality(
+        curves,
+        title="Loss above that of the full cache, nats per token\n"
+        + ", ".join(filter(None, [f"mean over {texts} texts with 95 % intervals, lower is better", source])),
+        share_axis=True,
+    )
+    figure.axes[0].set_ylim(bottom=0)
     return save_figure(figure, folder / "figures" / "allocation_ablation")
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, float]:
+    """Return selector, strategy and ratio of a row."""
+    return row["selector"], row["strategy"], row["ratio"]
 
 
 def run(arguments: argparse.Namespace) -> str:

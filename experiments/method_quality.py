@@ -15,7 +15,6 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from allocation_ablation import cut_contexts, describe, finish, main, read_texts
@@ -167,46 +166,43 @@ def summarize(rows: Sequence[dict[str, Any]], seed: int) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw both tasks as maps, selectors down and budgets across, a column of panels a ratio."""
-    from rankkv.plots import save_figure
-    from rankkv.plots.style import INK, new_figure
+def draw(rows: Sequence[dict[str, Any]], folder: Path, source: str = "") -> list[Path]:
+    """Draw both tasks at the middle share kept, one line per selector: uniform budgets beside RankKV's.
 
-    tasks = [("continuation", "excess", "excess loss, nats a token"), ("needle", "found", "needles found")]
-    tables = {task: gather(rows, task, field) for task, field, _ in tasks}
-    some = tables["continuation"]
-    selectors = list(dict.fromkeys(selector for selector, _, _ in some))
-    strategies = [name for name in BUDGETS if any(name == strategy for _, strategy, _ in some)]
-    ratios = sorted({ratio for _, _, ratio in some})
-    figure = new_figure(1.6 + 0.72 * len(strategies) * len(ratios), 1.8 + 0.56 * len(selectors))
-    panels = figure.subplots(2, len(ratios), squeeze=False)
-    for across, (task, _, title) in enumerate(tasks):
-        means = {
-            ratio: [[fmean(tables[task][s, b, ratio]) for b in strategies] for s in selectors]
-            for ratio in ratios
+    The tables of `summary.md` hold every other number.
+    """
+    from rankkv.evaluation.statistics import compute_mean
+    from rankkv.plots import name_budgets, name_selector, plot_pairs, save_figure
+    from rankkv.plots.style import format_share
+
+    ratios = sorted({row["ratio"] for row in rows if row["strategy"]})
+    kept = ratios[len(ratios) // 2]
+    strategies = list(dict.fromkeys(row["strategy"] for row in rows if row["strategy"]))
+    shown = ["uniform", next((name for name in ("RankKV", "RankKV, layers") if name in strategies), "")]
+    panels = {}
+    for heading, task, field in (
+        ("Loss above the full cache's, nats per token", "continuation", "excess"),
+        ("Share of needles found", "needle", "found"),
+    ):
+        table = gather(rows, task, field)
+        panels[heading] = {
+            name_selector(selector): {
+                name_budgets(strategy): compute_mean(table[selector, strategy, kept])
+                for strategy in shown
+                if (selector, strategy, kept) in table
+            }
+            for selector in dict.fromkeys(selector for selector, strategy, _ in table if strategy)
         }
-        everything = [value for rows_ in means.values() for row in rows_ for value in row]
-        # Light is good in both: little loss, many needles.
-        colours, limits = (
-            ("Blues", (min(everything), max(everything))) if task == "continuation" else ("Oranges_r", (0, 1))
-        )
-        middle = sum(limits) / 2
-        for ratio, axes in zip(ratios, panels[across], strict=True):
-            axes.imshow(means[ratio], cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
-            for y, row in enumerate(means[ratio]):
-                for x, value in enumerate(row):
-                    dark = value > middle if task == "continuation" else value < middle
-                    axes.text(
-                        x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else INK
-                    )
-            axes.set_title(f"{title}, {ratio:.0%} kept", loc="left", fontsize=9)
-            first = axes is panels[across][0]
-            axes.set_yticks(range(len(selectors)), selectors if first else [""] * len(selectors), fontsize=8)
-            names = [name.replace(", ", "\n") for name in strategies]
-            axes.set_xticks(range(len(strategies)), names if across else [""] * len(names), fontsize=7)
-            axes.tick_params(length=0)
-            for side in axes.spines.values():
-                side.set_visible(False)
+    texts = len({row["text"] for row in rows})
+    below = [
+        f"{format_share(kept)} of the cache kept",
+        f"mean over {texts} texts with 95 % intervals",
+        source,
+    ]
+    figure = plot_pairs(
+        panels, "Uniform and RankKV budgets with every selector\n" + ", ".join(filter(None, below))
+    )
+    figure.axes[0].set_xlim(left=0)
     return save_figure(figure, folder / "figures" / "method_quality")
 
 

@@ -165,16 +165,16 @@ def summarize(rows: Sequence[dict[str, Any]], seed: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw needles found by depth (down) and length (across): the full cache, then a row of panels a fraction kept."""
-    from rankkv.plots import save_figure
-    from rankkv.plots.style import INK, new_figure
+def draw(rows: Sequence[dict[str, Any]], folder: Path, source: str = "") -> list[Path]:
+    """Draw needles found by depth (down) and length (across): the full cache, then one row per share kept."""
+    from rankkv.plots import name_budgets, save_figure
+    from rankkv.plots.style import INK, choose_ink, format_share, new_figure, set_title
 
     lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
     caches = [cache for cache in list_caches(rows) if cache[0] not in (FULL, BLANK)]
     ratios = sorted({ratio for _, ratio in caches})
     across = max(sum(ratio == own for _, ratio in caches) for own in ratios)
-    figure = new_figure(1.2 + 2.1 * (across + 1), 0.6 + (0.9 + 0.28 * len(depths)) * len(ratios))
+    figure = new_figure(1.2 + 2.0 * (across + 1), 1.0 + (0.8 + 0.26 * len(depths)) * len(ratios))
     panels = figure.subplots(len(ratios), across + 1, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
@@ -188,23 +188,25 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             for depth in depths
         ]
         axes.set_axis_on()
-        axes.imshow(
+        image = axes.imshow(
             [[fmean(own) for own in line] for line in found], cmap="Blues", vmin=0, vmax=1, aspect="auto"
         )
         for y, line in enumerate(found):
             for x, own in enumerate(line):
-                colour = "w" if fmean(own) > 0.5 else INK
+                colour = choose_ink(*image.cmap(image.norm(fmean(own))))
                 text = f"{sum(own):.0f}/{len(own)}"
                 axes.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
-        title = "full cache" if strategy == FULL else f"{strategy}, {kept:.0%} kept"
-        axes.set_title(title, loc="left", fontsize=9)
+        title = name_budgets(strategy) + f", {format_share(kept)}" if strategy != FULL else "Full cache"
+        axes.set_title(title, loc="left", fontsize=8.5, color=INK)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
-        axes.tick_params(length=0)
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7)
+        axes.tick_params(length=0, colors=INK)
         for side in axes.spines.values():
             side.set_visible(False)
-    panels[0][0].set_xlabel("tokens of the prompt", fontsize=8)
-    panels[0][0].set_ylabel("depth of the needle", fontsize=8)
+    panels[0][0].set_xlabel("Tokens of the prompt", fontsize=8, color=INK)
+    panels[0][0].set_ylabel("Depth of the needle", fontsize=8, color=INK)
+    below = ["needles found of those hidden, by method and share of the cache kept", source]
+    set_title(figure, "Needles found by depth and length", ", ".join(filter(None, below)))
     return save_figure(figure, folder / "figures" / "needle_grid")
 
 

@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_length", type=int, default=1024, help="tokens of each sample")
     add("--scope", default="evictable", help="attention ranked: evictable, window or full")
     add("--aggregation", default="concat", help="how the heads of a layer are joined")
-    add("--strategy", default=None, help="strategy of the samples' budgets; None: power with exponent 4")
+    add("--strategy", default=None, help="strategy of the samples' budgets; None: the default")
     add("--compression_ratio", type=float, default=0.3, help="fraction of the KV cache kept, in (0, 1]")
     add("--seed", type=int, default=0, help="seed of the choice of samples")
     add("--output_dir", type=Path, default=Path("results"), help="where rank_analysis.json and figures/ go")
@@ -122,6 +122,42 @@ def allocate_all(
     return budgets
 
 
+def measure_default_budgets(model: Any, samples: list[list[int]], compression_ratio: float) -> list[float]:
+    """Return the budget of every layer, mean over the samples, that the default gives without a profile.
+
+    The default measures eviction errors on each prompt, so no mean rank can stand for them.
+    """
+    import torch
+
+    from rankkv import compress
+
+    budgets = [
+        compress(
+            model, torch.tensor([ids], device=model.device), compression_ratio=compression_ratio, profile=None
+        ).budgets
+        for ids in samples
+    ]
+    return [sum(own) / len(own) for own in zip(*budgets, strict=True)]
+
+
+def compute_intervals(samples: list[list[float]]) -> tuple[list[float], list[float]]:
+    """Return the bounds of the 95 % t interval of every layer's mean, `[sample][layer]` in.
+
+    One sample has no interval: both bounds are its value.
+    """
+    from math import sqrt
+    from statistics import fmean, stdev
+
+    from scipy.stats import t
+
+    low, high = [], []
+    for own in zip(*samples, strict=True):
+        spread = t.ppf(0.975, len(own) - 1) * stdev(own) / sqrt(len(own)) if len(own) > 1 else 0.0
+        low.append(fmean(own) - spread)
+        high.append(fmean(own) + spread)
+    return low, high
+
+
 def label(strategy: str, options: dict[str, Any]) -> str:
     return " ".join([strategy, *(f"({name} {value:g})" for name, value in options.items())])
 
@@ -139,8 +175,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | No
 
     from rankkv import RankKVAnalyzer, RankKVConfig, load_model, load_texts
     from rankkv.budget.plan import BudgetPlan
+    from rankkv.evaluation.results import describe_environment
     from rankkv.pipeline import analyze_samples, summarize_layers
-    from rankkv.plots import plot_layer_ranks, plot_strategy_budgets, save_figure
     from rankkv.plots.style import new_figure
     from rankkv.rank.aggregation import get_aggregation
 
@@ -195,9 +231,12 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | No
     layer_indices = results[0].layer_indices
     mean_ranks = [row["rank_mean"] for row in layers]
     by_strategy = allocate_all(config, mean_ranks, arguments.max_length, layer_indices)
+    by_strategy["default"] = measure_default_budgets(
+        model, [pieces[index] for index in chosen], arguments.compression_ratio
+    )
     record = {
         "arguments": {**vars(arguments), "output_dir": str(arguments.output_dir)},
-        "versions": collect_versions(),
+        "versions": {**collect_versions(), "commit": describe_environment()["commit"]},
         "seed": arguments.seed,
         "strategy": strategy,
         "strategy_options": options,
@@ -215,26 +254,43 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | No
         "budgets_by_strategy": by_strategy,
     }
     written = [write_json(arguments.output_dir / "rank_analysis.json", record)]
-    figures = arguments.output_dir / "figures"
-    source = f"{len(results)} samples of {arguments.max_length:,} tokens, {Path(arguments.dataset).name}"
-    drawn = {
-        "rank_per_layer": plot_layer_ranks(
-            mean_ranks,
-            [row["rank_std"] for row in layers],
-            layer_indices,
-            title=f"Effective rank of each layer: {Path(arguments.model).name}\n"
-            f"mean and standard deviation over {source}; {arguments.scope} attention",
-        ),
-        "budgets_per_strategy": plot_strategy_budgets(
-            by_strategy,
-            layer_indices,
-            title=f"Budget of each layer by strategy: {Path(arguments.model).name}\n"
-            f"from the mean rank over {source}; {arguments.compression_ratio:.0%} kept (dashed: average)",
-        ),
-    }
-    for name, figure in drawn.items():
-        written += save_figure(figure, figures / name)
-    return record, written
+    return record, [*written, *draw(record, arguments.output_dir)]
+
+
+def draw(record: dict[str, Any], folder: Path, source: str = "") -> list[Path]:
+    """Draw the rank of every layer with 95 % intervals over samples, and the budgets of every strategy."""
+    from rankkv.plots import name_budgets, name_model, plot_layer_ranks, plot_strategy_budgets, save_figure
+    from rankkv.plots.style import format_share
+
+    arguments, samples = record["arguments"], record["samples"]
+    layers = [row["layer"] for row in record["layers"]]
+    means = [row["rank_mean"] for row in record["layers"]]
+    model, text = name_model(Path(arguments["model"]).name), Path(arguments["dataset"]).name
+    some = f"{len(samples)} samples of {arguments['max_length']:,} tokens of {text}"
+    tail = f", {source}" if source else ""
+    ranks = plot_layer_ranks(
+        means,
+        *compute_intervals([sample["layer_ranks"] for sample in samples]),
+        layers,
+        title=f"Effective rank of each layer: {model}\n"
+        f"{arguments['scope']} attention, mean over {some} with 95 % intervals{tail}",
+    )
+    named = {}
+    # The default comes first: the others are what it is compared with.
+    for name, budgets in sorted(record["budgets_by_strategy"].items(), key=lambda item: item[0] != "default"):
+        strategy, _, options = name.partition(" ")
+        named[f"{name_budgets(strategy)} {options}".strip()] = budgets
+    budgets = plot_strategy_budgets(
+        named,
+        layers,
+        title=f"Budget of each layer by strategy: {model}\n"
+        f"{some}, {format_share(arguments['compression_ratio'])} kept, dashed: average{tail}",
+    )
+    figures = folder / "figures"
+    return [
+        *save_figure(ranks, figures / "rank_per_layer"),
+        *save_figure(budgets, figures / "budgets_per_strategy"),
+    ]
 
 
 def print_summary(record: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""RankKV: KV cache compression whose per-layer budgets follow the effective rank of each layer's attention.
+"""RankKV: KV cache compression with per-layer budgets from the effective rank of each layer's attention.
 
-Names resolve on first use, so ``import rankkv`` loads neither torch nor transformers and patches nothing.
+Names are imported on first use, so ``import rankkv`` loads neither torch nor transformers and patches nothing.
 
 Examples
 --------
@@ -16,7 +16,7 @@ from typing import Any
 
 from rankkv._version import __version__
 
-# The types of these names stand in `__init__.pyi`.
+# Type checkers read the types of these names from `__init__.pyi`.
 _HOME_OF = {
     "BudgetAllocation": "rankkv.budget_allocation",
     "BudgetAllocator": "rankkv.budget_allocation",
@@ -41,7 +41,7 @@ __all__ = ["__version__", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module that defines a public name the first time the name is used."""
+    """Import a public name from its module on first use."""
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
@@ -50,5 +50,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names, resolved or not."""
+    """List the public names, imported or not."""
     return sorted(set(globals()) | set(__all__))

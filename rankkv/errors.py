@@ -1,4 +1,4 @@
-"""Every exception RankKV raises: each message names the value, the bound and the remedy."""
+"""Exceptions that RankKV raises; each message names the value, the bound and the remedy."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class ConfigError(RankKVError, ValueError):
 
 
 class BudgetError(RankKVError, ValueError):
-    """No budgets can satisfy the total and the bounds; the message carries the numbers."""
+    """No budgets satisfy the total and the bounds; the message gives the numbers."""
 
 
 class InputError(RankKVError, ValueError):
-    """The prompt, file or tensor given cannot be used."""
+    """The prompt, file or tensor cannot be used."""
 
 
 class DegenerateAttentionError(RankKVError, ValueError):
-    """Attention weights or ranks are not finite, or negative, so no rank can be computed from them."""
+    """Attention weights or ranks are negative or not finite, so no rank can be computed."""
 
 
 class UnknownNameError(RankKVError, ValueError):
@@ -31,14 +31,14 @@ class UnknownNameError(RankKVError, ValueError):
 
     @classmethod
     def of(cls, kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
-        """Build the error for ``name``, listing the known names and the closest match.
+        """Build the error for ``name``, with the known names and the closest match.
 
         Parameters
         ----------
         kind : str
-            What was looked up, in the singular ("selector", "strategy", ...).
+            Kind of the name, in the singular ("selector", "strategy", ...).
         name : object
-            The name that was asked for.
+            The unknown name.
         known : iterable of str
             All registered names.
 
@@ -54,28 +54,28 @@ class UnknownNameError(RankKVError, ValueError):
 
 
 class UnsupportedModelError(RankKVError, TypeError):
-    """The model has no KV cache to compress, or an attention that cannot be observed."""
+    """The model has no KV cache to compress, or its attention cannot be observed."""
 
 
 class CacheStateError(RankKVError, RuntimeError):
-    """The cache is asked for something its state does not allow, such as restoring evicted tokens."""
+    """The cache's state does not allow the operation, such as restoring evicted tokens."""
 
 
 class ProfileError(RankKVError, ValueError):
-    """A profile is damaged, belongs to another model, or is wanted where none is known."""
+    """A profile is damaged, belongs to another model, or is needed but unknown."""
 
 
 class ProcessGroupError(RankKVError, RuntimeError):
-    """Processes that work together do not fit: their number, their devices, or what each was given."""
+    """Cooperating processes do not match in number, devices or results."""
 
 
 class FloorError(RankKVError, ValueError):
-    """A task measures nothing: the uncompressed model is at guess level."""
+    """A task cannot measure anything: the uncompressed model scores at guess level."""
 
 
 class MissingDependencyError(RankKVError, ImportError):
-    """A package behind an extra is not installed; the message gives the one command that installs it."""
+    """An optional package is not installed; the message gives the one command that installs it."""
 
 
 class SourceUnavailableError(RankKVError, OSError):
-    """A model or data set cannot be reached: the hub does not answer, or the file is not there."""
+    """A model or data set cannot be reached: the hub does not answer, or the file does not exist."""

@@ -1,4 +1,4 @@
-"""Limits of a budget: the total, the prompt's length, the floor, and the grid of budgets that are tried."""
+"""Limits of a budget: total, prompt length and floor, and the grid of budgets to try."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
-#: The smallest budget tried, and how much larger each next one is.
+#: The smallest budget of the grid, and the factor from each budget to the next.
 FIRST_BUDGET, BUDGET_STEP = 8.0, 2.0**0.5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a formula that speaks of tokens must know.
+    """Hold the token counts that budget formulas need.
 
     Parameters
     ----------
     total_budget : int
         Tokens over all layers.
     length : int, optional
-        Tokens of the prompt, where known.
+        Tokens of the prompt, if known.
     window_size : int, default 32
-        The newest tokens, which the papers keep in every layer on top of what they share out.
+        Number of newest tokens. The papers keep them in every layer, in addition to the budget they distribute.
     floor : int, default 1
         Fewest tokens a layer keeps.
     """
@@ -35,7 +35,13 @@ class Limits:
 
 
 def check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
-    """Return a strategy option as a float inside its range, or raise a ConfigError that names it."""
+    """Return a strategy option as a float inside its range.
+
+    Raises
+    ------
+    ConfigError
+        If the value is not a number in the range; the message names the option.
+    """
     number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     if not low <= number <= high or (open_low and number == low):
         bracket = "(" if open_low else "["
@@ -44,7 +50,9 @@ def check_number(name: str, value: object, low: float, high: float, open_low: bo
 
 
 def make_budget_grid(length: int) -> list[int]:
-    """Make the budgets, in tokens, at which a prompt of ``length`` tokens is tried.
+    """List the budgets, in tokens, to try on a prompt of ``length`` tokens.
+
+    ``round(8 * sqrt(2) ** i)`` for ``i = 0, 1, ...``, as long as it is below ``length``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Effective rank of attention: of one matrix, of a layer's heads joined, of all layers."""
+"""Effective rank of one matrix, and of every layer's attention."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankkv.errors import DegenerateAttentionError, InputError, UnknownNameError
-from rankkv.rank.aggregation import (
+from .errors import DegenerateAttentionError, InputError, UnknownNameError
+from .rank.aggregation import (
     AGGREGATIONS,
     Aggregation,
     check_attention,
@@ -20,7 +20,7 @@ from rankkv.rank.aggregation import (
     compute_joint_gram,
     get_aggregation,
 )
-from rankkv.rank.spectrum import (
+from .rank.spectrum import (
     as_real_tensor,
     compute_effective_ranks,
     compute_gram,
@@ -50,8 +50,8 @@ def compute_effective_rank(matrix: Tensor, normalize: bool = False) -> float:
     Parameters
     ----------
     matrix : Tensor or ndarray
-        ``[m, n]``, any real dtype. The singular values are computed in float64, so the rank of a bf16 or fp16
-        matrix equals exactly that of the same matrix upcast to float32. Its scale does not matter.
+        ``[m, n]``, any real dtype; its scale does not matter. The singular values are computed in float64.
+        A bf16 or fp16 matrix has exactly the rank of its float32 copy.
     normalize : bool, default False
         Divide by ``min(m, n)``.
 
@@ -82,10 +82,10 @@ def compute_effective_rank(matrix: Tensor, normalize: bool = False) -> float:
     if tensor.ndim != 2 or tensor.numel() == 0:
         raise InputError(
             f"a matrix must have shape [m, n] with m, n >= 1, got {tuple(tensor.shape)}; "
-            "compute_effective_ranks takes leading axes."
+            "use compute_effective_ranks for a batch of matrices."
         )
     rank = float(compute_effective_ranks(tensor, normalize))
-    if rank != rank:
+    if rank != rank:  # only NaN differs from itself
         bad = int((~torch.isfinite(tensor)).sum())
         raise DegenerateAttentionError(
             f"{bad} of {tensor.numel()} entries are NaN or infinite, so the matrix has no rank; "
@@ -103,20 +103,20 @@ SCOPES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class RankAnalysis:
-    """Effective ranks of all layers.
+    """Hold the effective ranks of all layers.
 
     Attributes
     ----------
     layer_ranks : list of float
-        One rank a layer (mean over the batch rows).
+        One rank per layer (mean over the batch rows).
     per_head_ranks : list of list of float
         ``[layer][head]``, whatever the aggregation (mean over the batch rows).
     statistics : dict
-        mean, std (population), min, max of ``layer_ranks``, and min_layer, max_layer, their indices.
+        Of ``layer_ranks``: mean, std (population), min, max, and the layer indices min_layer and max_layer.
     scope, aggregation : str
-        What was ranked and how the heads were joined.
+        The ranked part of the attention, and how the heads were joined.
     normalize : bool
-        Whether ranks were divided by the smaller side of the matrix ranked.
+        True if ranks were divided by the smaller side of the ranked matrix.
     """
 
     layer_ranks: list[float]
@@ -127,7 +127,7 @@ class RankAnalysis:
     normalize: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON types."""
+        """Return all fields as plain JSON types."""
         return {
             "layer_ranks": list(self.layer_ranks),
             "per_head_ranks": [list(ranks) for ranks in self.per_head_ranks],
@@ -136,38 +136,6 @@ class RankAnalysis:
             "aggregation": self.aggregation,
             "normalize": self.normalize,
         }
-
-
-def _cut(attention: Tensor, scope: str, window_size: int, sink_size: int) -> Tensor:
-    if scope == "full":
-        return attention
-    window = attention[:, :, -window_size:]
-    if scope == "window":
-        return window
-    keys = attention.shape[-1]
-    return window[..., sink_size : max(sink_size, keys - window_size)]
-
-
-def _check_layer(layer: int, attention: object) -> Tensor:
-    if attention is None:
-        raise InputError(
-            f"layer {layer}: attention is None; only attn_implementation='eager' returns attention weights "
-            "(with output_attentions=True)."
-        )
-    try:
-        tensor = check_attention(attention)
-    except InputError as error:
-        raise InputError(f"layer {layer}: {error}") from None
-    if tensor.shape[-1] == 0:
-        raise InputError(f"layer {layer}: attention has no keys, shape {tuple(tensor.shape)}.")
-    smallest, largest = (float(value) for value in tensor.aminmax())
-    if not smallest >= 0 or largest == float("inf"):
-        what = "NaN" if smallest != smallest else f"values from {smallest:g} to {largest:g}"
-        raise DegenerateAttentionError(
-            f"layer {layer}: attention weights must be finite and >= 0, found {what}; pass the weights after "
-            "the softmax, padded query rows zeroed."
-        )
-    return tensor
 
 
 @torch.no_grad()
@@ -181,24 +149,25 @@ def analyze_attention_ranks(
     window_size: int = 32,
     sink_size: int = 4,
 ) -> RankAnalysis:
-    """Analyze the effective rank of each layer's attention weights.
+    """Compute the effective rank of each layer's attention weights.
 
     Parameters
     ----------
     attentions : iterable of Tensor
-        One ``[batch, head, query, key]`` a layer, as ``output_attentions=True`` gives; any float dtype, the
+        One ``[batch, head, query, key]`` per layer, as ``output_attentions=True`` returns; any float dtype. The
         shapes may differ between layers. An iterator is consumed layer by layer.
     aggregation : str, default "mean"
         How heads are joined, a key of `AGGREGATIONS`.
     normalize : bool, default False
-        Divide by the smaller side of the matrix ranked.
+        Divide by the smaller side of the ranked matrix.
     show_progress : bool, default False
         Show a progress bar on stderr.
     scope : {"full", "window", "evictable"}
-        The whole matrix; its last ``window_size`` queries; of these, the keys that may be evicted
-        (``sink_size <= key < keys - window_size``), not renormalised, rank 0 if there are none.
+        "full" ranks the whole matrix. "window" ranks the last ``window_size`` queries. "evictable" ranks, of the
+        window, the keys that may be evicted: ``sink_size <= key < keys - window_size``. They are not
+        renormalised; the rank is 0 if there are none.
     window_size, sink_size : int
-        Observation window and attention sinks, in tokens. Padding is not known here: cut it off before.
+        Observation window and attention sinks, in tokens. Padding is not detected: remove it first.
 
     Returns
     -------
@@ -227,7 +196,7 @@ def analyze_attention_ranks(
         raise UnknownNameError.of("scope", scope, SCOPES)
     check_sizes(window_size, sink_size)
     if attentions is None or not isinstance(attentions, Iterable):
-        raise InputError(f"attentions must hold one tensor a layer, got {type(attentions).__name__}.")
+        raise InputError(f"attentions must hold one tensor per layer, got {type(attentions).__name__}.")
     layers: Iterable[Tensor] = attentions
     if show_progress:
         from tqdm.auto import tqdm
@@ -245,8 +214,43 @@ def analyze_attention_ranks(
         layer_ranks.append(float(ranks.mean()))
         per_head_ranks.append(per_head.mean(0).tolist())  # type: ignore[union-attr]
     if not layer_ranks:
-        raise InputError("attentions is empty: there is no layer to rank.")
+        raise InputError("attentions is empty; pass the attention of at least one layer.")
     return RankAnalysis(layer_ranks, per_head_ranks, _statistics(layer_ranks), scope, aggregation, normalize)
+
+
+def _check_layer(layer: int, attention: object) -> Tensor:
+    """Return a layer's attention as a tensor of finite weights, or raise an error that names the layer."""
+    if attention is None:
+        raise InputError(
+            f"layer {layer}: attention is None; load the model with attn_implementation='eager' and pass "
+            "output_attentions=True."
+        )
+    try:
+        tensor = check_attention(attention)
+    except InputError as error:
+        raise InputError(f"layer {layer}: {error}") from None
+    if tensor.shape[-1] == 0:
+        raise InputError(f"layer {layer}: attention must have keys, got shape {tuple(tensor.shape)}.")
+    smallest, largest = (float(value) for value in tensor.aminmax())
+    # Not `smallest < 0`: NaN compares false and must be refused too.
+    if not smallest >= 0 or largest == float("inf"):
+        what = "NaN" if smallest != smallest else f"values from {smallest:g} to {largest:g}"
+        raise DegenerateAttentionError(
+            f"layer {layer}: attention weights must be finite and >= 0, found {what}; pass the weights after "
+            "the softmax, padded query rows zeroed."
+        )
+    return tensor
+
+
+def _cut(attention: Tensor, scope: str, window_size: int, sink_size: int) -> Tensor:
+    """Return the part of the attention that a scope ranks."""
+    if scope == "full":
+        return attention
+    window = attention[:, :, -window_size:]
+    if scope == "window":
+        return window
+    keys = attention.shape[-1]
+    return window[..., sink_size : max(sink_size, keys - window_size)]
 
 
 def _statistics(layer_ranks: list[float]) -> dict[str, float | int]:

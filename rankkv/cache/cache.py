@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from ..budget.plan import BudgetPlan
 from ..config import RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
-from ..models.compat import check_transformers, find_position_limit, set_position_offset, warn_if_dropped
+from ..models.compat import check_transformers, warn_if_dropped
 from ..models.placement import find_layer_devices
 from ..models.tensor_parallel import find_head_shards
 from ..observe import hook
@@ -30,6 +30,7 @@ from . import saving
 from .head_budget_layer import HeadBudgetLayer
 from .layer import RankKVLayer, SlotMap, StoredLayer, release_hidden
 from .masks import StepMask, project_mask
+from .owner import Owner
 from .report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
 from .resolve import check_methods, resolve_options
 from .schedule import CompressionSchedule
@@ -129,13 +130,10 @@ class RankKVCache(AttentionObserver, DynamicCache):
         rotations = self._find_rotations(model, config)
         self._step_masks: dict[int, StepMask] = {}
         self._packers = build_packers(rotations) if config.positions == "packed" else {}
-        # A weak reference: the cache must not keep the model alive, and copying it must not copy the model.
-        self._model = weakref.ref(model)
+        self._owner = Owner(model)
         self._schedule = CompressionSchedule(config, self.selector, self.layer_indices, rotations, shards)
         # The keys that each layer's attention last used: some models share them with layers that have none.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
-        # The attention modules of this model: no other may use the cache.
-        self._modules = weakref.WeakSet(m for m in model.modules() if hasattr(m, "layer_idx"))
         #: The layer that was updated and whose attention was not observed yet.
         self._awaited: int | None = None
         #: Token ids of the prompt, ``[batch, token]`` on the CPU, where they are known.
@@ -266,9 +264,13 @@ class RankKVCache(AttentionObserver, DynamicCache):
         # The copy has tensors of its own, so what was remembered by tensor identity does not apply.
         copied._attended, copied._step_masks = {}, {}
         copied._packers = {index: packer.copy() for index, packer in self._packers.items()}
-        copied._watch(self._model())
+        copied._watch(self._owner.model)
         copied._restore_offset()
         return copied
+
+    def _restore_offset(self) -> None:
+        if self._schedule.compressed:
+            self._owner.restore_offset(self._schedule.position_offset)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankKVCache:
         return self.copy()
@@ -374,12 +376,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         CacheStateError
             If the prefill is not complete, or a layer holds something other than keys and values.
         """
-        model = self._model()
-        if model is None:
-            raise CacheStateError(
-                "the model of this cache is gone: keep a reference to it while you use the cache."
-            )
-        return saving.save_cache(self, path, saving.compute_model_fingerprint(model))
+        self._check_usable()
+        return saving.save_cache(self, path, saving.compute_model_fingerprint(self._owner.get()))
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> RankKVCache:
@@ -416,7 +414,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         if layer_idx >= len(self.layers):
             raise CacheStateError(
                 f"layer {layer_idx} updates a cache of {len(self.layers)} layers: it was built for another model "
-                f"({self._describe_model()}); build a RankKVCache for the model that runs."
+                f"({self._owner.describe()}); build a RankKVCache for the model that runs."
             )
         layer = self.layers[layer_idx]
         self._check_rows(key_states.shape[0])
@@ -457,8 +455,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         if layer_idx is not None and layer_idx > self._awaited:
             # The same forward has gone on to a later layer.
             raise UnsupportedModelError(
-                f"the attention of layer {self._awaited} did not go through transformers' attention interface, so it "
-                "could not be observed: use a model whose attention supports AttentionInterface."
+                f"layer {self._awaited} was not observed: its attention does not go through transformers' attention "
+                "interface; use a model whose attention supports AttentionInterface."
             )
         raise CacheStateError(
             f"layer {self._awaited} updated this cache, but its attention was not observed: it does not use "
@@ -530,8 +528,15 @@ class RankKVCache(AttentionObserver, DynamicCache):
         layer, steps = self.layers[layer_idx], call.steps
         # The first layer stands for all: they get the same position_ids.
         if layer_idx == self.layer_indices[0]:
-            self._check_owner(call.module, layer, steps)
-            self._check_length(layer.seen, steps)
+            if not self._owner.has(call.module):
+                # The new tokens leave again, so that the cache still serves its own model.
+                layer.crop(-steps)
+                self._awaited = None
+                raise self._owner.refuse(call.module)
+            self._owner.check_length(layer.seen - steps, layer.seen)
+            self._schedule.position_offset = self._owner.check_offset(
+                self._schedule.position_offset, steps, self._schedule.compressed
+            )
             self._schedule.check_positions(layer, steps, call.options.get("position_ids"))
         slots = layer.slot_map
         self._attended[layer_idx] = (weakref.ref(call.key), slots)
@@ -547,44 +552,6 @@ class RankKVCache(AttentionObserver, DynamicCache):
             layer.rest()
         self._awaited = None
         return output
-
-    def _check_owner(self, module: Any, layer: RankKVLayer, steps: int) -> None:
-        """Raise if the module belongs to another model than the one the cache was built for."""
-        if module in self._modules:
-            return
-        # The new tokens leave again, so that the cache still serves its own model.
-        layer.crop(-steps)
-        self._awaited = None
-        config = getattr(module, "config", None)
-        other = getattr(config, "_name_or_path", "") or getattr(config, "model_type", type(module).__name__)
-        raise CacheStateError(
-            f"this cache belongs to {self._describe_model()}, and another model uses it ({other!r}, with "
-            f"{type(module).__name__}): keys and values of one model mean nothing to another; build a cache for each."
-        )
-
-    def _describe_model(self) -> str:
-        model = self._model()
-        if model is None:
-            return "a model that is gone"
-        name = getattr(model.config, "_name_or_path", "") or model.config.model_type
-        return f"{type(model).__name__} {name!r} with {len(self.layers)} layers"
-
-    def _check_length(self, seen: int, steps: int) -> None:
-        """Warn once, when the text passes the positions that the model was made for."""
-        limit = find_position_limit(self._backend_of)
-        if limit is not None and seen - steps <= limit < seen:
-            warnings.warn(
-                f"the text has {seen} tokens, and the model was made for {limit} positions "
-                "(max_position_embeddings): compressing the cache does not extend that; shorten the prompt, or set the "
-                "model's rope scaling.",
-                stacklevel=2,
-            )
-
-    def _restore_offset(self) -> None:
-        """Give the model the position offset of this conversation, where it keeps one (images, multi-axis rope)."""
-        model = self._model()
-        if model is not None and self._schedule.position_offset is not None:
-            set_position_offset(model, self._schedule.position_offset)
 
     def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the attention of a layer without keys, with the mask of layer ``layer_idx``, which shares its keys."""

@@ -68,7 +68,7 @@ def compress(
     return cache.finish()
 
 
-def check_same_prompt(cache: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+def check_same_prompt(cache: Any, input_ids: Tensor, *over_all: Tensor | None) -> None:
     """Raise if ids given with a compressed cache do not begin with the prompt that it holds, where that is known.
 
     Parameters
@@ -77,8 +77,8 @@ def check_same_prompt(cache: Any, input_ids: Tensor, attention_mask: Tensor | No
         Any cache; only a RankKVCache whose prompt is known is checked.
     input_ids : Tensor
         ``[batch, token]``: all ids, the prompt's included; or new ids alone, with a longer mask.
-    attention_mask : Tensor, optional
-        ``[batch, all tokens]``.
+    *over_all : Tensor, optional
+        Mask and positions, ``[batch, all tokens]``: longer ones show that the ids are new ones alone.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def check_same_prompt(cache: Any, input_ids: Tensor, attention_mask: Tensor | No
         If they are shorter than the prompt, or differ from it.
     """
     known = getattr(cache, "prompt_ids", None)
-    new_alone = attention_mask is not None and attention_mask.shape[-1] > input_ids.shape[-1]
+    new_alone = any(given is not None and given.shape[-1] > input_ids.shape[-1] for given in over_all)
     if known is None or new_alone or input_ids.shape[0] % len(known):
         return
     known = known.repeat_interleave(input_ids.shape[0] // len(known), dim=0)

@@ -83,7 +83,7 @@ class CompressionSchedule:
         self.streaming = self.config.prefill == "streaming"
         #: Hidden tokens inside each row of the prompt: a mask with holes.
         self.holes: list[int] = []
-        #: Difference between position and token number, ``[batch]``, where positions have several axes (images).
+        #: Difference between position and token number, ``[batch, 1]``, where the model keeps one for its images.
         self.position_offset: Tensor | None = None
         # Tokens of the first forward, until a one-token step or finish() shows that it was the whole prompt.
         self._first_steps: int | None = None
@@ -163,10 +163,8 @@ class CompressionSchedule:
         Raises
         ------
         CacheStateError
-            If they repeat positions already seen, or have the offset of another image.
+            If they repeat positions already seen.
         """
-        if position_ids is not None and position_ids.dim() == 3:
-            self._check_offset(layer, steps, position_ids)
         if not self.compressed:
             return
         past = layer.seen - steps
@@ -188,23 +186,6 @@ class CompressionSchedule:
                 "over all tokens; give position_ids to a direct forward call if the model counts from 0."
             )
         self._warn_of_chunks(steps)
-
-    def _check_offset(self, layer: RankKVLayer, steps: int, position_ids: Tensor) -> None:
-        """Note the offset of multi-axis positions in the prefill, and check that later tokens have the same."""
-        # The leading axes: time, height and width of an image patch; a text token has the same number on each.
-        last = position_ids[-3:, :, -1].amax(0).cpu() + 1 - layer.seen
-        first = position_ids[-3:, :, 0].amax(0).cpu() - (layer.seen - steps)
-        if not self.compressed or self.position_offset is None:
-            self.position_offset = last
-        elif steps > 1 or layer.seen - steps == self.compressed_at:
-            if not torch.equal(first.expand_as(self.position_offset), self.position_offset):
-                raise CacheStateError(
-                    f"the new tokens start {first.tolist()} positions off the tokens seen, and this cache was filled "
-                    f"with {self.position_offset.tolist()}: the model holds the offset of another image; copy() or "
-                    "load() the cache right before it is used, which restores its own."
-                )
-            # A later turn may bring an image of its own.
-            self.position_offset = last
 
     def _warn_of_chunks(self, steps: int) -> None:
         """Warn if a prompt seems to come in chunks, of which only the first one is compressed."""
@@ -358,7 +339,7 @@ class CompressionSchedule:
             raise CacheStateError(
                 "no query of this prompt was observed: build a new cache and run the prefill again."
             )
-        observation = layer.buffer.observe(
+        observation = layer.buffer.build_observation(
             keys, values, layer.compute_positions(), layer.compute_slot_valid()
         )
         return self._add_past(layer, observation)

@@ -1,4 +1,4 @@
-"""`rankkv report`: a results folder as one HTML page, and as figures."""
+"""`rankkv report`: one HTML page and figures of a results folder or of one record."""
 
 from __future__ import annotations
 
@@ -15,10 +15,20 @@ from .display import make_console, show_step
 
 @reports_errors
 def report(
-    folder: Annotated[Path, typer.Argument(help="What rankkv sweep wrote, finished or not.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder that rankkv sweep wrote, finished or not; or rows.parquet, bench.json, demo.json."
+        ),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The page.", show_default="report.html in the folder"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Page to write.",
+            show_default="report.html in the folder; NAME.html beside a file",
+        ),
     ] = None,
     bench: Annotated[
         Path | None, typer.Option(help="Benchmarks to show too, such as results/bench.json.")
@@ -29,9 +39,11 @@ def report(
     prefix: Annotated[str, typer.Option(help="Beginning of the figures' names.")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON to stdout.")] = False,
 ) -> None:
-    """Make one self-contained HTML page of a results folder, and figures (PNG, PDF) of the same data."""
+    """Make one self-contained HTML page and figures (PNG, PDF) of a results folder or of one record."""
     console = make_console()
-    output = folder / "report.html" if output is None else output
+    home = folder.parent if folder.is_file() else folder
+    if output is None:
+        output = folder.with_suffix(".html") if folder.is_file() else folder / "report.html"
     check_output(output)
     from ..report import build_page, collect_results, write_figures
 
@@ -46,7 +58,7 @@ def report(
     written = [output]
     try:
         with show_step(console, "Drawing figures"):
-            written += write_figures(data, folder / "figures" if figures is None else figures, prefix)
+            written += write_figures(data, home / "figures" if figures is None else figures, prefix)
     except MissingDependencyError as error:
         console.print(f"No figures: {error}", markup=False, soft_wrap=True)
     console.print("Written: " + ", ".join(str(path) for path in written), markup=False, soft_wrap=True)

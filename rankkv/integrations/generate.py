@@ -191,7 +191,7 @@ def custom_generate(
             )
         prepared = None
     cache = _choose_cache(model, prepared, given, {})
-    check_same_prompt(cache, input_ids, arguments.get("attention_mask"))
+    check_same_prompt(cache, input_ids, arguments.get("attention_mask"), arguments.get("position_ids"))
     decode = getattr(GenerationMixin, _LOOPS[mode])
     return decode(
         model,

@@ -1,4 +1,4 @@
-"""Read a checkpoint with transformers and say in one sentence why it cannot be read, where it cannot."""
+"""Checkpoint reading through transformers, with one-sentence errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rankkv.errors import MissingDependencyError, SourceUnavailableError, UnsupportedModelError
+from ..errors import MissingDependencyError, SourceUnavailableError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,14 +16,33 @@ if TYPE_CHECKING:
 def from_pretrained(
     source: str, options: dict[str, Any], gguf_file: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer from a folder or hub id; ``options`` are those of transformers' loader."""
+    """Load a model and its tokenizer from a folder or hub id.
+
+    Parameters
+    ----------
+    source : str
+        Folder or hub id.
+    options : dict
+        Options of transformers' loader.
+    gguf_file : str, optional
+        Name of a GGUF file in ``source``.
+
+    Raises
+    ------
+    MissingDependencyError
+        If transformers needs another package to read the checkpoint.
+    SourceUnavailableError
+        If a file is missing or damaged, or cannot be downloaded.
+    UnsupportedModelError
+        If transformers cannot build a causal language model from it.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shown = source if gguf_file is None else os.path.join(source, gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **options, **extra, **_dequantized(gguf_file))
+        model = AutoModelForCausalLM.from_pretrained(source, **options, **extra, **_plain_options(gguf_file))
         keep = {key: value for key, value in options.items() if key not in ("dtype", "device_map")}
         tokenizer = AutoTokenizer.from_pretrained(source, **keep, **extra)
     except ImportError as error:
@@ -34,31 +53,32 @@ def from_pretrained(
         raise SourceUnavailableError(f"the model {shown!r} cannot be loaded: {first_line(error)}") from error
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UnsupportedModelError(
-            f"transformers builds no causal language model from {shown!r}: {first_line(error)}"
+            f"transformers cannot build a causal language model from {shown!r}: {first_line(error)}"
         ) from error
     return model.eval(), tokenizer
 
 
-def _dequantized(gguf_file: str | None) -> dict[str, Any]:
-    """Ask for plain weights where transformers could otherwise keep GGUF's blocks for parameters."""
+def _plain_options(gguf_file: str | None) -> dict[str, Any]:
+    """Return the options for plain weights; without them newer transformers keeps GGUF blocks as parameters."""
     if gguf_file is None:
         return {}
     try:
         from transformers import GgufConfig
     except ImportError:
+        # Older transformers always unpacks the weights.
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error: transformers adds paragraphs of advice about the network."""
+    """Return the first line of an error; transformers adds paragraphs of advice about the network."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Hide the bars of transformers for a load that takes a second."""
+    """Hide the progress bars of transformers during a load that takes a second."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

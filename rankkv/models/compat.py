@@ -1,4 +1,4 @@
-"""What differs between transformers versions, in one place."""
+"""Differences between transformers versions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _RENAMED_IN = Version("5.24.0.dev0")
 
 
 def check_transformers() -> None:
-    """Raise if the installed transformers is older than what RankKV was tested with.
+    """Raise if the installed transformers is older than the oldest tested version.
 
     Raises
     ------
     UnsupportedModelError
-        With the version found and the one that is needed.
+        With the installed version and the needed one.
     """
     if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
         raise UnsupportedModelError(
@@ -34,7 +34,7 @@ def check_transformers() -> None:
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
-    """Return the keyword under which this transformers version takes a cache.
+    """Return the keyword argument by which this transformers version takes a cache.
 
     ``cache`` from transformers 5.24 on, ``past_key_values`` before.
 
@@ -48,19 +48,21 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 
 
 def accepts_argument(model: Any, name: str) -> bool:
-    """Tell whether the model's forward takes an argument of this name; a PEFT wrapper hands it on to its base model."""
+    """Tell whether the model's forward, or that of the base model of a PEFT wrapper, has this argument."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(base.forward).parameters
 
 
 def takes_dynamic_cache(model: Any) -> bool:
-    """Tell whether this transformers version gives the model its usual cache; most hybrids once had their own."""
+    """Tell whether this transformers version gives the model a DynamicCache."""
+    # Most hybrid models once had their own cache class, and reported it by this method.
     ask = getattr(model, "_supports_default_dynamic_cache", None)
     return True if ask is None else bool(ask())
 
 
 def read_config(config: Any, name: str) -> Any:
-    """Return a value of a config; None where it has none, or one for each layer, which transformers refuses to read."""
+    """Return a value of a config; None if it is absent, or differs between layers."""
+    # transformers refuses to read a value that has one entry per layer.
     spec = vars(config).get("_heterogeneity_spec")
     if spec is not None and name in spec.per_layer_attributes:
         return None
@@ -68,9 +70,9 @@ def read_config(config: Any, name: str) -> Any:
 
 
 def find_eager_homes(model: Any) -> list[ModuleType]:
-    """Find the Python modules whose eager attention function is called without asking the attention interface.
+    """Find the Python modules whose eager attention function is called directly, past the attention interface.
 
-    Before transformers 5.1 every model did so; since then eager is asked for like any other backend.
+    Before transformers 5.1 every model did so.  Newer versions look up eager like any other backend.
     """
     if hasattr(AttentionInterface, "get_interface"):
         return []
@@ -80,7 +82,7 @@ def find_eager_homes(model: Any) -> list[ModuleType]:
 
 
 def find_position_limit(config: Any) -> int | None:
-    """Find how many positions a text config was made for; None if it says nothing, or its rope grows with the text."""
+    """Return the number of positions of a text config; None if it has none, or its rope grows with the text."""
     parameters = read_config(config, "rope_parameters") or read_config(config, "rope_scaling") or {}
     kinds = {parameters.get("rope_type")} | {
         kind.get("rope_type") for kind in parameters.values() if isinstance(kind, dict)
@@ -90,7 +92,7 @@ def find_position_limit(config: Any) -> int | None:
 
 
 def warn_if_dropped(model: Any) -> None:
-    """Warn if generate() of this model drops its cache when the text passes the length that its rope was trained for.
+    """Warn if generate() of this model drops its cache once the text passes the length its rope was trained for.
 
     Phi-3 and its relatives do so with longrope: their short and long factors turn keys differently.
     """
@@ -103,13 +105,11 @@ def warn_if_dropped(model: Any) -> None:
     warnings.warn(
         f"generate() of {type(model).__name__} drops any cache when the text passes {limit} tokens "
         f"({name}), so such a text is not compressed: give a longer prompt to rankkv.compress() first; an answer that "
-        "passes this length goes on with a full cache.",
+        "passes this length continues with a full cache.",
         stacklevel=3,
     )
 
 
-def set_position_offset(model: Any, offset: Any) -> None:
-    """Set the position offset of the last image on the module that keeps it, ``[batch]`` (Qwen2-VL and others)."""
-    for module in model.modules():
-        if "rope_deltas" in vars(module):
-            module.rope_deltas = offset.view(-1, 1).to(next(module.parameters()).device)
+def find_offset_owner(model: Any) -> Any:
+    """Return the module that keeps the position offset of the last image (Qwen2-VL and others); None without one."""
+    return next((module for module in model.modules() if "rope_deltas" in vars(module)), None)

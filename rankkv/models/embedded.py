@@ -1,4 +1,4 @@
-"""The embedded model: found in its package without importing it, converted once, then read from a cache."""
+"""The embedded model: found in its package, converted once, then loaded from the cache folder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rankkv.errors import MissingDependencyError, SourceUnavailableError, UnsupportedModelError
-from rankkv.models.checkpoints import first_line, from_pretrained, quiet_progress
-from rankkv.utils.files import find_cache_folder
-from rankkv.utils.hub import require
+from ..errors import MissingDependencyError, SourceUnavailableError, UnsupportedModelError
+from ..utils.files import find_cache_folder
+from ..utils.hub import require
+from .checkpoints import first_line, from_pretrained, quiet_progress
 
 EMBEDDED = "embedded"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -32,32 +32,39 @@ _MARKER = "complete.json"
 
 
 def load_embedded(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Load the embedded model from the cache folder, converting it into that folder the first time."""
+    """Load the embedded model and its tokenizer; the first call converts it into the cache folder.
+
+    Raises
+    ------
+    MissingDependencyError
+        If the model's package, or the package that converts it, is not installed.
+    """
     gguf = _find_embedded_gguf()
     try:
         folder = _ensure_converted(gguf)
     except _CacheNotWritable as error:
         warnings.warn(
             f"the converted embedded model cannot be kept ({error}), so every load converts it again; "
-            "set RANKKV_CACHE to a folder with 600 MB of room that can be written.",
+            "set RANKKV_CACHE to a writable folder with 600 MB of free space.",
             stacklevel=3,
         )
         model, tokenizer = from_pretrained(str(gguf.parent), options, gguf_file=gguf.name)
         _drop_quantization_mark(model.config)
     else:
         model, tokenizer = _load_converted(gguf, folder, options)
-    # The cache folder's name means nothing in a report, and holds the user's home.
+    # Reports show this name: the cache folder's path would say nothing and reveal the user's home.
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = EMBEDDED
     return model, tokenizer
 
 
 def _load_converted(gguf: Path, folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Load the converted model; convert again if its files are damaged."""
     options = options | {"local_files_only": True}
     with quiet_progress():
         try:
             return from_pretrained(str(folder), options)
         except (SourceUnavailableError, UnsupportedModelError):
-            # Right lengths but wrong content: a disk fault of long ago is no reason to fail for ever.
+            # The lengths are right and the content is wrong, as after a disk fault: convert again.
             (folder / _MARKER).unlink(missing_ok=True)
     _ensure_converted(gguf)
     with quiet_progress():
@@ -65,7 +72,8 @@ def _load_converted(gguf: Path, folder: Path, options: dict[str, Any]) -> tuple[
 
 
 def _find_embedded_gguf() -> Path:
-    # The package is found, never imported: importing it needs a compiled dependency that RankKV does not use.
+    # Do not import the package: that needs a compiled dependency which RankKV does not use.
+    """Return the path of the GGUF file in the model's package."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         gguf = Path(folder) / _GGUF_NAME
@@ -78,22 +86,24 @@ def _find_embedded_gguf() -> Path:
 
 
 def _converted_folder(gguf: Path) -> Path:
+    """Return the folder of the converted model: its name has package version, digest and transformers version."""
     try:
         version = importlib.metadata.version(_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    # Tokenizers differ in what transformers versions write of them: what one wrote, another may read otherwise.
+    # One transformers version may misread the tokenizer files that another one wrote.
     written_by = ".".join(importlib.metadata.version("transformers").split(".")[:2])
     return find_cache_folder() / f"{gguf.stem}-{version}-{digest}-transformers-{written_by}"
 
 
 class _CacheNotWritable(Exception):
-    """The cache folder cannot be made, written or locked."""
+    """The cache folder cannot be created, written or locked."""
 
 
 def _ensure_converted(gguf: Path) -> Path:
+    """Return the folder of the converted model, converting it first if it is not complete."""
     folder = _converted_folder(gguf)
     if _is_complete(folder):
         return folder
@@ -104,7 +114,7 @@ def _ensure_converted(gguf: Path) -> Path:
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever comes second waits, then finds the work done; the lock goes with its process if that dies.
+        # A second process waits here and then finds the work done. A lock ends with its process.
         with FileLock(f"{folder}.lock"):
             if not _is_complete(folder):
                 _convert(gguf, folder)
@@ -116,7 +126,7 @@ def _ensure_converted(gguf: Path) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether every file that the conversion listed is there in the length it had."""
+    """Tell whether every file that the conversion listed exists and has its recorded length."""
     try:
         sizes = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
         return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -125,8 +135,9 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    """Write the converted model to a temporary folder, then rename it to ``folder``."""
     print("Converting the embedded model; done once, about 20 seconds ...", file=sys.stderr, flush=True)
-    # The lock is held, so what lies here under these names was left by a process that died.
+    # This process holds the lock, so these folders are leftovers of a process that died.
     for stale in folder.parent.glob(f".{folder.name}-*"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -142,25 +153,26 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _write_plain_checkpoint(gguf: Path, folder: Path) -> None:
+    """Write the unpacked float32 model and its tokenizer to ``folder``."""
     import torch
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": torch.float32, "trust_remote_code": False}
-    packed, tokenizer = from_pretrained(str(gguf.parent), options, gguf_file=gguf.name)
-    # A model that came from GGUF refuses to be saved even after its weights were unpacked, so they move into
-    # a model of the same architecture that never was quantized.
-    config = copy.deepcopy(packed.config)
+    unpacked, tokenizer = from_pretrained(str(gguf.parent), options, gguf_file=gguf.name)
+    # transformers refuses to save a model that was read from GGUF, even with unpacked weights.  So copy the
+    # weights into a new model of the same architecture.
+    config = copy.deepcopy(unpacked.config)
     _drop_quantization_mark(config)
     plain = AutoModelForCausalLM.from_config(config, dtype=options["dtype"])
-    plain.load_state_dict(packed.state_dict(), strict=True)
+    plain.load_state_dict(unpacked.state_dict(), strict=True)
     plain.tie_weights()
-    plain.generation_config = packed.generation_config
+    plain.generation_config = unpacked.generation_config
     plain.save_pretrained(folder)
     _without_start_token(tokenizer, config).save_pretrained(folder)
 
 
 def _without_start_token(tokenizer: Any, config: Any) -> Any:
-    """Return a tokenizer that adds no token: older transformers reads the file as a kind that begins with one."""
+    """Return a tokenizer that adds no token; older transformers reads the file as a kind that adds a first one."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
@@ -179,5 +191,6 @@ def _without_start_token(tokenizer: Any, config: Any) -> Any:
 
 
 def _drop_quantization_mark(config: Any) -> None:
+    """Remove the quantization config, which would mark unpacked weights as quantized."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer: from the hub, a folder, a GGUF file, or the embedded small model."""
+"""Loading a model and its tokenizer: from the hub, a folder, a GGUF file, or the embedded model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankkv.errors import ConfigError, InputError, SourceUnavailableError
-from rankkv.models.checkpoints import from_pretrained, quiet_progress
-from rankkv.models.embedded import EMBEDDED, EXTRA_INSTALL, load_embedded
-from rankkv.utils.hub import is_hub_reachable, require
+from ..errors import ConfigError, InputError, SourceUnavailableError
+from ..utils.hub import is_hub_reachable, require
+from .checkpoints import from_pretrained, quiet_progress
+from .embedded import EMBEDDED, EXTRA_INSTALL, load_embedded
 
 if TYPE_CHECKING:
     import torch
@@ -25,17 +25,17 @@ def load_model(
 
     The embedded model is SmolLM2-135M-Instruct (30 layers, 9 query heads on 3 kv heads, 8,192 positions) in
     4-bit weights. The first load converts them to float32 and keeps the result (about 540 MB) in
-    ``$RANKKV_CACHE``, else ``$XDG_CACHE_HOME/rankkv``, else ``~/.cache/rankkv``; later loads take a second
-    or two. Code that a repository carries is never run.
+    ``$RANKKV_CACHE``, else ``$XDG_CACHE_HOME/rankkv``, else ``~/.cache/rankkv``. Later loads take a second
+    or two. Code in a model's repository is never run.
 
     Parameters
     ----------
     name : str or path, default="embedded"
-        "embedded", a local folder, the path of a GGUF file, or a hub id. What starts with ``.``, ``/`` or
-        ``~``, ends in ``.gguf`` or exists on disk is a path.
+        "embedded", a local folder, the path of a GGUF file, or a hub id. A name is a path if it starts with
+        ``.``, ``/`` or ``~``, ends in ``.gguf`` or exists on disk.
     dtype : torch.dtype or str, optional
         Type of the weights, such as ``torch.bfloat16`` or "bfloat16". By default float32 for the embedded
-        model and the checkpoint's own type otherwise.
+        model, and the checkpoint's own type otherwise.
     device_map : str, dict or torch.device, optional
         Passed on to transformers. By default the model stays on the CPU.
 
@@ -47,15 +47,15 @@ def load_model(
     Raises
     ------
     ConfigError
-        If ``dtype`` names no floating-point type of torch.
+        If ``dtype`` is not a floating-point type of torch.
     InputError
-        If ``name`` can be neither a path nor a hub id, or a GGUF file is not one.
+        If ``name`` can be neither a path nor a hub id, or a file is not GGUF.
     MissingDependencyError
-        If a package that the choice needs is not installed; the message is the command that installs it.
+        If a needed package is not installed; the message gives the command that installs it.
     SourceUnavailableError
         If a path does not exist, or the hub cannot be reached and its local cache lacks the model.
     UnsupportedModelError
-        If transformers cannot build a causal language model from what is there.
+        If transformers cannot build a causal language model from the checkpoint.
 
     Examples
     --------
@@ -99,18 +99,18 @@ def _looks_like_path(text: str) -> bool:
 
 def _load_path(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     if not path.exists():
-        raise SourceUnavailableError(f"no model at {str(path)!r}: there is no such file or folder.")
+        raise SourceUnavailableError(
+            f"no model at {str(path)!r}: there is no such file or folder; check the path."
+        )
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise InputError(
-                    f"{str(path)!r} is a file but not GGUF; give the model's folder or a GGUF file."
-                )
+                raise InputError(f"{str(path)!r} is not a GGUF file; give the model's folder or a GGUF file.")
         require("gguf", EXTRA_INSTALL, "reading a GGUF file")
         return from_pretrained(str(path.parent), options, gguf_file=path.name)
     if not (path / "config.json").is_file():
         raise SourceUnavailableError(
-            f"the folder {str(path)!r} holds no config.json, so no model can be loaded from it."
+            f"the folder {str(path)!r} has no config.json; give a folder that save_pretrained() wrote."
         )
     with quiet_progress():
         return from_pretrained(str(path), options | {"local_files_only": True})
@@ -125,6 +125,6 @@ def _load_hub(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):
         raise SourceUnavailableError(
             f"the hub cannot be reached to load {name!r} and its local cache lacks it; "
-            "the model 'embedded' needs no network."
+            "use the model 'embedded', which needs no network."
         )
     return from_pretrained(name, options | {"local_files_only": True})

@@ -1,7 +1,7 @@
-"""Where the weights of a model are: on which devices, and in whose keeping where accelerate fetches them for a forward.
+"""Devices of a model's weights, and access to weights that accelerate offloads.
 
-An offloaded weight is a parameter on the meta device, which holds nothing; what it is, and where it is computed with, a
-hook of accelerate knows.
+An offloaded weight is a parameter on the meta device, which stores no values.  A hook of accelerate knows its values
+and the device that computes with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def find_input_device(model: Any) -> torch.device:
-    """Find the device that token ids go to: where the model's first weights are, or are computed with.
+    """Find the device for token ids: the one that stores, or computes with, the model's first weights.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def find_input_device(model: Any) -> torch.device:
 
 
 def find_layer_devices(model: nn.Module) -> dict[int, torch.device]:
-    """Find the device where each layer's attention is computed, by layer index.
+    """Find the device that computes each layer's attention, by layer index.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def find_layer_devices(model: nn.Module) -> dict[int, torch.device]:
 
 
 def list_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """List a model's parameters by name, in order; those that are tied once, also where offloading has parted them.
+    """List a model's parameters by name, in order; tied ones once, even if offloading separated them.
 
     Parameters
     ----------
@@ -58,6 +58,7 @@ def list_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         Any model.
     """
     tied = getattr(model, "all_tied_weights_keys", None)
+    # Only a mapping says which parameter a tied one repeats.
     same_as = tied if isinstance(tied, dict) else {}
     weights: dict[str, nn.Parameter] = {}
     known = set()
@@ -70,14 +71,19 @@ def list_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def read_weight(model: nn.Module, name: str) -> Tensor | None:
-    """Return the values of a parameter, fetched where accelerate keeps them; None where they are kept nowhere.
+    """Return the values of a parameter, fetched from accelerate's storage if it is offloaded.
 
     Parameters
     ----------
     model : PreTrainedModel
         Any model.
     name : str
-        Of the parameter.
+        Name of the parameter.
+
+    Returns
+    -------
+    Tensor or None
+        None if the values are stored nowhere.
     """
     parameter = model.get_parameter(name)
     if not parameter.is_meta:
@@ -88,13 +94,13 @@ def read_weight(model: nn.Module, name: str) -> Tensor | None:
         except KeyError:
             continue
         if isinstance(value, Tensor) and not value.is_meta:
-            # What is on the disk may be stored in another type than the model has.
+            # Values on disk may have another dtype than the model.
             return value.detach().to(parameter.dtype)
     return None
 
 
 def _find_device(model: nn.Module, name: str, module: nn.Module) -> torch.device | None:
-    """Return where a module's first parameter is when it is computed with; None if it has none."""
+    """Return the device that computes with a module's first parameter; None if it has no parameters."""
     first = next(module.named_parameters(), None)
     if first is None:
         return None
@@ -108,10 +114,10 @@ def _find_device(model: nn.Module, name: str, module: nn.Module) -> torch.device
 
 
 def _find_hooks(model: nn.Module, name: str) -> Iterator[tuple[Any, str]]:
-    """Yield accelerate's hooks on the modules that a parameter is part of, innermost first, with its name there."""
+    """Yield accelerate's hooks on the modules around a parameter, innermost first, with its name in each module."""
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         hook = getattr(model.get_submodule(".".join(parts[:depth])), "_hf_hook", None)
-        # Several hooks on one module stand in one that holds them.
+        # Several hooks on one module are wrapped in a single hook.
         for one in () if hook is None else (hook, *getattr(hook, "hooks", ())):
             yield one, ".".join(parts[depth:])

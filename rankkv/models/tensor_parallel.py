@@ -1,7 +1,7 @@
-"""Tensor parallelism: what the processes that hold a layer's heads between them have to tell each other.
+"""Tensor parallelism: the exchange between the processes that share a layer's heads.
 
-Each process sees its own query and key/value heads. Scores of single heads need no other process; a rank, a measure or
-a score that joins heads is summed over all of them, so that every process takes the same decision.
+Each process holds its own query and key/value heads.  Scores of single heads need no exchange.  A rank, measure or
+score over several heads is summed over all processes, so that every process makes the same decision.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .compat import read_config
 
 @dataclass(frozen=True, eq=False)
 class HeadShards:
-    """The processes that share the heads of a model's layers, each with the same number of consecutive ones.
+    """The processes that share the heads of a model's layers, each with equally many consecutive heads.
 
     Parameters
     ----------
     group : ProcessGroup
         Of torch.distributed.
     rank : int
-        Place of this process in it: it holds the ``rank``-th stretch of heads.
+        Number of this process in the group; it holds the ``rank``-th block of heads.
     size : int
         Number of processes.
     """
@@ -35,41 +35,41 @@ class HeadShards:
     size: int
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of every process' tensor; all must have the same shape."""
+        """Return the sum of every process's tensor; all must have the same shape."""
         total = tensor.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=self.group)
         return total
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of every process' tensor."""
+        """Return the mean of every process's tensor."""
         return self.sum(tensor) / self.size
 
     def gather_heads(self, tensor: Tensor) -> Tensor:
-        """Return ``[batch, all heads, ...]`` from every process' ``[batch, head, ...]``."""
+        """Return ``[batch, all heads, ...]`` from every process's ``[batch, head, ...]``."""
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
         torch.distributed.all_gather(parts, tensor.contiguous(), group=self.group)
         return torch.cat(parts, dim=1)
 
     def take_own(self, tensor: Tensor, dim: int = 1) -> Tensor:
-        """Return this process' stretch of an axis of all heads."""
+        """Return this process's block of an axis over all heads."""
         return tensor.chunk(self.size, dim=dim)[self.rank]
 
     def of_layer(self, layer_idx: int, module: nn.Module, heads: int, kv_heads: int) -> HeadShards | None:
-        """Return these shards if the heads that reached this layer's attention are one, None if they are all heads.
+        """Return these shards if this process holds one part of the layer's heads, None if it holds all.
 
         Parameters
         ----------
         layer_idx : int
             Index of the layer.
         module : nn.Module
-            Its attention module, whose config says how many heads there are in all.
+            Its attention module, whose config gives the total numbers of heads.
         heads, kv_heads : int
-            Query heads that reached it, and key/value heads of its cache.
+            Query heads and key/value heads in this process.
 
         Raises
         ------
         UnsupportedModelError
-            If the heads are no equal part of all heads.
+            If the heads are not an equal part of all heads.
         """
         config = getattr(module, "config", None)
         total, kv_total = (read_config(config, f"num_{name}_heads") for name in ("attention", "key_value"))
@@ -78,12 +78,12 @@ class HeadShards:
         if total == heads * self.size and kv_heads * self.size in (kv_total or total, total):
             return self
         raise UnsupportedModelError(
-            f"layer {layer_idx} has {total} query and {kv_total} key/value heads, and one of {self.size} "
-            f"tensor-parallel processes holds {heads} and {kv_heads}: that is no equal part of them, so decisions for "
-            "whole layers cannot be joined. Use a number of processes that divides both, or device_map."
+            f"layer {layer_idx} has {total} query and {kv_total} key/value heads, but one of {self.size} "
+            f"tensor-parallel processes holds {heads} and {kv_heads}, not an equal part: use a number of processes "
+            "that divides both, or device_map."
         )
 
-    # A process group is one of a kind: a copy of a cache goes on with it.
+    # A process group cannot be copied: copies of a cache share it.
     def __copy__(self) -> HeadShards:
         return self
 
@@ -92,7 +92,7 @@ class HeadShards:
 
 
 def find_head_shards(model: Any) -> HeadShards | None:
-    """Find the processes that a model loaded with ``tp_plan="auto"`` is shared out to; None if it is whole.
+    """Find the processes that share a model loaded with ``tp_plan="auto"``; None if the model is not split.
 
     Parameters
     ----------
@@ -102,23 +102,23 @@ def find_head_shards(model: Any) -> HeadShards | None:
     mesh, size = getattr(model, "_device_mesh", None), getattr(model, "_tp_size", None) or 1
     if mesh is None or size == 1:
         return None
-    # Its mesh has other axes too where transformers also knows pipelines and replicas.
+    # Newer transformers may add axes for pipelines and replicas to the mesh.
     group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
     return HeadShards(group, torch.distributed.get_rank(group), size)
 
 
 def take_local(parameter: Any) -> Tensor:
-    """Return what this process holds of a parameter: of a sharded one its part, else all of it."""
+    """Return this process's part of a sharded parameter, or the whole of another one."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def sample_parameter(parameter: Any, count: int) -> Tensor:
-    """Take up to ``count`` evenly spread values of a parameter, of a sharded one those of the whole.
+    """Take up to ``count`` evenly spread values of a parameter; of a sharded one, over all its parts.
 
     Parameters
     ----------
     parameter : Tensor
-        Of any shape; a DTensor must be asked for by all its processes together.
+        Of any shape. All processes of a DTensor must call this together.
     count : int
         Most values.
 
@@ -148,6 +148,7 @@ def sample_parameter(parameter: Any, count: int) -> Tensor:
     dim, placement = sharded[0]
     if len(sharded) > 1 or type(placement) is not Shard:
         return parameter.full_tensor().reshape(-1)[::step][:count]
+    # Each process fills in the sampled values that it holds; the sum over processes has all of them.
     places = list(torch.unravel_index(torch.arange(0, parameter.numel(), step)[:count], parameter.shape))
     start = mesh.get_local_rank(dim) * -(-parameter.shape[placement.dim] // mesh.size(dim))
     places[placement.dim] = places[placement.dim] - start

@@ -1,4 +1,4 @@
-"""Texts to measure on: the language reference every Python carries, WikiText-2 from the hub, or a file."""
+"""Texts to measure on: Python's language reference, WikiText-2 from the hub, or a file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rankkv.errors import ConfigError, InputError, SourceUnavailableError, UnknownNameError
-from rankkv.utils.hub import is_hub_reachable, require
+from ..errors import ConfigError, InputError, SourceUnavailableError, UnknownNameError
+from ..utils.hub import is_hub_reachable, require
 
 PYTHON_DOCS = "python-docs"
 WIKITEXT = "wikitext"
@@ -28,14 +28,14 @@ _SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+")
 def load_texts(
     name: str | os.PathLike[str], *, split: str = "validation", limit: int | None = None
 ) -> list[str]:
-    """Load the documents of a data set, in an order that never changes.
+    """Load the documents of a data set, always in the same order.
 
     Parameters
     ----------
     name : str or path
-        "python-docs" (the language reference in `pydoc_data`, one text a topic; no network), "wikitext"
-        (WikiText-2 raw from the hub, lines rejoined into articles), or the path of a ``.txt`` or ``.jsonl``
-        file. A JSONL file has one object a line, with the text under "text". A text file in WikiText's form
+        "python-docs" (the language reference in `pydoc_data`, one text per topic; no network), "wikitext"
+        (WikiText-2 raw from the hub, lines joined into articles), or the path of a ``.txt`` or ``.jsonl``
+        file. A JSONL file has one object per line, with the text under "text". A text file in WikiText's form
         is split at its titles (``= Title =`` between blank lines); any other is one text.
     split : {"validation", "train", "test"}, default="validation"
         Part of WikiText-2; the other sources have only one.
@@ -52,9 +52,9 @@ def load_texts(
     ConfigError
         If ``limit`` is below 1.
     InputError
-        If a file is empty, not UTF-8 or of another kind, or a JSON line (its number is named) has no text.
+        If a file is empty, not UTF-8 or of another kind, or a JSON line has no text (the message numbers it).
     MissingDependencyError
-        If "wikitext" is asked for and the package `datasets` is not installed.
+        If ``name`` is "wikitext" and the package `datasets` is not installed.
     SourceUnavailableError
         If the file does not exist, or the hub cannot be reached.
     UnknownNameError
@@ -81,13 +81,13 @@ def load_texts(
 
 
 def python_docs_text() -> str:
-    """Return the whole language reference that this Python carries, as one text.
+    """Return the whole language reference of this Python as one text.
 
     Returns
     -------
     str
-        About 465,000 characters; topics in alphabetical order, a blank line between them. The wording differs
-        a little from one Python version to the next.
+        About 465,000 characters: topics in alphabetical order, a blank line between them. The wording differs
+        a little between Python versions.
 
     Examples
     --------
@@ -98,12 +98,12 @@ def python_docs_text() -> str:
 
 
 def insert_fact(text: str, fact: str, depth: float = 0.5) -> str:
-    """Hide a fact in a document, at the sentence or paragraph boundary nearest to a relative depth.
+    """Insert a fact into a document, at the sentence or paragraph boundary nearest to a relative depth.
 
     Parameters
     ----------
     text : str
-        The document; nothing of it is lost.
+        The document; all of it is kept.
     fact : str
         One or more whole sentences.
     depth : float, default=0.5
@@ -112,7 +112,7 @@ def insert_fact(text: str, fact: str, depth: float = 0.5) -> str:
     Returns
     -------
     str
-        The document with the fact in it, as a paragraph of its own where the boundary is one.
+        The document with the fact in it; at a paragraph boundary the fact is a paragraph of its own.
 
     Raises
     ------
@@ -128,13 +128,11 @@ def insert_fact(text: str, fact: str, depth: float = 0.5) -> str:
     """
     if not 0.0 <= depth <= 1.0:
         raise ConfigError(
-            f"depth is {depth} but must lie in [0, 1]: 0 is the start of the document, 1 its end."
+            f"depth is {depth} but must be in [0, 1]: 0 is the start of the document, 1 its end."
         )
     fact = fact.strip()
     if not text.strip() or not fact:
-        raise InputError(
-            f"the {'document' if fact else 'fact'} is blank, so there is nothing to hide; give some text."
-        )
+        raise InputError(f"the {'document' if fact else 'fact'} is blank; give some text.")
 
     target = depth * len(text)
     ends = {match.end(): "\n\n" for match in _PARAGRAPH_END.finditer(text)}
@@ -151,21 +149,21 @@ def insert_fact(text: str, fact: str, depth: float = 0.5) -> str:
 
 
 def take_tokens(tokenizer: Any, text: str, tokens: int) -> str:
-    """Cut the start of a text that makes at most so many tokens, and few less.
+    """Cut a text after at most ``tokens`` tokens.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        Counts the tokens; no special ones are added.
+        Counts the tokens, without special ones.
     text : str
-        Must make at least ``tokens`` tokens.
+        Must have at least ``tokens`` tokens.
     tokens : int
-        Tokens wanted, at least 1.
+        Number of tokens, at least 1.
 
     Returns
     -------
     str
-        A start of ``text``; tokenized by itself it gives at most ``tokens`` tokens. It may give a few less,
+        A start of ``text`` that has at most ``tokens`` tokens when tokenized by itself. It may have a few less,
         since a word cut in two is tokenized differently.
 
     Raises
@@ -173,7 +171,7 @@ def take_tokens(tokenizer: Any, text: str, tokens: int) -> str:
     ConfigError
         If ``tokens`` is below 1.
     InputError
-        If ``text`` is too short; the message says how many tokens it has.
+        If ``text`` is too short (the message gives its number of tokens), or the tokenizer changes the text.
 
     Examples
     --------
@@ -181,21 +179,22 @@ def take_tokens(tokenizer: Any, text: str, tokens: int) -> str:
     """
     if tokens < 1:
         raise ConfigError(f"tokens is {tokens} but must be at least 1.")
-    ids = _count_ids(tokenizer, text)
+    ids = encode_plain(tokenizer, text)
     if len(ids) < tokens:
-        raise InputError(f"{tokens} tokens are asked for but the text has {len(ids)}; give a longer text.")
+        raise InputError(f"{tokens} tokens were requested but the text has {len(ids)}; give a longer text.")
     for taken in range(tokens, 0, -1):
-        # A token may end inside a character of several bytes, which decoding shows as this sign.
+        # A token may end inside a character of several bytes; decoding shows the rest as U+FFFD.
         start = tokenizer.decode(ids[:taken], skip_special_tokens=False).rstrip("\ufffd")
-        if start and text.startswith(start) and len(_count_ids(tokenizer, start)) <= tokens:
+        if start and text.startswith(start) and len(encode_plain(tokenizer, start)) <= tokens:
             return start
     raise InputError(
-        "the tokenizer does not give back the text it was given, so the text cannot be cut at a token; "
+        "decoding the tokens does not give the text back, so the text cannot be cut at a token; "
         "cut the token ids instead."
     )
 
 
-def _count_ids(tokenizer: Any, text: str) -> list[int]:
+def encode_plain(tokenizer: Any, text: str) -> list[int]:
+    """Tokenize a text without special tokens."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -211,7 +210,7 @@ def _load_wikitext(split: str) -> list[str]:
 
     import datasets
 
-    # Without this an unreachable hub is asked again and again before the local cache is looked at.
+    # Otherwise `datasets` retries an unreachable hub many times before it reads its local cache.
     was_offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = was_offline or not reachable
     try:
@@ -219,7 +218,7 @@ def _load_wikitext(split: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise SourceUnavailableError(
             "the hub cannot be reached to load 'wikitext' and its local cache lacks it; "
-            "'python-docs' needs no network, nor does the path of a .txt or .jsonl file."
+            "use 'python-docs' or the path of a .txt or .jsonl file, which need no network."
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
@@ -230,10 +229,10 @@ def _load_file(path: Path) -> list[str]:
     readers: dict[str, Callable[[Path, str], list[str]]] = {".txt": _read_txt, ".jsonl": _read_jsonl}
     if not path.exists():
         raise SourceUnavailableError(
-            f"no texts at {str(path)!r}: that is neither {PYTHON_DOCS!r}, {WIKITEXT!r} nor an existing file."
+            f"no texts at {str(path)!r}; give {PYTHON_DOCS!r}, {WIKITEXT!r} or an existing file."
         )
     if not path.is_file() or path.suffix.lower() not in readers:
-        raise InputError(f"{str(path)!r} is not a .txt or .jsonl file.")
+        raise InputError(f"{str(path)!r} is not a .txt or .jsonl file; give one of these.")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -242,19 +241,19 @@ def _load_file(path: Path) -> list[str]:
         ) from error
     texts = readers[path.suffix.lower()](path, content)
     if not texts:
-        raise InputError(f"{str(path)!r} is empty: it holds no text.")
+        raise InputError(f"{str(path)!r} is empty; give a file with at least one document.")
     return texts
 
 
 def _read_txt(path: Path, content: str) -> list[str]:
     texts = _split_at_titles(content.splitlines(keepends=True))
-    # The text ahead of a first title is a document too, so one title alone already makes two.
+    # Text before the first title is a document of its own, so even one title makes two documents.
     return texts if len(texts) > 1 else [content] if content.strip() else []
 
 
 def _read_jsonl(path: Path, content: str) -> list[str]:
     texts = []
-    # str.splitlines would also split at characters that JSON allows inside a string.
+    # Not str.splitlines: it also splits at characters that JSON allows inside a string.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
@@ -272,7 +271,7 @@ def _read_jsonl(path: Path, content: str) -> list[str]:
 
 
 def _split_at_titles(lines: Iterable[str]) -> list[str]:
-    """Join lines into documents; a document begins at each title that stands between blank lines."""
+    """Join lines into documents; each title between blank lines starts a new one."""
     rows = list(lines)
     documents: list[list[str]] = [[]]
     for index, line in enumerate(rows):

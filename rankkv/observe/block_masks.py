@@ -1,4 +1,4 @@
-"""flex_attention's block masks: a mask is a function of indices there, not a tensor."""
+"""Block masks of flex_attention, which are functions of indices, not tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ BACKEND = "flex_attention"
 
 
 def is_block_mask(mask: Any) -> bool:
-    """Tell whether a mask is a function of indices."""
+    """Tell whether a mask is a block mask."""
     return callable(getattr(mask, "mask_mod", None))
 
 
 def evaluate(block_mask: Any, queries: Tensor, keys: Tensor) -> Tensor:
-    """Evaluate a block mask's own function at pairs of indices.
+    """Evaluate a block mask at pairs of indices.
 
     Parameters
     ----------
     block_mask : BlockMask
-        As transformers makes it: its function takes batch, head, query and key index, counted within the call.
+        As transformers makes it: a function of batch, head, query and key index, counted within the call.
     queries, keys : Tensor
         Int64 indices that broadcast against each other, ``[batch or 1, head or 1, query, key]``.
 
@@ -41,7 +41,7 @@ def evaluate(block_mask: Any, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def reduce_block_mask(block_mask: Any, query_length: int, key_length: int, heads: int = 1) -> Tensor:
-    """Say with a tensor what a block mask hides.
+    """Turn a block mask into a tensor, as small as possible.
 
     Parameters
     ----------
@@ -50,18 +50,18 @@ def reduce_block_mask(block_mask: Any, query_length: int, key_length: int, heads
     query_length, key_length : int
         Shape of the call.
     heads : int, default 1
-        Query heads, where the mask may differ between them.
+        Number of query heads, if the mask may differ between them.
 
     Returns
     -------
     Tensor
-        ``[batch, key]`` bool, what is real, where nothing but padding and later tokens is hidden, the same in all
-        heads; otherwise the whole mask, ``[batch, 1 or head, query, key]`` bool.
+        ``[batch, key]`` bool, True for real keys, if the mask hides only padding and later tokens, the same in all
+        heads. Otherwise the whole mask, ``[batch, 1 or head, query, key]`` bool.
 
     Raises
     ------
     UnsupportedModelError
-        If the mask is none.
+        If the mask is not a block mask.
 
     Examples
     --------
@@ -72,7 +72,7 @@ def reduce_block_mask(block_mask: Any, query_length: int, key_length: int, heads
     """
     if not is_block_mask(block_mask):
         raise UnsupportedModelError(
-            f"attention mask of type {type(block_mask).__name__} is not understood; load the model with "
+            f"attention masks of type {type(block_mask).__name__} are not supported; load the model with "
             "attn_implementation='sdpa'."
         )
     device = block_mask.kv_indices.device
@@ -86,12 +86,13 @@ def reduce_block_mask(block_mask: Any, query_length: int, key_length: int, heads
     else:
         real = torch.ones_like(newest)
     if bool((real & ~newest).any()):
+        # A real key that the newest query does not see: a sliding or chunked mask.
         return evaluate(block_mask, torch.arange(query_length, device=device).view(1, 1, -1, 1), keys)
     return real
 
 
 def build_block_mask(visible: Tensor) -> Any:
-    """Build the block mask of a dense one, ``[batch, head or 1, query, key]`` bool."""
+    """Build a block mask from a dense mask, ``[batch, head or 1, query, key]`` bool."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, heads, queries, keys = visible.shape
@@ -108,12 +109,12 @@ def build_block_mask(visible: Tensor) -> Any:
 def project_block_mask(
     block_mask: Any, positions: Tensor, slot_valid: Tensor | None, query_length: int, query_heads: int
 ) -> Any:
-    """Bring a block mask from the tokens seen to the slots of one layer.
+    """Rebuild a block mask over seen tokens as one over the slots of a layer.
 
     Parameters
     ----------
     block_mask : BlockMask or None
-        What transformers made for all layers; None hides what comes later.
+        The mask that transformers made for all layers; None hides only later tokens.
     positions : Tensor
         ``[batch, kv_head or 1, slot]`` int64, logical position of each slot (ascending).
     slot_valid : Tensor, optional
@@ -124,7 +125,7 @@ def project_block_mask(
     Returns
     -------
     BlockMask or None
-        None where nothing is hidden from the one query of a decode step.
+        None if nothing is hidden from the one query of a decode step.
     """
     if positions.shape[1] > 1:
         positions = positions.repeat_interleave(query_heads // positions.shape[1], dim=1)
@@ -132,6 +133,7 @@ def project_block_mask(
     queries = torch.arange(query_length, device=positions.device).view(1, 1, -1, 1)
     if block_mask is None:
         slots = positions.shape[-1]
+        # The queries' own keys are in the last slots.
         order = torch.arange(slots, device=positions.device).view(1, 1, 1, -1)
         visible = (order <= queries + slots - query_length).expand(positions.shape[0], 1, -1, -1)
     else:

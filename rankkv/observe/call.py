@@ -1,4 +1,4 @@
-"""From the arguments of one attention call to an observation, padding and evicted tokens accounted for."""
+"""An attention call, and the Observation built from its arguments."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .observation import Observation, count_real, is_visible
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The arguments of one attention call, and the function they are for.
+    """The arguments of one attention call, and the attention function to run.
 
     Parameters
     ----------
     inner : callable
-        transformers' own attention function, or the model module's.
+        The attention function, of transformers or of the model's own module.
     module : nn.Module
-        The attention module that calls.
+        The attention module that calls it.
     query, key, value : Tensor
         ``[batch, head or kv_head, query or key, head_dim]``.
     mask : Tensor, BlockMask or None
-        What transformers made for the layer.
+        The mask that transformers made for the layer.
     options : dict
         The call's keyword arguments.
     """
@@ -49,11 +49,11 @@ class AttentionCall:
 
     @property
     def arguments(self) -> tuple[nn.Module, Tensor, Tensor, Tensor, Any, dict[str, Any]]:
-        """Everything but the function: module, query, key, value, mask, options."""
+        """The arguments in order: module, query, key, value, mask, options."""
         return self.module, self.query, self.key, self.value, self.mask, self.options
 
     def run(self) -> Any:
-        """Call the function."""
+        """Run the attention function and return its result."""
         return self.inner(self.module, self.query, self.key, self.value, self.mask, **self.options)
 
 
@@ -76,42 +76,47 @@ def observe(
     more_to_come: bool = False,
     shards: HeadShards | None = None,
 ) -> Observation:
-    """Gather an :class:`Observation` from the arguments of one call of a layer's attention function.
+    """Build an :class:`Observation` from the arguments of one call of a layer's attention function.
 
     Parameters
     ----------
     layer_idx : int
         Index of the layer.
     module : nn.Module
-        The attention module (asked for ``scaling`` where the call does not say it).
+        The attention module; its ``scaling`` counts if the call gives none.
     query, key, value : Tensor
         ``[batch, head or kv_head, query or key, head_dim]``; the queries' own keys are the last ones.
-    attention_mask : Tensor or None
-        4-D, flash attention's 2-D ``[batch, key]``, or None.
+    attention_mask : Tensor, BlockMask or None
+        4-D, flash attention's 2-D ``[batch, key]``, a block mask, or None.
     options : mapping
         The call's keyword arguments: ``scaling``, ``softcap``, ``s_aux``, ``position_bias``.
     kv_heads, window_size, sink_size : int
         See :class:`Observation`.
     positions : Tensor, optional
-        Logical positions of the keys where some were evicted; None means all tokens are there.
+        Logical positions of the keys if some were evicted; None if all tokens are there.
     slot_valid : Tensor, optional
-        ``[batch, kv_head, key]`` bool, which of the keys hold a token, where the heads of a layer keep different
-        numbers of them; None means all, or that the mask says it.
+        ``[batch, kv_head, key]`` bool, True for slots with a token, if the heads of a layer keep different numbers of
+        them. None if every slot holds a token, or the mask tells.
     seen : int, optional
-        Tokens seen, this call's included; None means as many as there are keys.
+        Number of tokens seen, including this call's; None means the number of keys.
     row_start : list of int, optional
-        Padding before each row's first real token, where an earlier call established it.
+        Padding before each row's first real token, if an earlier call found it.
     more_to_come : bool, default False
-        Whether this may be a chunk of the prompt, so that a row may hold nothing but padding yet.
+        True if this may be a chunk of the prompt; a row may then hold only padding so far.
     shards : HeadShards, optional
-        The tensor-parallel processes of the model, where there are several.
+        The tensor-parallel processes of the model, if there are several.
+
+    Returns
+    -------
+    Observation
+        Its queries, keys and values share memory with the call's.
 
     Raises
     ------
     InputError
         If a row of the batch holds no real token, or ends in padding.
     UnsupportedModelError
-        If this process holds no equal part of the layer's heads.
+        If this process does not hold an equal part of the layer's heads.
     """
     batch, key_length, query_length = key.shape[0], key.shape[-2], query.shape[-2]
     seen = key_length if seen is None else seen
@@ -126,13 +131,13 @@ def observe(
         if attention_mask.dim() == 2:
             valid, attention_mask = attention_mask[:, -key_length:].bool(), None
         else:
-            # Real tokens see themselves; where earlier queries are gone, the newest sees what is real.
+            # A real token sees itself.  Without the earlier queries, the real keys are those that the newest sees.
             whole = query_length == key_length
             seen_keys = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1) if whole else attention_mask[:, 0, -1]
             valid = is_visible(seen_keys[:, :key_length])
         valid = valid.expand(batch, -1)
         if slot_valid is not None and attention_mask is not None:
-            # The newest query of each group sees what is real in its head.
+            # In each head, the real keys are those that the newest query sees.
             newest = attention_mask[
                 :, :: max(1, attention_mask.shape[1] // slot_valid.shape[1]), -1, :key_length
             ]
@@ -140,22 +145,22 @@ def observe(
         available = count_real(valid)
         if not more_to_come:
             check_rows(available)
-    # The queries' own keys are there in all heads.
+    # All heads hold the queries' own keys.
     query_valid = (valid if valid.dim() == 2 else valid[:, 0])[:, key_length - query_length :]
     if row_start is None and attention_mask_given:
         ends_real = [end or count == 0 for end, count in zip(valid[:, -1].tolist(), available, strict=True)]
         if not all(ends_real):
             raise InputError(
-                f"row {ends_real.index(False)} of the batch ends in padding, where the last queries are observed: pad "
-                "on the left (tokenizer.padding_side = 'left')."
+                f"row {ends_real.index(False)} of the batch ends in padding, but its last queries must be real: pad on "
+                "the left (tokenizer.padding_side = 'left')."
             )
     if row_start is None:
-        # Nothing was evicted yet, so what is missing before a row's first real token is padding.
+        # Nothing was evicted yet, so the keys before a row's first real token are padding.
         row_start = (
             [0] * batch if attention_mask is None and min(available) == key_length else _first_valid(valid)
         )
     elif max(row_start) >= seen - query_length > 0:
-        # A row of nothing but padding so far may start in this call.
+        # A row of only padding so far may start in this call.
         past = seen - query_length
         starts = _first_valid(query_valid)
         row_start = [
@@ -192,7 +197,12 @@ def observe(
 
 
 def check_rows(tokens: list[int]) -> None:
-    """Raise if a row of the batch holds no real token.
+    """Raise if a row of the batch has no real token.
+
+    Parameters
+    ----------
+    tokens : list of int
+        Number of real tokens of each row.
 
     Raises
     ------
@@ -201,12 +211,12 @@ def check_rows(tokens: list[int]) -> None:
     """
     if min(tokens) <= 0:
         raise InputError(
-            f"row {tokens.index(min(tokens))} of the batch holds no real token: remove it or give it at least one "
-            "token."
+            f"row {tokens.index(min(tokens))} of the batch has no real token: remove it or give it at least one token."
         )
 
 
 def _first_valid(valid: Tensor) -> list[int]:
-    # A row without a real token counts as all padding.
+    # A row without a real token counts as padding only.
+    """Return the index of each row's first real token."""
     first = torch.where(valid.any(dim=-1), valid.int().argmax(dim=-1), valid.shape[-1])
     return [int(index) for index in first.tolist()]

@@ -1,4 +1,4 @@
-"""What one layer's attention looks like at the moment of compression: the input of ranks and selectors."""
+"""Observation: queries, keys and values of one layer at compression, the input of ranks and selectors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from ..models.tensor_parallel import HeadShards
     from .rotary import LayerRotation
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
 #: Elements of one block of attention weights (float32): 32 Mi elements are 128 MiB.
 BLOCK_ELEMENTS = 1 << 25
-#: The same on a CPU, where the passes over a block of 4 MiB find it in the cache.
+#: The same on a CPU: a block of 4 MiB fits into its cache.
 CPU_BLOCK_ELEMENTS = 1 << 20
 
 
@@ -25,8 +27,8 @@ CPU_BLOCK_ELEMENTS = 1 << 20
 class Observation:
     """Queries, keys and values of one layer, as its own attention just used them.
 
-    Attention weights are computed from them on demand, in float32, a block of query rows at a time, so that nothing
-    larger than ``heads x rows x keys`` ever stands in memory.
+    Attention weights are computed on demand, in float32, one block of query rows at a time.  So no tensor in memory is
+    larger than ``heads x rows x keys``.
 
     Parameters
     ----------
@@ -41,35 +43,38 @@ class Observation:
     query_start : int
         Logical position of the first query; the others follow without a gap.
     valid, query_valid : Tensor
-        Bool, ``[batch, key]`` (``[batch, kv_head, key]`` where heads keep different numbers of tokens) and
-        ``[batch, query]``: False where there is padding or an empty slot.
+        Bool, False for padding and empty slots.  ``valid`` is ``[batch, key]``, or ``[batch, kv_head, key]`` if heads
+        keep different numbers of tokens; ``query_valid`` is ``[batch, query]``.
     row_start : list of int
-        Padding before the first real token, one entry a row.
+        Padding before the first real token, one entry per row.
     lengths : list of int
-        Real tokens seen, one entry a row, evicted ones included.
+        Real tokens seen, including evicted ones, one entry per row.
     available : list of int
-        Real tokens among the keys, one entry a row; an average over the heads where they differ.
+        Real tokens among the keys, one entry per row; the average over the heads if they differ.
     kv_heads : int
-        Key/value heads of the cache, which may be fewer than those of ``keys``.
+        Number of key/value heads of the cache, which may be less than that of ``keys``.
     scaling : float
         Factor on the dot products.
     attention_mask : Tensor, optional
-        The mask the layer's attention got, bool or additive, ``[batch, 1 or head, query, key]``; None means causal.
+        The mask of the layer's attention, bool or additive, ``[batch, 1 or head, query, key]``; None means causal.
     position_bias, softcap, sink_logits
-        What else enters the softmax: an additive bias, a tanh cap on the logits, one extra logit a head that takes
-        mass away (attention sinks learned by the model).
+        Other terms of the softmax: an additive bias, a tanh cap on the logits, one extra logit per head that takes mass
+        away (attention sinks learned by the model).
     window_size, sink_size : int
         The observation window and the number of protected first tokens.
     module_ref : weakref.ref, optional
-        The attention module, as long as it lives.
+        Weak reference to the attention module.
     rotation : LayerRotation, optional
-        How the layer turns queries and keys with position, where the selector asks for it and it is known.
+        How the layer turns queries and keys with position, if known and needed by the selector.
     packed : bool
-        Whether they stand at the consecutive positions of the keys that are left, and not at their own.
+        True if the queries are at consecutive positions after the kept keys, not at their original ones.
     past_moments : Tensor, optional
-        Moments of the queries before these, ``[batch, head, key_dim + 1, key_dim + 1]``, where they are asked for.
+        Moments of the queries before these, ``[batch, head, key_dim + 1, key_dim + 1]``, if the selector needs them.
     shards : HeadShards, optional
-        The tensor-parallel processes that hold the layer's other heads: what joins heads is joined over them.
+        The tensor-parallel processes that hold the layer's other heads.  Values over several heads are joined over
+        them.
+    memory : dict, optional
+        Measures of this layer that were computed before, if one observation is measured more than once.
     """
 
     layer_idx: int
@@ -91,26 +96,25 @@ class Observation:
     sink_logits: Tensor | None = None
     window_size: int = 32
     sink_size: int = 4
-    # Weak, since queries that wait keep their observation, and a copy of the cache must not copy the model.
+    # Weak: waiting queries keep their observation, and a copy of the cache must not copy the model.
     module_ref: weakref.ref[nn.Module] | None = None
     rotation: LayerRotation | None = None
     packed: bool = False
     past_moments: Tensor | None = None
     shards: HeadShards | None = None
-    # What was measured of this layer before, where one observation is measured more than once.
     memory: dict[Any, Tensor] | None = None
 
     @property
     def module(self) -> nn.Module | None:
-        """The attention module; None where it is not known."""
+        """The attention module; None if it is not known or no longer exists."""
         return None if self.module_ref is None else self.module_ref()
 
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over the processes that hold the layer's heads; where this one holds all, return it."""
+        """Sum a tensor over the processes that share the layer's heads."""
         return tensor if self.shards is None else self.shards.sum(tensor)
 
     def gather_over_shards(self, per_head: Tensor) -> Tensor:
-        """Return ``[batch, all heads, ...]`` of ``[batch, head, ...]``, from all processes that hold heads."""
+        """Return ``[batch, all heads, ...]`` from every process's ``[batch, head, ...]``."""
         return per_head if self.shards is None else self.shards.gather_heads(per_head)
 
     @property
@@ -131,7 +135,7 @@ class Observation:
 
     @property
     def query_rotary_positions(self) -> Tensor:
-        """Position by which each query was turned, ``[batch, 1 or head, query]`` int64."""
+        """Rotary position of each query, ``[batch, 1 or head, query]`` int64."""
         if not self.packed:
             return self.query_index[:, None]
         held = self._valid_heads.sum(dim=-1)
@@ -142,7 +146,7 @@ class Observation:
 
     @property
     def hides_real_tokens(self) -> bool:
-        """Whether the newest query cannot see all real tokens of its row (a sliding or chunked mask)."""
+        """True if the newest query of a row cannot see all its real tokens (a sliding or chunked mask)."""
         if self.attention_mask is None:
             return False
         visible = is_visible(self.attention_mask[:, 0, -1]).expand(len(self.lengths), -1).sum(-1).tolist()
@@ -156,6 +160,7 @@ class Observation:
 
     @property
     def _valid_heads(self) -> Tensor:
+        """Valid keys by head, ``[batch, kv_head or 1, key]`` bool."""
         return self.valid if self.valid.dim() == 3 else self.valid[:, None]
 
     @cached_property
@@ -166,10 +171,13 @@ class Observation:
 
     @cached_property
     def evictable_attention(self) -> Tensor:
-        """The window's attention to what could be evicted, ``[batch, head, query, key]``: no sinks, nothing recent."""
+        """The window's attention to the keys that may be evicted, ``[batch, head, query, key]``.
+
+        The columns of sinks and recent tokens are left out or zero.
+        """
         window, sinks, recent = self.window_attention, self.sink_size, self.window_size
         if {*self.lengths, *self.available} == {self.key_length}:
-            # Without padding or earlier evictions the evictable columns are one stretch: a view, no copy.
+            # Without padding or earlier evictions the evictable columns are consecutive: a view, no copy.
             return window[..., sinks : max(sinks, self.key_length - recent)]
         index = self.real_index
         newest = torch.tensor(self.lengths, device=index.device).view(-1, 1, 1) - recent
@@ -179,7 +187,7 @@ class Observation:
         return window * columns[:, :, None, :]
 
     def remember(self, compute: Callable[[Observation], Tensor]) -> Tensor:
-        """Return ``compute(self)``, computed once for each observation and function."""
+        """Return ``compute(self)``, computed once per observation and function."""
         known: dict[Any, Tensor] = vars(self).setdefault("_remembered", {})
         if compute not in known:
             known[compute] = compute(self)
@@ -187,8 +195,11 @@ class Observation:
 
     @cached_property
     def is_plainly_causal(self) -> bool:
-        """Whether query ``i`` sees exactly the first ``query_start + i + 1`` keys: no padding, eviction or mask."""
-        # A row taken out of a padded batch keeps its logical positions, which start after the padding.
+        """True if query ``i`` sees exactly the first ``query_start + i + 1`` keys.
+
+        That needs a layer without padding, eviction or mask.
+        """
+        # A row from a padded batch keeps its logical positions, which start after the padding.
         held = {*self.lengths, *self.available, self.query_start + self.query_length}
         return self.attention_mask is None and held == {self.key_length}
 
@@ -202,7 +213,7 @@ class Observation:
         rows : slice
             Query rows, counted from the first query.
         key_stop : int, optional
-            Leave out keys from here on (they must all be invisible to these rows).
+            Leave out the keys from here on; they must be invisible to all these rows.
 
         Returns
         -------
@@ -214,7 +225,7 @@ class Observation:
         keys = self.keys[:, :, :key_stop]
         batch, heads, count, dim = query.shape
         kv_heads = keys.shape[1]
-        # The queries of one group side by side, so that no key is repeated, and each step after this in place.
+        # Stack the queries of a group as rows, so that no key is repeated.  All later steps work in place.
         grouped = query.reshape(batch * kv_heads, heads // kv_heads * count, dim)
         logits = grouped.new_empty(*grouped.shape[:2], key_stop)
         logits.baddbmm_(
@@ -226,36 +237,36 @@ class Observation:
         if self.position_bias is not None:
             logits += self.position_bias[..., rows, :key_stop].float()
         if self.is_plainly_causal:
-            # Only the keys after the first row's own are hidden from any row.
+            # All rows see the keys up to the first row's own, so only later keys need a mask.
             first = rows.indices(self.query_length)[0]
             split = min(self.query_start + first + 1, key_stop)
             later = torch.arange(split, key_stop, device=logits.device)
             last = torch.arange(self.query_length, device=logits.device)[rows] + self.query_start
             logits[..., split:].masked_fill_(later > last[:, None], float("-inf"))
             return self._softmax(logits)
-        allowed, bias = self._allowed(rows, key_stop)
+        allowed, bias = self._find_visible(rows, key_stop)
         if bias is not None:
             logits += bias
-        # A row of padding has no visible key: its softmax is 0/0, and it must not reach a rank or a score.
+        # A row of padding sees no key, so its softmax is 0/0.  Zero it: NaN must not reach a rank or a score.
         return self._softmax(logits.masked_fill_(~allowed, float("-inf"))).masked_fill_(~allowed, 0.0)
 
     def _softmax(self, logits: Tensor) -> Tensor:
-        """Compute the softmax in place (with learned sinks: in a copy), ``[batch, head, row, key]``."""
+        """Compute the softmax, ``[batch, head, row, key]``: in place without learned sinks, else in a copy."""
         if self.sink_logits is None:
             return torch.softmax(logits, dim=-1, out=logits)
         sink = self.sink_logits.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
     def attention_blocks(self) -> Iterator[Tensor]:
-        """Yield the weights of consecutive blocks of query rows of the whole causal attention.
+        """Yield the whole causal attention in blocks of consecutive query rows.
 
-        Each is ``[batch, head, row, visible keys]`` float32; keys after the block's last row are left out, since no row
-        of the block sees them.
+        Each block is ``[batch, head, row, visible keys]`` float32.  Keys after the block's last row are left out, since
+        no row of the block sees them.
         """
         batch, heads = self.query.shape[:2]
         elements = CPU_BLOCK_ELEMENTS if self.query.device.type == "cpu" else BLOCK_ELEMENTS
         rows = max(16, elements // (batch * heads * self.key_length))
-        # The last queries' own keys are the last keys, one for each, so a block sees none of those that follow it.
+        # The queries' own keys are the last keys, so a block sees no key after its own last one.
         offset = self.key_length - self.query_length
         for start in range(0, self.query_length, rows):
             stop = min(start + rows, self.query_length)
@@ -263,9 +274,9 @@ class Observation:
             yield self.compute_attention(slice(start, stop), key_stop)
 
     def compute_column_sums(self) -> Tensor:
-        """Compute the attention each key gets from all query rows, ``[batch, kv_head, key]`` float32.
+        """Compute the attention that each key gets from all query rows, ``[batch, kv_head, key]`` float32.
 
-        Accumulated in blocks of rows and averaged over the query heads of a group.
+        Summed block by block, and averaged over the query heads of a group.
         """
         batch, heads = self.query.shape[:2]
         sums = torch.zeros((batch, heads, self.key_length), dtype=torch.float32, device=self.keys.device)
@@ -285,7 +296,7 @@ class Observation:
         return per_head.reshape(batch, self.kv_heads, heads // self.kv_heads, *per_head.shape[2:]).mean(dim=2)
 
     def take_row(self, row: int) -> Observation:
-        """Return the observation of one row of the batch alone, without its padding."""
+        """Return the observation of one batch row, without its padding."""
         real = self._valid_heads[row].any(dim=0).nonzero()[:, 0]
         queries = self.query_valid[row].nonzero()[:, 0]
 
@@ -312,54 +323,48 @@ class Observation:
         )
 
     def take_group(self, row: int, key_head: int) -> Observation:
-        """Return the observation of one key head and its query heads in one row, without padding and empty slots."""
+        """Return one row's observation of a key head and its query heads, without padding and empty slots."""
         groups = self.query.shape[1] // self.keys.shape[1]
         key_heads, heads = slice(key_head, key_head + 1), slice(key_head * groups, (key_head + 1) * groups)
 
-        def pick(tensor: Tensor | None, among: slice) -> Tensor | None:
-            return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, among]
-
         valid = self._valid_heads.expand(-1, self.keys.shape[1], -1)[:, key_head]
-        positions = pick(self.positions, key_heads)
         group = replace(
             self,
             query=self.query[:, heads],
             keys=self.keys[:, key_heads],
             values=self.values[:, key_heads],
-            positions=self.positions if positions is None else positions,
+            positions=_pick_heads(self.positions, key_heads),
             valid=valid,
             available=count_real(valid),
             kv_heads=1,
             shards=None,
-            attention_mask=pick(self.attention_mask, heads),
-            position_bias=pick(self.position_bias, heads),
+            attention_mask=_pick_heads(self.attention_mask, heads),
+            position_bias=_pick_heads(self.position_bias, heads),
             sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[heads],
-            past_moments=pick(self.past_moments, heads),
+            past_moments=_pick_heads(self.past_moments, heads),
         )
         return group.take_row(row)
 
     def take_head(self, head: int, key_head: int) -> Observation:
-        """Return the observation of one query head and its key head alone."""
-
-        def pick(tensor: Tensor | None, index: int) -> Tensor | None:
-            return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, index : index + 1]
-
-        positions = pick(self.positions, key_head * self.positions.shape[1] // self.keys.shape[1])
+        """Return the observation of one query head and its key head."""
+        heads, key_heads = slice(head, head + 1), slice(key_head, key_head + 1)
+        position_head = key_head * self.positions.shape[1] // self.keys.shape[1]
         return replace(
             self,
-            query=self.query[:, head : head + 1],
-            keys=self.keys[:, key_head : key_head + 1],
-            values=self.values[:, key_head : key_head + 1],
-            positions=self.positions if positions is None else positions,
+            query=self.query[:, heads],
+            keys=self.keys[:, key_heads],
+            values=self.values[:, key_heads],
+            positions=_pick_heads(self.positions, slice(position_head, position_head + 1)),
             valid=self.valid if self.valid.dim() == 2 else self.valid[:, key_head],
             kv_heads=1,
             shards=None,
-            attention_mask=pick(self.attention_mask, head),
-            position_bias=pick(self.position_bias, head),
-            sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[head : head + 1],
+            attention_mask=_pick_heads(self.attention_mask, heads),
+            position_bias=_pick_heads(self.position_bias, heads),
+            sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[heads],
         )
 
-    def _allowed(self, rows: slice, key_stop: int) -> tuple[Tensor, Tensor | None]:
+    def _find_visible(self, rows: slice, key_stop: int) -> tuple[Tensor, Tensor | None]:
+        """Return the visible keys of some rows, ``[batch, 1 or head, row, key]`` bool, and an additive mask or None."""
         valid = self._valid_heads[:, :, None, :key_stop]
         if valid.shape[1] > 1:
             valid = valid.repeat_interleave(self.query.shape[1] // valid.shape[1], dim=1)
@@ -378,12 +383,20 @@ class Observation:
 
 
 def count_real(valid: Tensor) -> list[int]:
-    """Count the real tokens of each row, ``valid [batch, key]`` or ``[batch, kv_head, key]``: an average over heads."""
+    """Count the real tokens of each row.
+
+    ``valid`` is ``[batch, key]``, or ``[batch, kv_head, key]``, which gives the average over heads, rounded down.
+    """
     counts = valid.sum(-1) if valid.dim() == 2 else valid.sum((-2, -1)) // valid.shape[1]
     return [int(count) for count in counts.tolist()]
 
 
 def is_visible(mask: Tensor) -> Tensor:
-    """Tell what a mask, bool or additive, leaves visible, as bool."""
-    # Half of the dtype's minimum separates "masked" from any honest additive bias.
+    """Return the visible entries of a bool or additive mask, as bool."""
+    # No real additive bias is as low as half of the dtype's minimum.
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _pick_heads(tensor: MaybeTensor, heads: slice) -> MaybeTensor:
+    """Take some heads of ``[batch, head or 1, ...]``; None, and a tensor that all heads share, stay as they are."""
+    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]

@@ -1,4 +1,4 @@
-"""The projection behind a layer's attention: found by shape and name, whatever the architecture."""
+"""The output projection of an attention module, found by shape and name in any architecture."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..models.tensor_parallel import take_local
 
-# What makes queries, keys, values or a gate, alone or fused, as models name it.
-_INPUT = re.compile(r"^(w?(q|k|v|kv|qk|qkv)|query|key|value|gate|g|c_attn|q_attn)(_|$)", re.IGNORECASE)
+# Names of projections to queries, keys, values or a gate, alone or fused.
+_INPUT_NAME = re.compile(r"^(w?(q|k|v|kv|qk|qkv)|query|key|value|gate|g|c_attn|q_attn)(_|$)", re.IGNORECASE)
 
 
 def find_output_projection(module: nn.Module | None, width: int, parts: int = 1) -> nn.Module | None:
     """Find the projection that an attention module applies to its heads' joined outputs.
 
-    Of the module's children it is the one matrix with ``width`` inputs whose name does not say that it makes queries,
-    keys, values or a gate.
+    It is the only child with ``width`` inputs whose name does not mark it as a projection to queries, keys, values or a
+    gate.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def find_output_projection(module: nn.Module | None, width: int, parts: int = 1)
     width : int
         Query heads times the values' head_dim.
     parts : int, default 1
-        Processes over which the heads, and so its inputs, are split (tensor parallelism).
+        Number of tensor-parallel processes that share the heads, and so the projection's inputs.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def find_output_projection(module: nn.Module | None, width: int, parts: int = 1)
     found = [
         child
         for name, child in module.named_children()
-        if not _INPUT.match(name) and _count_inputs(child) == width * parts
+        if not _INPUT_NAME.match(name) and _count_inputs(child) == width * parts
     ]
     return found[0] if len(found) == 1 else None
 
@@ -57,14 +57,14 @@ def compute_projection_matrix(projection: nn.Module, width: int, like: Tensor, p
     Parameters
     ----------
     projection : nn.Module
-        Any module that is linear but for a bias: a plain matrix is read; what stores it in another way (transposed,
-        quantized, with an adapter, elsewhere) is applied to the identity.
+        A linear module, with or without bias. The weight of a plain ``nn.Linear`` is read. Any other module
+        (transposed, quantized, with an adapter, offloaded) is applied to the identity.
     width : int
-        Number of inputs; of one split over processes, those of this process' heads.
+        Number of inputs; if they are split over processes, those of this process's heads.
     like : Tensor
-        Says device and dtype.
+        Gives device and dtype.
     parts : int, default 1
-        Processes over which its inputs are split.
+        Number of processes that share the inputs.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def compute_projection_matrix(projection: nn.Module, width: int, like: Tensor, p
     Raises
     ------
     UnsupportedModelError
-        If it is split over processes and no plain matrix, so that this process' part of it cannot be read.
+        If the projection is split over processes and is not a plain matrix, so that this process's part cannot be read.
     """
     weight = getattr(projection, "weight", None)
     if type(projection) is nn.Linear and isinstance(weight, Tensor) and not weight.is_meta:
@@ -84,20 +84,22 @@ def compute_projection_matrix(projection: nn.Module, width: int, like: Tensor, p
     if parts > 1:
         raise UnsupportedModelError(
             f"the output projection, a {type(projection).__name__}, is split over {parts} tensor-parallel processes "
-            "and its weights are no plain matrix: use a selector or strategy that does not read it."
+            "and is not a plain matrix: use a selector or strategy that does not read it."
         )
     with torch.no_grad():
+        # The zero row gives the bias.
         identity = torch.eye(width, device=like.device, dtype=like.dtype)
         outputs = projection(torch.cat([identity, torch.zeros_like(identity[:1])])[None])[0]
     return (outputs[:-1] - outputs[-1]).to(like.dtype)
 
 
 def _count_inputs(module: nn.Module) -> int | None:
+    """Return the number of inputs of a linear module; None for other modules."""
     for name in ("in_features", "nx"):
         count = getattr(module, name, None)
         if isinstance(count, int):
             return count
     weight = getattr(module, "weight", None)
-    # transformers' Conv1D holds its matrix transposed, and older ones do not say its number of inputs.
+    # transformers' Conv1D stores its matrix transposed; older versions have no attribute `nx`.
     is_conv = type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
     return weight.shape[0] if is_conv and weight is not None else None

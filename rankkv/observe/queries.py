@@ -1,4 +1,7 @@
-"""The last queries of a layer, kept while compression has to wait: chunked prefill, drafts, periodic compression."""
+"""Past queries of a layer: the newest ones as they are, and the moments of all of them.
+
+The newest queries are kept while compression has to wait: chunked prefill, drafts, periodic compression.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ from torch import Tensor
 from ..errors import CacheStateError, UnsupportedModelError
 from .observation import Observation, count_real
 
+#: Kinds of moments that a method may need of past queries: as attention saw them, or turned back to position 0.
+PAST_QUERIES = ("turned", "unturned")
+
 
 class QueryBuffer:
-    """The last ``capacity`` queries of one layer, and what is needed to compute attention from them later.
+    """Keep the last ``capacity`` queries of one layer, to compute their attention later.
 
     Parameters
     ----------
     capacity : int
         Number of queries held.
     spare : int, optional
-        Queries held beyond those that are needed, so that as many can be dropped; None drops any number.
+        Number of held queries beyond the needed ones; as many can be dropped.  None allows to drop any number.
     """
 
     def __init__(self, capacity: int, spare: int | None = None) -> None:
@@ -30,7 +36,7 @@ class QueryBuffer:
         self._overflowed = False
 
     def push(self, observation: Observation) -> Observation | None:
-        """Add the queries of one forward and return those that no longer fit, ready to be scored, if there are any.
+        """Add the queries of one forward, and return those that no longer fit, or None.
 
         Raises
         ------
@@ -39,10 +45,10 @@ class QueryBuffer:
         """
         if observation.position_bias is not None:
             raise UnsupportedModelError(
-                f"layer {observation.layer_idx} adds a position bias to its attention, which cannot be computed after "
-                "the forward; use prefill='single' and decode='grow' with this model."
+                f"layer {observation.layer_idx} adds a position bias to its attention, which is not known after the "
+                "forward; use prefill='single' and decode='grow' with this model."
             )
-        # What holds on to parts of the model must not wait here, where a copy of the cache would copy it.
+        # Drop references to parts of the model: a copy of the cache would copy them.
         joined = replace(observation, attention_mask=None, rotation=None, past_moments=None)
         if self._held is not None:
             joined = replace(
@@ -61,7 +67,7 @@ class QueryBuffer:
             positions=nothing,
             valid=joined.valid.clone(),
         )
-        # A copy, so that the few queries held do not keep the whole prompt's queries alive.
+        # A copy: a view would keep the whole prompt's queries in memory.
         self._held.query = self._held.query.clone()
         return _take_queries(joined, slice(0, split)) if split else None
 
@@ -71,18 +77,18 @@ class QueryBuffer:
         Raises
         ------
         CacheStateError
-            If earlier queries would be needed in their place that are no longer there.
+            If earlier queries, which are gone, would be needed instead.
         """
         if self.spare is not None and self._overflowed and count > self.spare:
             raise CacheStateError(
-                f"cannot take back {count} tokens before the prompt is compressed: at most {self.spare} can be. Draft "
-                f"fewer at a time (num_assistant_tokens or prompt_lookup_num_tokens), or call finish() before crop()."
+                f"cannot take back {count} tokens before the prompt is compressed, at most {self.spare}: draft fewer "
+                "at a time (num_assistant_tokens or prompt_lookup_num_tokens), or call finish() before crop()."
             )
         if self._held is not None and count:
             self._held = _take_queries(self._held, slice(0, max(0, self._held.query_length - count)))
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of rows (reorder, select, repeat)."""
+        """Apply a change of the batch rows (reorder, select, repeat)."""
         if self._held is not None:
             self._held = replace(
                 self._held,
@@ -93,7 +99,7 @@ class QueryBuffer:
             )
 
     def held(self) -> dict[str, Tensor]:
-        """Return the tensors that :meth:`fill` takes; none if no query is held."""
+        """Return the tensors for :meth:`fill`; an empty dict if no query is held."""
         held = self._held
         return (
             {}
@@ -102,7 +108,10 @@ class QueryBuffer:
         )
 
     def fill(self, query: Tensor, query_valid: Tensor, row_start: list[int]) -> None:
-        """Hold queries again that were held before; what else an observation says comes with the next one."""
+        """Hold saved queries again.
+
+        The next observation brings the other fields.
+        """
         nothing = query.new_empty(0)
         self._held = Observation(
             layer_idx=-1,
@@ -120,25 +129,32 @@ class QueryBuffer:
             scaling=1.0,
         )
 
-    def observe(
+    def build_observation(
         self, keys: Tensor, values: Tensor, positions: Tensor, slot_valid: Tensor | None
     ) -> Observation:
-        """Return the held queries as an observation of the layer's present keys.
+        """Build an observation of the held queries and the layer's present keys.
 
         Parameters
         ----------
         keys, values : Tensor
-            What the layer keeps, ``[batch, kv_head, slot, head_dim]``.
+            Kept keys and values of the layer, ``[batch, kv_head, slot, head_dim]``.
         positions : Tensor
             ``[batch, kv_head or 1, slot]``.
         slot_valid : Tensor, optional
             ``[batch, slot]`` or ``[batch, kv_head, slot]``; None if every slot holds a token.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If no query is held.
         """
         held = self._held
         if held is None or held.query_length == 0:
-            raise UnsupportedModelError("no query of this layer was observed, so nothing can be scored.")
+            raise UnsupportedModelError(
+                "no query of this layer was observed, so its tokens cannot be scored."
+            )
         slots = keys.shape[-2]
-        # A layer that evicted before keeps no padding; one that did not still has its tokens where they were.
+        # A layer that never evicted still holds its padding.  A layer that evicted holds none.
         whole = held.valid.shape[-1] >= slots and slot_valid is None and positions.shape[1] == 1
         valid = held.valid[:, :slots] if whole else torch.ones_like(positions[:, 0], dtype=torch.bool)
         if slot_valid is not None:
@@ -155,33 +171,19 @@ class QueryBuffer:
         )
 
 
-def _take_queries(observation: Observation, rows: slice) -> Observation:
-    start = rows.start or 0
-    return replace(
-        observation,
-        query=observation.query[:, :, rows],
-        query_valid=observation.query_valid[:, rows],
-        query_start=observation.query_start + start,
-    )
-
-
-#: What a method may ask to be kept of past queries: as attention saw them, or turned back to position 0.
-PAST_QUERIES = ("turned", "unturned")
-
-
 def compute_query_moments(observation: Observation, kind: str) -> Tensor:
-    """Compute the moments of all queries of a layer so far: those observed, joined to those that are gone.
+    """Compute the moments of all queries of a layer so far: those observed and those before.
 
-    One symmetric matrix a head, ``[[S, m], [m^T, n]]``, with the number ``n`` of queries, their mean ``m`` and
+    One symmetric matrix per head, ``[[S, m], [m^T, n]]``, with the number ``n`` of queries, their mean ``m`` and
     ``S = sum of (q - m)(q - m)^T``.
 
     Parameters
     ----------
     observation : Observation
-        Its queries, ``past_moments``, and ``rotation`` where they are to be turned back.
+        Its queries, ``past_moments``, and ``rotation`` to turn them back.
     kind : {"turned", "unturned"}
-        ``"turned"``: all queries, as attention saw them.  ``"unturned"``: turned back to position 0, and without those
-        of the sinks, which are unlike any other.
+        ``"turned"``: all queries, as attention saw them.  ``"unturned"``: turned back to position 0, without the
+        queries of the sinks, which differ from all others.
 
     Returns
     -------
@@ -196,7 +198,7 @@ def compute_query_moments(observation: Observation, kind: str) -> Tensor:
             angles = observation.query_rotary_positions[..., None] * frequencies
             queries = observation.rotation.turn(queries, -angles)
     weights = used[:, None, :, None]
-    # Padding may hold anything, and 0 times that may not be a number.
+    # Padding may hold NaN, and 0 * NaN is not 0.
     queries = queries.masked_fill(~weights, 0.0)
     count = weights.sum(dim=-2, keepdim=True).float().expand(-1, queries.shape[1], -1, -1)
     mean = queries.sum(dim=-2, keepdim=True) / count.clamp(min=1)
@@ -229,3 +231,14 @@ def merge_moments(one: Tensor, other: Tensor) -> Tensor:
 def split_moments(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Split moments into ``S [..., dim, dim]``, the mean ``[..., 1, dim]`` and the number ``[..., 1, 1]``."""
     return moments[..., :-1, :-1], moments[..., -1:, :-1], moments[..., -1:, -1:]
+
+
+def _take_queries(observation: Observation, rows: slice) -> Observation:
+    """Return an observation with a slice of its queries."""
+    start = rows.start or 0
+    return replace(
+        observation,
+        query=observation.query[:, :, rows],
+        query_valid=observation.query_valid[:, rows],
+        query_start=observation.query_start + start,
+    )

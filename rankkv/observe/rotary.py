@@ -1,7 +1,7 @@
-"""Packed positions: kept keys turned to consecutive rotary positions, whatever rotary embedding the model has.
+"""Rotary positions: how each layer turns its keys, and kept keys turned to consecutive (packed) positions.
 
-Nothing is assumed about the model's code.  Two short forwards, the second a few positions later, show for each layer
-how its keys turn with position; the model's own frequencies must explain what is seen, or the layer is refused.
+Nothing is assumed about the model's code.  Two short forwards, the second a few positions later, show how each layer's
+keys turn with position.  The model's own frequencies must explain the difference, or the layer is refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ..errors import UnsupportedModelError
 from ..models.compat import accepts_argument, cache_argument
 from ..models.placement import find_input_device
 
-_SHIFT = 5
+# The two forwards: their length, and how many positions the second is later.
 _TOKENS = 6
+_SHIFT = 5
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class LayerRotation:
     Parameters
     ----------
     module, name : nn.Module, str
-        Where the frequencies are: a buffer of the model's own rotary module (it may change with length).
+        The buffer of frequencies, in the model's own rotary module; it may change with length.
     interleaved : bool
-        Whether the pairs are neighbours (2i, 2i + 1) or halves (i, i + n / 2).
+        True if pairs are neighbours (2i, 2i + 1), False if they are halves (i, i + n / 2).
     from_end : bool
-        Whether the turned part is the last of the head's dimensions.
+        True if the last dimensions of the head are turned, False if the first are.
     """
 
     module: nn.Module
@@ -47,11 +48,14 @@ class LayerRotation:
         return getattr(self.module, self.name).detach().float()
 
     def turn(self, states: Tensor, angles: Tensor) -> Tensor:
-        """Turn ``states [..., slot, head_dim]`` by ``angles [..., slot, pair]``; returns the states' dtype."""
+        """Turn ``states [..., slot, head_dim]`` by ``angles [..., slot, pair]``; keeps the states' dtype."""
         return self.combine(states, angles.cos(), angles.sin())
 
     def combine(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Apply ``[[cos, -sin], [sin, cos]]`` to each pair of ``states``, as a mean of rotations does, too."""
+        """Apply ``[[cos, -sin], [sin, cos]]`` to each pair of ``states``.
+
+        ``cos`` and ``sin`` may also be those of a mean of rotations.
+        """
         size = 2 * cos.shape[-1]
         width = states.shape[-1]
         start = width - size if self.from_end else 0
@@ -68,14 +72,19 @@ class LayerRotation:
 
 
 def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotation | None]:
-    """Find out how each of these layers turns its keys with position; None where it does not (NoPE layers).
+    """Find how each of these layers turns its keys with position.
 
     Parameters
     ----------
     model : PreTrainedModel
         Runs two forwards of six tokens.
     layer_indices : list of int
-        The layers asked about.
+        The layers to examine.
+
+    Returns
+    -------
+    dict
+        The rotation of each layer by index; None for a layer without rotary positions (NoPE).
 
     Raises
     ------
@@ -84,33 +93,35 @@ def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotat
     """
     if not accepts_argument(model, "position_ids"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes no position_ids, so positions='packed' cannot work; use "
-            "positions='original'."
+            f"{type(model).__name__} takes no position_ids, which positions='packed' needs; use positions='original'."
         )
     text_config = model.config.get_text_config(decoder=True)
     if "mrope_section" in (getattr(text_config, "rope_parameters", None) or {}):
         raise UnsupportedModelError(
-            f"{type(model).__name__} gives the tokens of an image several positions each, so positions='packed' cannot "
-            "work; use positions='original'."
+            f"{type(model).__name__} gives each image token several positions, so positions='packed' cannot work; use "
+            "positions='original'."
         )
-    (here, values), (there, other_values) = _states_at(model, 0), _states_at(model, _SHIFT)
+    (here, values), (there, other_values) = _run_at(model, 0), _run_at(model, _SHIFT)
     buffers = [
         (module, name)
         for module in model.modules()
         for name, _ in module.named_buffers(recurse=False)
         if name.endswith("inv_freq") and "original" not in name
     ]
-    rotations = {index: _explain(here[index], there[index], buffers, model, index) for index in layer_indices}
+    rotations = {
+        index: _fit_rotation(here[index], there[index], buffers, model, index) for index in layer_indices
+    }
     for index in layer_indices:
-        if _error(values[index], other_values[index]) > _get_tolerance(model):
+        if _relative_error(values[index], other_values[index]) > _get_tolerance(model):
             raise UnsupportedModelError(
-                f"layer {index} of {type(model).__name__} keeps its positions with its values, so positions='packed' "
+                f"the values of layer {index} of {type(model).__name__} depend on position, so positions='packed' "
                 "cannot work; use positions='original'."
             )
     return rotations
 
 
-def _states_at(model: Any, start: int) -> tuple[list[Any], list[Any]]:
+def _run_at(model: Any, start: int) -> tuple[list[Any], list[Any]]:
+    """Run a short forward at positions from ``start`` on, and return each layer's keys and values."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     device = find_input_device(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -122,20 +133,23 @@ def _states_at(model: Any, start: int) -> tuple[list[Any], list[Any]]:
     return next(states), next(states)
 
 
-def _error(guess: Tensor, truth: Tensor) -> float:
+def _relative_error(guess: Tensor, truth: Tensor) -> float:
+    """Return the error of a guess relative to the true states, by norm."""
     guess, truth = guess.to(truth.device).float(), truth.float()
     return float((guess - truth).norm() / truth.norm().clamp(min=1e-12))
 
 
 def _get_tolerance(model: Any) -> float:
+    """Return the largest relative error of a rotation, by the model's dtype."""
     return 2e-2 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
 
 
-def _explain(
+def _fit_rotation(
     here: Tensor, there: Tensor, buffers: list[tuple[nn.Module, str]], model: Any, layer_idx: int
 ) -> LayerRotation | None:
+    """Find the rotation that turns the keys ``here`` into those ``there``; None if they are equal."""
     here, there = here.float(), there.float()
-    best: tuple[float, LayerRotation | None] = (_error(here, there), None)
+    best: tuple[float, LayerRotation | None] = (_relative_error(here, there), None)
     for module, name in buffers:
         for interleaved in (False, True):
             for from_end in (False, True):
@@ -143,22 +157,22 @@ def _explain(
                 angles = rotation.frequencies.to(here.device) * _SHIFT
                 if 2 * len(angles) > here.shape[-1]:
                     continue
-                found = _error(rotation.turn(here, angles.expand(*here.shape[:-1], -1)), there)
+                found = _relative_error(rotation.turn(here, angles.expand(*here.shape[:-1], -1)), there)
                 if found < best[0]:
                     best = (found, rotation)
     if best[0] > _get_tolerance(model):
         raise UnsupportedModelError(
-            f"layer {layer_idx} of {type(model).__name__} does not turn its keys by rotary positions (the best guess "
-            f"is off by {best[0]:.2g}), so positions='packed' cannot work; use positions='original'."
+            f"layer {layer_idx} of {type(model).__name__} does not turn its keys by rotary positions (relative error "
+            f"of the best fit: {best[0]:.2g}), so positions='packed' cannot work; use positions='original'."
         )
     return best[1]
 
 
 class PackedPositions:
-    """Shows one layer's attention its kept keys at consecutive positions.
+    """Turn one layer's kept keys to consecutive positions for its attention.
 
-    Stored keys keep the rotation the model gave them, so nothing drifts however often tokens are evicted; the turned
-    keys exist for one attention call.
+    Stored keys keep the rotation that the model gave them, so no error adds up over evictions.  The turned keys exist
+    for one attention call only.
 
     Parameters
     ----------
@@ -168,7 +182,7 @@ class PackedPositions:
 
     def __init__(self, rotation: LayerRotation) -> None:
         self.rotation = rotation
-        # Where the model changed its frequencies (dynamic scaling, longrope): from this position on, these.
+        # (first position, frequencies): dynamic scaling and longrope change the frequencies with length.
         self.epochs: list[tuple[int, Tensor]] = []
 
     def copy(self) -> PackedPositions:
@@ -178,11 +192,11 @@ class PackedPositions:
         return copied
 
     def reset(self) -> None:
-        """Forget which frequencies earlier tokens were turned with."""
+        """Forget the frequencies of earlier tokens."""
         self.epochs = []
 
     def note_frequencies(self, position: int) -> None:
-        """Remember the frequencies that tokens from ``position`` on were turned with."""
+        """Remember the frequencies that turned the tokens from ``position`` on."""
         now = self.rotation.frequencies
         if not self.epochs or not torch.equal(self.epochs[-1][1].to(now.device), now):
             self.epochs = [epoch for epoch in self.epochs if epoch[0] < position]
@@ -196,15 +210,20 @@ class PackedPositions:
         Parameters
         ----------
         query : Tensor
-            ``[batch, head, query, head_dim]``; their own keys are the last ones.
+            ``[batch, head, query, head_dim]``; the queries' own keys are the last ones.
         keys : Tensor
             ``[batch, kv_head, slot, head_dim]``.
         positions : Tensor
             Logical position of each slot, ``[batch, kv_head or 1, slot]``.
         slot_valid : Tensor, optional
-            ``[batch, slot]`` or ``[batch, kv_head, slot]``, False for the empty slots a row or head starts with.
+            ``[batch, slot]`` or ``[batch, kv_head, slot]``, False for the empty slots at the start of a row or head.
         row_start : list of int
             Padding before each row's first real token.
+
+        Returns
+        -------
+        query, keys : Tensor
+            The turned states, in the shapes of the input.
         """
         slots, steps = keys.shape[-2], query.shape[-2]
         packed = torch.arange(slots, device=keys.device).expand(positions.shape[0], 1, -1)
@@ -217,19 +236,20 @@ class PackedPositions:
         angles = packed[..., None] * now - old_angles
         newest = angles[..., -steps:, :]
         if newest.shape[1] > 1:
-            # A query comes right behind the keys of its own head.
+            # A query has the position of its own key, which differs between heads.
             newest = newest.repeat_interleave(query.shape[1] // newest.shape[1], dim=1)
         return self.rotation.turn(query, newest), self.rotation.turn(keys, angles)
 
     def _frequencies_at(self, positions: Tensor) -> Tensor:
+        """Return the frequencies that turned the token at each position, ``[batch, head, slot, pair]``."""
         starts = torch.tensor([start for start, _ in self.epochs], device=positions.device)
         table = torch.stack([frequencies.to(positions.device) for _, frequencies in self.epochs])
         if len(starts) == 1:
             return table[0].expand(*positions.shape, -1)
-        # Dynamic scaling begins an epoch at every step.
+        # There may be many epochs: dynamic scaling starts one at every step.
         return table[(torch.searchsorted(starts, positions.contiguous(), right=True) - 1).clamp(min=0)]
 
 
 def build_packers(rotations: Mapping[int, LayerRotation | None]) -> dict[int, PackedPositions]:
-    """Build what shows each rotary layer its keys at consecutive positions."""
+    """Build the :class:`PackedPositions` of each rotary layer, by index."""
     return {index: PackedPositions(found) for index, found in rotations.items() if found is not None}

@@ -1,35 +1,88 @@
-"""The figures: rank and budget per layer, ranks over samples, budgets by strategy, caches side by side."""
+"""Figures of ranks, budgets, memory and times, and the files they are written to."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import InputError
-from .style import INK, PALETTE, QUIET, new_figure, set_title, shorten, style_axes, style_layer_axis
+from .names import name_budgets, name_model
+from .style import (
+    INK,
+    PALETTE,
+    QUIET,
+    format_share,
+    new_figure,
+    set_title,
+    shorten,
+    style_axes,
+    style_layer_axis,
+    use_dark_colours,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..pipeline import RankKVResult
-
 _FORMATS = (".png", ".pdf")
+_DOTS_PER_INCH = 150
+
+
+class LayerBudgets(Protocol):
+    """Ranks and budgets of one prompt, as :class:`rankkv.RankKVResult` holds them."""
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """``[layer]`` model indices."""
+
+    @property
+    def layer_ranks(self) -> list[float]:
+        """``[layer]`` effective ranks; empty if none were measured."""
+
+    @property
+    def budgets(self) -> list[int]:
+        """``[layer]`` tokens kept."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the prompt."""
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction of the cache kept, in (0, 1]."""
+
+    @property
+    def strategy(self) -> str:
+        """Budget strategy."""
+
+    @property
+    def strategy_options(self) -> dict[str, Any]:
+        """Options of the strategy."""
+
+    @property
+    def scope(self) -> str:
+        """Part of the attention that was ranked."""
+
+    @property
+    def model_name(self) -> str | None:
+        """Name of the model."""
 
 
 def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
-    """Write a figure as PNG (150 dpi) and PDF, each atomically.
+    """Write a figure as PNG for light and for dark pages, and as PDF, each file atomically.
 
     Parameters
     ----------
     figure : Figure
-        What to write.
+        Drawn by a function of this package.
     stem : str or Path
-        Path without its ending; ``results/rank`` gives ``results/rank.png`` and ``results/rank.pdf``.  A path
-        that ends in ``.png`` or ``.pdf`` gives that one file.
+        Path without its ending.  ``results/rank`` gives ``results/rank.png`` on white, ``results/rank-dark.png`` in
+        light ink on a transparent ground, and ``results/rank.pdf``.  A path that ends in ``.png`` or ``.pdf`` gives
+        that one file.  PNG files have 150 dots per inch and at most 256 colours.
 
     Returns
     -------
@@ -39,30 +92,52 @@ def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
     Raises
     ------
     InputError
-        If the place cannot be written to.
+        If a file cannot be written.
     """
     stem = Path(stem)
     if stem.suffix.lower() in _FORMATS:
         paths = [stem]
     else:
         # Not `with_suffix`: a stem such as "rank_0.3" has no ending to replace.
-        paths = [stem.with_name(stem.name + suffix) for suffix in _FORMATS]
+        paths = [stem.with_name(stem.name + suffix) for suffix in (".png", "-dark.png", ".pdf")]
     for path in paths:
         try:
-            _write(figure, path)
+            if path.name == f"{stem.name}-dark.png":
+                with use_dark_colours(figure):
+                    _write(path, _draw_png(figure, transparent=True))
+            else:
+                _write(path, _draw_pdf(figure) if path.suffix.lower() == ".pdf" else _draw_png(figure))
         except OSError as error:
             raise InputError(f"cannot write the figure {str(path)!r}: {error.strerror or error}.") from error
     return paths
 
 
-def _write(figure: Figure, path: Path) -> None:
+def _draw_pdf(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # Without a date in it, the same figure gives the same bytes.
+    figure.savefig(buffer, format="pdf", metadata={"CreationDate": None})
+    return buffer.getvalue()
+
+
+def _draw_png(figure: Figure, transparent: bool = False) -> bytes:
+    from PIL import Image
+
+    raw, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(raw, format="png", dpi=_DOTS_PER_INCH, transparent=transparent)
+    # A palette of 256 colours makes the file three times smaller. Only the octree method knows transparency.
+    method = Image.Quantize.FASTOCTREE if transparent else Image.Quantize.MEDIANCUT
+    image = Image.open(raw).convert("RGBA" if transparent else "RGB")
+    image = image.quantize(256, method=method, dither=Image.Dither.NONE)
+    image.save(small, format="PNG", optimize=True, dpi=(_DOTS_PER_INCH, _DOTS_PER_INCH))
+    return small.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    # Without dates in them two runs that draw the same write the same bytes.
-    metadata = {"CreationDate": None} if path.suffix.lower() == ".pdf" else {}
     try:
         with os.fdopen(handle, "wb") as file:
-            figure.savefig(file, format=path.suffix[1:].lower(), dpi=150, metadata=metadata)
+            file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -70,20 +145,20 @@ def _write(figure: Figure, path: Path) -> None:
         raise
 
 
-def plot_ranks_and_budgets(result: RankKVResult, path: str | Path | None = None) -> Figure:
+def plot_ranks_and_budgets(result: LayerBudgets, path: str | Path | None = None) -> Figure:
     """Draw the effective rank and the budget of every layer, one above the other.
 
     Parameters
     ----------
-    result : RankKVResult
-        Of one prompt.
+    result : LayerBudgets
+        Ranks and budgets of one prompt, such as a :class:`rankkv.RankKVResult`.
     path : str or Path, optional
-        Where to save it too; see :func:`save_figure`.
+        Where to save the figure; see :func:`save_figure`.
 
     Returns
     -------
     Figure
-        Two axes, one bar a layer in each; the dashed line is what every layer would keep uniformly.
+        Two axes with one bar per layer.  The dashed line is the uniform budget.
 
     Raises
     ------
@@ -94,47 +169,48 @@ def plot_ranks_and_budgets(result: RankKVResult, path: str | Path | None = None)
     """
     figure = new_figure(7.5, 5.2)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    layers = result.layer_indices
+    layers = list(result.layer_indices)
     if result.layer_ranks:
         upper.bar(layers, result.layer_ranks, color=PALETTE[0], width=0.72)
     upper.set_ylabel("Effective rank", color=INK)
     lower.bar(layers, result.budgets, color=PALETTE[1], width=0.72)
     lower.set_ylabel("Budget (tokens)", color=INK)
     average = sum(result.budgets) / len(result.budgets)
-    _mark_average(lower, average, max(layers), f"uniform\n{average:,.0f}")
     for axes in (upper, lower):
         style_axes(axes)
+    _mark_average(lower, average, max(layers), f"uniform\n{average:,.0f}")
     style_layer_axis(upper, layers, None)
     style_layer_axis(lower, layers)
     figure.align_ylabels()
     set_title(
         figure,
-        f"Rank and budget of each layer: {shorten(result.model_name)}",
-        f"{result.seq_len:,} tokens, {result.compression_ratio:.0%} of the cache kept, "
-        f"{_describe(result.strategy, result.strategy_options)}, {result.scope} attention",
+        f"Rank and budget of each layer: {shorten(name_model(result.model_name or 'model'))}",
+        f"{result.seq_len:,} tokens, {format_share(result.compression_ratio)} of the cache kept, "
+        f"budgets: {_describe(result.strategy, result.strategy_options)}, ranks of {result.scope} attention",
     )
     return _finish(figure, path)
 
 
 def plot_layer_ranks(
     mean: Sequence[float],
-    std: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
     layer_indices: Sequence[int],
     path: str | Path | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw the mean rank of every layer over samples, with one standard deviation to both sides.
+    """Draw the mean rank of every layer over samples, with an interval.
 
     Parameters
     ----------
-    mean, std : sequence of float
-        ``[layer]`` mean and standard deviation of the effective rank.
+    mean, low, high : sequence of float
+        ``[layer]`` mean of the effective rank, and the bounds of its interval.
     layer_indices : sequence of int
         ``[layer]`` model indices.
     path : str or Path, optional
-        Where to save it too; see :func:`save_figure`.
+        Where to save the figure; see :func:`save_figure`.
     title : str, optional
-        Title; a second line of it is set smaller.
+        Title; its second line is set smaller.
 
     Returns
     -------
@@ -143,17 +219,26 @@ def plot_layer_ranks(
     Raises
     ------
     InputError
-        If the lengths differ, or ``path`` cannot be written.
+        If the lengths differ, a bound lies on the wrong side of its mean, or ``path`` cannot be written.
     MissingDependencyError
         If matplotlib is not installed.
     """
-    _check_lengths(layer_indices, mean=mean, std=std)
+    _check_lengths(layer_indices, mean=mean, low=low, high=high)
+    for layer, *bounds in zip(layer_indices, low, mean, high, strict=True):
+        if bounds != sorted(bounds):
+            raise InputError(
+                f"layer {layer} has the interval [{bounds[0]:g}, {bounds[2]:g}] for a mean of {bounds[1]:g}; "
+                "give bounds that hold the mean."
+            )
     figure = new_figure(7.5, 3.9)
     axes = figure.subplots()
     axes.errorbar(
         layer_indices,
         mean,
-        yerr=std,
+        yerr=[
+            [middle - bound for middle, bound in zip(mean, low, strict=True)],
+            [bound - middle for middle, bound in zip(mean, high, strict=True)],
+        ],
         color=PALETTE[0],
         marker="o",
         markersize=4.5,
@@ -163,12 +248,10 @@ def plot_layer_ranks(
         ecolor=PALETTE[4],
     )
     axes.set_ylabel("Effective rank", color=INK)
-    axes.set_ylim(bottom=0)
     style_axes(axes)
+    axes.set_ylim(bottom=0)
     style_layer_axis(axes, list(layer_indices))
-    heading, _, subtitle = (title or "Effective rank of each layer\nmean and standard deviation").partition(
-        "\n"
-    )
+    heading, _, subtitle = (title or "Effective rank of each layer\nmean and interval").partition("\n")
     set_title(figure, heading, subtitle)
     return _finish(figure, path)
 
@@ -179,23 +262,23 @@ def plot_strategy_budgets(
     path: str | Path | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw the budgets of every strategy, one small chart each, all on the same axes.
+    """Draw the budgets of every strategy, one small chart each, all with the same axes.
 
     Parameters
     ----------
     budgets_by_strategy : mapping
-        Label of each strategy to its ``[layer]`` budgets in tokens.
+        Name of each strategy to its ``[layer]`` budgets in tokens.
     layer_indices : sequence of int
         ``[layer]`` model indices.
     path : str or Path, optional
-        Where to save it too; see :func:`save_figure`.
+        Where to save the figure; see :func:`save_figure`.
     title : str, optional
-        Title; a second line of it is set smaller.
+        Title; its second line is set smaller.
 
     Returns
     -------
     Figure
-        One axes a strategy, in the mapping's order, with one bar a layer.
+        One axes per strategy, in the mapping's order, with one bar per layer.  The dashed line is the average.
 
     Raises
     ------
@@ -207,13 +290,15 @@ def plot_strategy_budgets(
     if not budgets_by_strategy:
         raise InputError("budgets_by_strategy is empty: give the budgets of at least one strategy.")
     _check_lengths(layer_indices, **budgets_by_strategy)
-    columns = min(3, len(budgets_by_strategy))
+    count = len(budgets_by_strategy)
+    # Three panels in a row, or four where that leaves fewer of them empty.
+    columns = min(count, max((3, 4), key=lambda columns: (-(-count % columns), -columns)))
     rows = math.ceil(len(budgets_by_strategy) / columns)
-    figure = new_figure(max(5.0, 3.2 * columns), 0.9 + 2.1 * rows)
+    figure = new_figure(max(5.0, (3.2 if columns < 4 else 2.8) * columns), 0.9 + 2.1 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     panels = list(grid.flat)
     for place, (axes, (label, budgets)) in enumerate(zip(panels, budgets_by_strategy.items(), strict=False)):
-        axes.bar(layer_indices, budgets, color=PALETTE[place % len(PALETTE)], width=0.78)
+        axes.bar(layer_indices, budgets, color=PALETTE[1 if "RankKV" in label else 0], width=0.78)
         axes.axhline(sum(budgets) / len(budgets), color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_title(label, loc="left", fontsize=10, color=INK)
         style_axes(axes)
@@ -224,7 +309,7 @@ def plot_strategy_budgets(
         axes.set_visible(False)
     for row in grid:
         row[0].set_ylabel("Budget (tokens)", color=INK)
-    default = "Budget of each layer by strategy\nsame total for all; the dashed line is the average"
+    default = "Budget of each layer by strategy\nsame total for all; dashed: average"
     heading, _, subtitle = (title or default).partition("\n")
     set_title(figure, heading, subtitle)
     return _finish(figure, path)
@@ -236,15 +321,14 @@ def plot_cache_comparison(runs: Sequence[Mapping[str, Any]], path: str | Path | 
     Parameters
     ----------
     runs : sequence of mapping
-        Each with ``name``, ``cache_bytes``, ``ttft_seconds`` and ``tpot_seconds``, as
-        :class:`~rankkv.analysis.generation.GenerationRecord` counts them.
+        Each with ``name``, ``cache_bytes``, ``ttft_seconds`` and ``tpot_seconds``.
     path : str or Path, optional
-        Where to save it too; see :func:`save_figure`.
+        Where to save the figure; see :func:`save_figure`.
 
     Returns
     -------
     Figure
-        Three axes (megabytes, seconds, milliseconds), one bar a run in each.
+        Three axes (megabytes, seconds, milliseconds) with one bar per run.
 
     Raises
     ------
@@ -295,14 +379,15 @@ def _describe(strategy: str, options: Mapping[str, Any]) -> str:
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in options.items()
     )
-    return f"strategy {strategy} ({listed})" if listed else f"strategy {strategy}"
+    named = name_budgets(strategy)
+    return f"{named}, {listed}" if listed else named
 
 
 def _check_lengths(layer_indices: Sequence[int], **series: Sequence[float]) -> None:
     for name, values in series.items():
         if len(values) != len(layer_indices):
             raise InputError(
-                f"{name} has {len(values)} values for {len(layer_indices)} layers; give one a layer."
+                f"{name} has {len(values)} values for {len(layer_indices)} layers; give one per layer."
             )
 
 

@@ -1,4 +1,4 @@
-"""Figures of evaluations: quality against the share kept, facts found by depth and length, where tokens are kept."""
+"""Figures of evaluations: quality by share kept, pairs of methods, facts by depth and length, kept tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import InputError
-from .style import INK, PALETTE, QUIET, new_figure, set_title, style_axes
+from .style import (
+    GRID,
+    INK,
+    PALETTE,
+    QUIET,
+    choose_ink,
+    new_figure,
+    set_title,
+    style_axes,
+    style_share_axis,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,16 +42,23 @@ class Interval(Protocol):
 
 
 def plot_quality(
-    curves: Mapping[str, Mapping[str, Sequence[tuple[float, Interval]]]], full: Sequence[float | None] = ()
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, Interval]]]],
+    full: Sequence[float | None] = (),
+    title: str = "",
+    share_axis: bool = False,
 ) -> Figure:
-    """Draw quality against the share of the cache kept, one panel a task, one line a method.
+    """Draw quality against the share of the cache kept, one panel per task, one line per method.
 
     Parameters
     ----------
     curves : mapping
-        Title of a panel (a second line of it is set below) to method to pairs of the share kept and the score.
+        Title of a panel (its second line is set below) to method to pairs of the share kept and the score.
     full : sequence of float or None
         Score of the full cache in each panel.
+    title : str, default ""
+        Title of the figure; its second line is set smaller.
+    share_axis : bool, default False
+        Whether all panels have the same scores on their y axis.
 
     Returns
     -------
@@ -58,15 +75,15 @@ def plot_quality(
         raise InputError("curves is empty: give at least one task.")
     columns = min(2, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = new_figure(1.0 + 4.6 * columns, 0.6 + 3.3 * rows)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure = new_figure(1.0 + 4.3 * columns, 0.6 + 3.1 * rows + (0.5 if title else 0))
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=share_axis).flat)
     methods = list(dict.fromkeys(name for lines in curves.values() for name in lines))
-    for place, (title, lines) in enumerate(curves.items()):
+    for place, (heading, lines) in enumerate(curves.items()):
         axes = panels[place]
         style_axes(axes)
-        axes.yaxis.set_major_formatter("{x:.3g}")
         for name, points in lines.items():
             number = methods.index(name)
+            # Methods stand a little apart, so that their intervals at one share can be told apart.
             shift = 1 + 0.018 * (number - (len(methods) - 1) / 2)
             axes.errorbar(
                 [kept * shift for kept, _ in points],
@@ -84,32 +101,121 @@ def plot_quality(
                 capsize=2.5,
             )
         if place < len(full) and full[place] is not None:
-            axes.axhline(full[place], color=QUIET, linewidth=1, linestyle=(0, (4, 3)), label="full cache")
-        ticks = sorted({round(kept, 3) for points in lines.values() for kept, _ in points})
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("share of the KV cache kept", color=INK)
-        heading, _, below = title.partition("\n")
-        axes.set_title(f"{heading}\n{below}" if below else heading, loc="left", fontsize=9.5, color=INK)
+            axes.axhline(full[place], color=QUIET, linewidth=1, linestyle=(0, (4, 3)), label="Full cache")
+        shares = {round(kept, 3) for points in lines.values() for kept, _ in points}
+        if shares:
+            style_share_axis(axes, sorted(shares))
+        above, _, below = heading.partition("\n")
+        axes.set_title(f"{above}\n{below}" if below else above, loc="left", fontsize=9.5, color=INK)
     for axes in panels[len(curves) :]:
         axes.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(4, len(labels)),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
     )
+    if title:
+        above, _, below = title.partition("\n")
+        set_title(figure, above, below)
+    return figure
+
+
+def plot_pairs(
+    panels: Mapping[str, Mapping[str, Mapping[str, Interval]]],
+    title: str,
+    full: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw a few methods beside each other on every line of a list, one panel per measure, with intervals.
+
+    Parameters
+    ----------
+    panels : mapping
+        Title of a panel to line to method to its score.
+    title : str
+        Title of the figure; its second line is set smaller.
+    full : mapping, optional
+        Title of a panel to the score of the full cache.
+
+    Returns
+    -------
+    Figure
+        One axes per panel; the lines run down in the order of the first panel.
+
+    Raises
+    ------
+    InputError
+        If there is no panel, or the panels have different lines.
+    MissingDependencyError
+        If matplotlib is not installed.
+    """
+    if not panels or len({tuple(lines) for lines in panels.values()}) != 1:
+        raise InputError(
+            "panels must have at least one panel, and all panels the same lines in the same order."
+        )
+    names = list(next(iter(panels.values())))
+    methods = list(dict.fromkeys(name for lines in panels.values() for own in lines.values() for name in own))
+    figure = new_figure(1.6 + 3.6 * len(panels), 1.5 + 0.3 * len(names))
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (heading, lines) in zip(grid, panels.items(), strict=True):
+        style_axes(axes, grid="x")
+        for number, method in enumerate(methods):
+            own = [(line, lines[name][method]) for line, name in enumerate(names) if method in lines[name]]
+            shift = 0.24 * (number - (len(methods) - 1) / 2)
+            axes.errorbar(
+                [score.mean for _, score in own],
+                [line + shift for line, _ in own],
+                xerr=[
+                    [score.mean - score.low for _, score in own],
+                    [score.high - score.mean for _, score in own],
+                ],
+                label=method,
+                color=PALETTE[number % len(PALETTE)],
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=4.5,
+                linestyle="none",
+                elinewidth=1.1,
+                capsize=2,
+            )
+        if full and heading in full:
+            axes.axvline(full[heading], color=QUIET, linewidth=1, linestyle=(0, (4, 3)), label="Full cache")
+        for line in range(1, len(names)):
+            axes.axhline(line - 0.5, color=GRID, linewidth=0.6)
+        axes.set_title(heading, loc="left", fontsize=9.5, color=INK)
+        axes.set_yticks(range(len(names)), names)
+    grid[0].set_ylim(len(names) - 0.5, -0.5)
+    handles = {
+        label: handle
+        for axes in grid
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(4, max(1, len(handles))),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
+    above, _, below = title.partition("\n")
+    set_title(figure, above, below)
     return figure
 
 
 def plot_recall_grids(grids: Mapping[str, Mapping[tuple[float, int], float]], title: str) -> Figure:
-    """Draw the share of facts found by depth and context length, one small map a setting.
+    """Draw the share of facts found by depth and context length, one small map per setting.
 
     Parameters
     ----------
     grids : mapping
         Title of a panel to ``(depth, length)`` to a share in [0, 1].
     title : str
-        Of the figure.
+        Title; its second line is set smaller.
 
     Returns
     -------
@@ -130,17 +236,22 @@ def plot_recall_grids(grids: Mapping[str, Mapping[tuple[float, int], float]], ti
     def draw(axes: Any, cells: Mapping[tuple[float, int], float]) -> Any:
         values = [[cells.get((depth, length), math.nan) for length in lengths] for depth in depths]
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if not math.isnan(value):
+                    ink = choose_ink(*image.cmap(image.norm(value)))
+                    axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
         return image
 
-    return _draw_maps(grids, draw, title, "context, tokens", "depth", "found")
+    return _draw_maps(grids, draw, title, "Context, tokens", "Depth", "Found, %")
 
 
 def plot_kept_stretches(
     shares: Mapping[str, Sequence[Sequence[float]]], layer_indices: Sequence[int], title: str
 ) -> Figure:
-    """Draw which share of each stretch of a prompt each layer keeps, one map a method.
+    """Draw the share of every stretch of a prompt that each layer keeps, one map per method.
 
     Parameters
     ----------
@@ -149,7 +260,7 @@ def plot_kept_stretches(
     layer_indices : sequence of int
         ``[layer]`` model indices.
     title : str
-        Title; a second line of it is set smaller.
+        Title; its second line is set smaller.
 
     Returns
     -------
@@ -171,7 +282,7 @@ def plot_kept_stretches(
             rows, vmin=0, vmax=1, cmap="viridis", aspect="auto", extent=edge, interpolation="nearest"
         )
 
-    return _draw_maps(shares, draw, title, "place in the prompt, %", "layer", "share kept")
+    return _draw_maps(shares, draw, title, "Place in the prompt, %", "Layer", "Kept, %")
 
 
 def _draw_maps(
@@ -199,6 +310,8 @@ def _draw_maps(
     bar = figure.colorbar(image, ax=flat, shrink=0.8, pad=0.02)  # type: ignore[arg-type]
     bar.outline.set_visible(False)
     bar.set_label(bar_label, color=INK, fontsize=9)
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
+    bar.ax.tick_params(colors=INK, labelsize=8)
     heading, _, subtitle = title.partition("\n")
     set_title(figure, heading, subtitle)
     return figure

@@ -1,4 +1,4 @@
-"""One effective rank of a layer's heads: seven ways to join them, and the keys that may be evicted."""
+"""Effective rank of a layer's heads together: seven ways to join them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rankkv.errors import ConfigError, InputError, UnknownNameError
-from rankkv.rank.spectrum import as_real_tensor, compute_gram, compute_rank_from_gram
+from ..errors import ConfigError, InputError, UnknownNameError
+from .spectrum import as_real_tensor, compute_gram, compute_rank_from_gram
 
 if TYPE_CHECKING:
-    from rankkv.models.tensor_parallel import HeadShards
+    from ..models.tensor_parallel import HeadShards
 
-# Gram matrices up to this side are solved in one batch; larger ones head by head, to bound memory.
+# Gram matrices up to this side are handled in one batch; larger ones head by head, to bound memory.
 _BATCHED_SIDE = 256
 
 
 def _joint_concat(attention: Tensor, shards: HeadShards | None = None) -> Tensor:
+    """Return the Gram matrix of the heads side by side along the keys: the sum of theirs."""
     if attention.shape[-2] <= _BATCHED_SIDE:
         gram = compute_gram(attention).sum(1)
     else:
@@ -30,11 +31,13 @@ def _joint_concat(attention: Tensor, shards: HeadShards | None = None) -> Tensor
 
 
 def _joint_mean(attention: Tensor, shards: HeadShards | None = None) -> Tensor:
+    """Return the Gram matrix of the heads' mean."""
     mean = attention.mean(1, dtype=torch.float64)
     return compute_gram(mean if shards is None else shards.mean(mean))
 
 
 def _joint_mass_normalized(attention: Tensor, shards: HeadShards | None = None) -> Tensor:
+    """Return the Gram matrix of the heads' sum, each scaled to mass 1; heads without mass count as zero."""
     mass = attention.sum((-2, -1), dtype=torch.float64)
     factors = torch.where(mass > 0, 1.0 / torch.where(mass > 0, mass, 1.0), torch.where(mass == 0, 0.0, mass))
     total = attention[:, 0].to(torch.float64) * factors[:, 0, None, None]
@@ -45,7 +48,7 @@ def _joint_mass_normalized(attention: Tensor, shards: HeadShards | None = None) 
 
 @dataclass(frozen=True)
 class Aggregation:
-    """A registered way to make one rank of a layer's heads: join the matrices, or reduce the heads' ranks.
+    """A registered way to compute one rank from a layer's heads: join the matrices, or reduce the heads' ranks.
 
     Attributes
     ----------
@@ -76,26 +79,28 @@ AGGREGATIONS: dict[str, Aggregation] = {
 
 
 def get_aggregation(name: str) -> Aggregation:
-    """Look an aggregation up by name, or raise an UnknownNameError that lists the known ones."""
+    """Look up an aggregation by name.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such aggregation; the message lists the known ones.
+    """
     if not isinstance(name, str) or name not in AGGREGATIONS:
         raise UnknownNameError.of("aggregation", name, AGGREGATIONS)
     return AGGREGATIONS[name]
 
 
-def _head_ranks(attention: Tensor) -> Tensor:
-    """Rank each head through the Gram matrix of its shorter side: ``[batch, head]``."""
-    short = attention if attention.shape[-2] <= attention.shape[-1] else attention.mT
-    if short.shape[-2] == 0:
-        return torch.zeros(attention.shape[:2], dtype=torch.float64, device=attention.device)
-    if short.shape[-2] <= _BATCHED_SIDE:
-        return compute_rank_from_gram(compute_gram(short))
-    return torch.stack(
-        [compute_rank_from_gram(compute_gram(short[:, h])) for h in range(short.shape[1])], dim=1
-    )
-
-
 def check_attention(attention: object) -> Tensor:
-    """Return attention as a detached tensor ``[batch, head, query, key]``, or raise an InputError."""
+    """Return attention as a detached real tensor ``[batch, head, query, key]``.
+
+    Float64 entries are scaled to at most 1.
+
+    Raises
+    ------
+    InputError
+        If it is not such a tensor, or its batch, head or query axis is empty.
+    """
     if not isinstance(attention, Tensor):
         raise InputError(
             f"attention must be a tensor [batch, head, query, key], got {type(attention).__name__}."
@@ -106,12 +111,25 @@ def check_attention(attention: object) -> Tensor:
             f"attention must have shape [batch, head, query, key] with no empty batch, head or query axis, "
             f"got {tuple(tensor.shape)}."
         )
-    # Products of float64 entries could leave the range; narrower dtypes cannot.
+    # Products of float64 entries may overflow; those of narrower dtypes cannot.
     if tensor.dtype == torch.float64 and tensor.shape[-1]:
         largest = tensor.abs().amax((1, 2, 3), keepdim=True)
         usable = largest.isfinite() & (largest > 0)
         tensor = tensor / torch.where(usable, largest, 1.0)
     return tensor
+
+
+def check_sizes(window_size: int, sink_size: int) -> None:
+    """Check the sizes of the observation window and of the sinks.
+
+    Raises
+    ------
+    ConfigError
+        If a size is not an integer in its range; the message names it.
+    """
+    for name, value, smallest in (("window_size", window_size, 1), ("sink_size", sink_size, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ConfigError(f"{name} must be an integer >= {smallest}, got {value!r}.")
 
 
 @torch.no_grad()
@@ -125,7 +143,7 @@ def compute_joint_gram(attention: Tensor, aggregation: str = "concat") -> Tensor
     attention : Tensor
         ``[batch, head, query, key]``, any float dtype.
     aggregation : str, default "concat"
-        One that joins the heads' matrices.
+        An aggregation that joins the heads' matrices.
 
     Returns
     -------
@@ -135,9 +153,9 @@ def compute_joint_gram(attention: Tensor, aggregation: str = "concat") -> Tensor
     Raises
     ------
     UnknownNameError
-        Not an aggregation that joins matrices.
+        If the aggregation does not join matrices.
     InputError
-        Not a four-dimensional tensor.
+        If ``attention`` is not a tensor or array of real numbers.
 
     Examples
     --------
@@ -163,21 +181,21 @@ def compute_aggregated_rank(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute one effective rank per batch row from the attention of all heads of a layer.
 
-    Spectra come from float64 Gram matrices accumulated over blocks of keys (error bound: see
-    `compute_rank_from_gram`). Cut away what should not count by zeroing rows or columns before.
+    Spectra come from float64 Gram matrices, accumulated over blocks of keys (error bound: see
+    `compute_rank_from_gram`). To exclude rows or columns, set them to zero first.
 
     Parameters
     ----------
     attention : Tensor
-        ``[batch, head, query, key]``, any float dtype. A batch row that holds NaN or infinity gets rank NaN
-        and leaves the other rows alone.
+        ``[batch, head, query, key]``, any float dtype. A batch row with NaN or infinity gets rank NaN; the other
+        rows are not affected.
     aggregation : str, default "concat"
         A key of `AGGREGATIONS`: "mean", "per_head", "median", "max", "min", "concat" or "mass_normalized".
         Heads without mass have rank 0, and "mass_normalized" leaves them out.
     normalize : bool, default False
-        Divide by ``min(rows, columns)`` of the matrix ranked; for "concat" the columns of all heads count.
+        Divide by ``min(rows, columns)`` of the ranked matrix; for "concat" the columns of all heads count.
     rows, columns : int or Tensor ``[batch]``, optional
-        How many queries and keys really count, where zeroed ones were left in; used by ``normalize`` alone.
+        Numbers of queries and keys without the zeroed ones; used by ``normalize`` alone.
     shards : HeadShards, optional
         The tensor-parallel processes that hold the other heads of the layer.
 
@@ -191,9 +209,9 @@ def compute_aggregated_rank(
     Raises
     ------
     UnknownNameError
-        No such aggregation.
+        If there is no such aggregation.
     InputError
-        Not a four-dimensional tensor.
+        If ``attention`` is not a four-dimensional tensor.
 
     Examples
     --------
@@ -222,8 +240,13 @@ def compute_aggregated_rank(
     return ranks, per_head
 
 
-def check_sizes(window_size: int, sink_size: int) -> None:
-    """Raise a ConfigError that names the size which is not an integer in its range."""
-    for name, value, smallest in (("window_size", window_size, 1), ("sink_size", sink_size, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            raise ConfigError(f"{name} must be an integer >= {smallest}, got {value!r}.")
+def _head_ranks(attention: Tensor) -> Tensor:
+    """Compute the rank of each head from the Gram matrix of its shorter side, ``[batch, head]``."""
+    short = attention if attention.shape[-2] <= attention.shape[-1] else attention.mT
+    if short.shape[-2] == 0:
+        return torch.zeros(attention.shape[:2], dtype=torch.float64, device=attention.device)
+    if short.shape[-2] <= _BATCHED_SIDE:
+        return compute_rank_from_gram(compute_gram(short))
+    return torch.stack(
+        [compute_rank_from_gram(compute_gram(short[:, h])) for h in range(short.shape[1])], dim=1
+    )

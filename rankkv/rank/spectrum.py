@@ -1,4 +1,4 @@
-"""Spectra in float64: effective rank from singular values, Gram matrices accumulated block by block."""
+"""Effective ranks from singular values or Gram matrices, in float64."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankkv.errors import ConfigError, DegenerateAttentionError, InputError
+from ..errors import ConfigError, DegenerateAttentionError, InputError
 
-# Numbers converted to float64 at a time; on a CPU, where the product finds half a MiB in the cache, fewer.
+# Entries converted to float64 at a time; fewer on a CPU, where a block of half a MiB fits into the cache.
 _BLOCK_ELEMENTS, _CPU_BLOCK_ELEMENTS = 1 << 19, 1 << 16
 _MIN_BLOCK_KEYS = 256
-#: What torch raises where a spectrum does not converge.
+#: The error that torch raises if a spectrum does not converge.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _EPSILON = torch.finfo(torch.float64).eps
 
 
 def as_real_tensor(matrix: object) -> Tensor:
-    """Turn a tensor or an array into a detached real tensor that float64 can be computed from."""
+    """Return a tensor or an array as a detached real tensor; on MPS, which has no float64, as a CPU tensor.
+
+    Raises
+    ------
+    InputError
+        If it does not hold real numbers.
+    """
     if isinstance(matrix, Tensor):
         tensor = matrix.detach()
     else:
@@ -32,7 +38,6 @@ def as_real_tensor(matrix: object) -> Tensor:
             ) from error
     if tensor.is_complex():
         raise InputError(f"a matrix must be real, got dtype {tensor.dtype}; take its absolute value first.")
-    # MPS has no float64.
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
@@ -63,41 +68,9 @@ def rank_from_singular_values(values: Tensor) -> Tensor:
     return torch.where(largest.squeeze(-1) > 0, ranks, 0.0)
 
 
-def _solve(kernel: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
-    """Run a LAPACK kernel; on failure retry on the CPU, then with a tiny jitter, then raise."""
-    try:
-        return kernel(matrices)
-    except LinAlgError:
-        pass
-    on_cpu = matrices.cpu()
-    try:
-        return kernel(on_cpu).to(matrices.device)
-    except LinAlgError:
-        pass
-    size = min(on_cpu.shape[-2:])
-    # Entries are at most 1 in size here (callers rescale), so this stays below the clamp of the spectrum.
-    shifted = on_cpu.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(_EPSILON * torch.linspace(1.0, 2.0, size, dtype=torch.float64))
-    try:
-        return kernel(shifted).to(matrices.device)
-    except LinAlgError as error:
-        raise DegenerateAttentionError(
-            f"the spectrum of a matrix of shape {tuple(matrices.shape)} does not converge even with a jitter "
-            f"of {2 * _EPSILON:.1e} ({error}); use strategy='uniform', which needs no rank."
-        ) from error
-
-
-def _rescaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide each matrix by its largest entry; non-finite ones become 0 and are reported."""
-    largest = matrices.abs().amax((-2, -1), keepdim=True)
-    finite = largest.isfinite()
-    scale = torch.where(finite & (largest > 0), largest, 1.0)
-    return torch.where(finite, matrices / scale, 0.0), finite[..., 0, 0]
-
-
 @torch.no_grad()
 def compute_effective_ranks(matrices: Tensor, normalize: bool = False) -> Tensor:
-    """Compute the effective rank of each matrix of a batch, exactly, from singular values in float64.
+    """Compute the exact effective rank of each matrix of a batch, from singular values in float64.
 
     ``erank(A) = exp(-sum_i p_i log p_i)`` with ``p = sigma / sum(sigma)``.
 
@@ -111,12 +84,14 @@ def compute_effective_ranks(matrices: Tensor, normalize: bool = False) -> Tensor
     Returns
     -------
     Tensor
-        ``[...]`` float64, in [1, min(m, n)]; 0 for a zero matrix, NaN for one that holds NaN or infinity.
+        ``[...]`` float64, in [1, min(m, n)]; 0 for a zero matrix, NaN for one with NaN or infinity.
 
     Raises
     ------
     InputError
-        Fewer than two dimensions, an empty matrix, or entries that are not real numbers.
+        If there are fewer than two dimensions, a matrix is empty, or entries are not real numbers.
+    DegenerateAttentionError
+        If the singular values do not converge on the device, on the CPU, nor with a tiny jitter.
 
     References
     ----------
@@ -143,12 +118,12 @@ def compute_effective_ranks(matrices: Tensor, normalize: bool = False) -> Tensor
 def compute_rank_from_gram(gram: Tensor) -> Tensor:
     """Compute effective ranks from Gram matrices ``G = A A^T``: sigma = sqrt(eigenvalues of G).
 
-    The Gram matrix squares the condition number: eigenvalues carry noise of about ``eps * lambda_max``, so
-    those below ``4 w eps lambda_max`` count as zero, and an exact rank 1 gives 1 within 1e-6. Singular values
-    below ``d = sqrt(4 w eps)`` of the largest are thus dropped, each of which adds at most ``-d log d`` to
-    the entropy: the rank moves by at most about ``-w d log d`` relative, 1e-4 for w = 32. Reaching that takes
-    one large value and all others just below the floor; softmax attention moves by 1e-7 at w = 128 and by
-    1.3e-6 at w = 2048. `compute_effective_ranks` has no such floor.
+    The Gram matrix squares the condition number, so eigenvalues carry noise of about ``eps * lambda_max``. Those
+    below ``4 w eps lambda_max`` count as zero, and an exact rank 1 gives 1 within 1e-6. So singular values below
+    ``d = sqrt(4 w eps)`` of the largest are dropped. Each adds at most ``-d log d`` to the entropy: the rank
+    moves by at most about ``-w d log d`` relative, 1e-4 for w = 32. Reaching this bound takes one large value
+    and all others just below the floor. Softmax attention moves by 1e-7 at w = 128 and by 1.3e-6 at w = 2048.
+    `compute_effective_ranks` has no such floor.
 
     Parameters
     ----------
@@ -158,14 +133,14 @@ def compute_rank_from_gram(gram: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        ``[...]`` float64, in [1, w]; 0 for a zero matrix, NaN for one that holds NaN or infinity.
+        ``[...]`` float64, in [1, w]; 0 for a zero matrix, NaN for one with NaN or infinity.
 
     Raises
     ------
     InputError
-        The last two axes are not equal.
+        If the last two axes are not equal.
     DegenerateAttentionError
-        The eigenvalues do not converge on the device, on the CPU, nor with a tiny jitter.
+        If the eigenvalues do not converge on the device, on the CPU, nor with a tiny jitter.
 
     Examples
     --------
@@ -187,14 +162,14 @@ def compute_rank_from_gram(gram: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compute_gram(matrices: Tensor) -> Tensor:
-    """Compute ``A A^T`` in float64, converting block after block of columns, never the whole input.
+    """Compute ``A A^T`` in float64, block by block of columns, without a float64 copy of the whole input.
 
     Additive: the Gram matrix of heads (or key blocks, or shards) side by side is the sum of theirs.
 
     Parameters
     ----------
     matrices : Tensor
-        ``[..., m, n]``, any real dtype. Float64 entries should lie within 1e-150 to 1e150 (they are squared).
+        ``[..., m, n]``, any real dtype. Float64 entries should be within 1e-150 to 1e150, because they are squared.
 
     Returns
     -------
@@ -204,7 +179,7 @@ def compute_gram(matrices: Tensor) -> Tensor:
     Raises
     ------
     InputError
-        Fewer than two dimensions, or entries that are not real numbers.
+        If there are fewer than two dimensions, or entries are not real numbers.
 
     Examples
     --------
@@ -231,7 +206,7 @@ def compute_gram(matrices: Tensor) -> Tensor:
 
 
 def round_ranks(ranks: Any, digits: int = 6) -> Any:
-    """Round ranks to ``digits`` significant digits, so that float noise does not move a token.
+    """Round ranks to ``digits`` significant digits, so that float noise cannot change a token's layer.
 
     Parameters
     ----------
@@ -243,12 +218,12 @@ def round_ranks(ranks: Any, digits: int = 6) -> Any:
     Returns
     -------
     float, list or Tensor
-        A float64 tensor on the same device for a tensor; otherwise floats, in lists as they came.
+        For a tensor, a float64 tensor on the same device; otherwise floats, in lists like the input's.
 
     Raises
     ------
     ConfigError
-        ``digits`` is not an integer from 1 to 17.
+        If ``digits`` is not an integer from 1 to 17.
 
     Examples
     --------
@@ -266,3 +241,35 @@ def round_ranks(ranks: Any, digits: int = 6) -> Any:
     if isinstance(ranks, (list, tuple)):
         return [round_ranks(rank, digits) for rank in ranks]
     return float(f"{float(ranks):.{digits - 1}e}")
+
+
+def _solve(kernel: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+    """Run a LAPACK kernel; on failure retry on the CPU, then with a tiny jitter, then raise."""
+    try:
+        return kernel(matrices)
+    except LinAlgError:
+        pass
+    on_cpu = matrices.cpu()
+    try:
+        return kernel(on_cpu).to(matrices.device)
+    except LinAlgError:
+        pass
+    size = min(on_cpu.shape[-2:])
+    # Callers rescale entries to at most 1, so the jitter stays below the floor of the spectrum.
+    shifted = on_cpu.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(_EPSILON * torch.linspace(1.0, 2.0, size, dtype=torch.float64))
+    try:
+        return kernel(shifted).to(matrices.device)
+    except LinAlgError as error:
+        raise DegenerateAttentionError(
+            f"the spectrum of a matrix of shape {tuple(matrices.shape)} does not converge even with a jitter "
+            f"of {2 * _EPSILON:.1e} ({error}); use strategy='uniform', which needs no rank."
+        ) from error
+
+
+def _rescaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each matrix by its largest entry; non-finite matrices become 0. Also return which are finite."""
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    finite = largest.isfinite()
+    scale = torch.where(finite & (largest > 0), largest, 1.0)
+    return torch.where(finite, matrices / scale, 0.0), finite[..., 0, 0]

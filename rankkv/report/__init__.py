@@ -1,4 +1,4 @@
-"""A results folder to look at: one self-contained HTML page, and figures for papers from the same data."""
+"""A results folder in, one self-contained HTML page and figures out."""
 
 from __future__ import annotations
 

@@ -1,30 +1,32 @@
-"""Figures for papers of what the page shows."""
+"""Figures for papers, of the data that the page shows."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..plots import (
+    name_methods,
     plot_kept_stretches,
     plot_quality,
     plot_recall_grids,
     plot_strategy_budgets,
     save_figure,
 )
+from ..plots.style import format_share
 from .collect import ReportData
 from .page import describe_axis
 from .tables import summarize_quality
 
 
 def write_figures(data: ReportData, folder: str | Path, prefix: str = "") -> list[Path]:
-    """Draw quality, facts found, budgets and kept stretches, whichever the data has, as PNG and PDF.
+    """Draw quality, facts found, budgets and kept stretches, as far as the data has them, as PNG and PDF.
 
     Parameters
     ----------
     data : ReportData
         From :func:`rankkv.report.collect_results`.
     folder : str or Path
-        Where they go.
+        Folder of the figures.
     prefix : str, default ""
         Beginning of their names.
 
@@ -47,12 +49,14 @@ def write_figures(data: ReportData, folder: str | Path, prefix: str = "") -> lis
         written.extend(save_figure(figure, folder / f"{prefix}{name}"))  # type: ignore[arg-type]
 
     tasks = summarize_quality(data.rows)
+    methods = [name for task in tasks for name in task.curves] + [row["method"] for row in data.kept_maps]
+    named = name_methods(methods)
     if tasks:
         save(
             plot_quality(
                 {
                     f"{task.title}\n{describe_axis(task)}": {
-                        name: [(point.kept, task.pick(point)) for point in points]
+                        named[name]: [(point.kept, task.pick(point)) for point in points]
                         for name, points in task.curves.items()
                     }
                     for task in tasks
@@ -63,22 +67,23 @@ def write_figures(data: ReportData, folder: str | Path, prefix: str = "") -> lis
         )
     for number, task in enumerate(task for task in tasks if task.grids):
         panels = {
-            f"{method}, {ratio:.0%} kept" if ratio < 1.0 else "full cache": grid
+            f"{named.get(method, method)}, {format_share(ratio)}" if ratio < 1.0 else "Full cache": grid
             for ratio in sorted({ratio for ratios in task.grids.values() for ratio in ratios})
             for method, ratios in task.grids.items()
             if (grid := ratios.get(ratio)) is not None
         }
         save(
-            plot_recall_grids(panels, f"Facts found: {task.title}"), f"facts_{number}" if number else "facts"
+            plot_recall_grids(panels, f"Facts found by depth, length and share kept\n{task.title}"),
+            f"facts_{number}" if number else "facts",
         )
-    if data.portraits:
-        first = [row for row in data.portraits if row["prompt"] == data.portraits[0]["prompt"]]
+    if data.kept_maps:
+        first = [row for row in data.kept_maps if row["prompt"] == data.kept_maps[0]["prompt"]]
         smallest = min(row["ratio"] for row in first)
-        cells = {row["method"]: row for row in first if row["ratio"] == smallest}
-        layers = next(iter(cells.values()))["layer_indices"]
-        title = f"of one prompt of {len(first[0]['pieces']):,} tokens, {smallest:.0%} kept"
-        budgets = {name: row["budgets"] for name, row in cells.items()}
+        maps = {named[row["method"]]: row for row in first if row["ratio"] == smallest}
+        layers = next(iter(maps.values()))["layer_indices"]
+        title = f"one prompt of {len(first[0]['pieces']):,} tokens, {format_share(smallest)} kept"
+        budgets = {name: row["budgets"] for name, row in maps.items()}
         save(plot_strategy_budgets(budgets, layers, title=f"Budget of each layer\n{title}"), "budgets")
-        shares = {name: row["stretch_shares"] for name, row in cells.items()}
-        save(plot_kept_stretches(shares, layers, title=f"Where each layer keeps tokens\n{title}"), "kept")
+        shares = {name: row["stretch_shares"] for name, row in maps.items()}
+        save(plot_kept_stretches(shares, layers, title=f"Tokens kept by each layer\n{title}"), "kept")
     return written

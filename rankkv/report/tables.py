@@ -1,4 +1,4 @@
-"""From rows to curves: mean and interval of every method at every share kept, its paired differences, and doubts."""
+"""Curves from rows: mean, interval and paired differences of every method at every share kept, and doubts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..evaluation.comparison import Comparison, check_floor, compare_settings, f
 from ..evaluation.settings import UNIFORM
 from ..evaluation.statistics import Estimate
 from ..evaluation.task_runner import BLANK, FULL
+from ..plots import name_model
 
 Row = Mapping[str, Any]
 #: Depth and length of a fact to the mean score there.
@@ -20,7 +21,7 @@ Grid = dict[tuple[float, int], float]
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one ratio: the fraction asked for, the one kept (floors may raise it), and what it is worth."""
+    """Result of one method at one ratio: fraction requested, fraction kept (floors may raise it), and scores."""
 
     ratio: float
     kept: float
@@ -34,15 +35,15 @@ class TaskQuality:
     Attributes
     ----------
     model, label, metric, higher_is_better
-        What was measured.
+        Model, task, and the metric of its scores.
     full, blank : Comparison or None
-        The whole cache, and the whole cache of a context without the answer: what guessing gives.
+        The full cache, and the full cache of a context without the answer, which shows guessing.
     curves : dict
         Method to its points, ratios growing.
     grids : dict
-        Method to ratio to grid, where facts stand at depths; ``"full"`` with ratio 1.
+        Method to ratio to grid, for facts at known depths; ``"full"`` with ratio 1.
     doubts : list of str
-        Why the scores may say nothing.
+        Reasons to doubt the scores.
     """
 
     model: str
@@ -58,26 +59,26 @@ class TaskQuality:
     @property
     def title(self) -> str:
         """Task and model."""
-        return f"{self.label} · {self.model}" if self.model else self.label
+        return f"{self.label} · {name_model(self.model)}" if self.model else self.label
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """The full cache, every method at every ratio, and guessing, whichever there are."""
+        """Results of the full cache, of every method at every ratio, and of guessing."""
         points = [point.found for own in self.curves.values() for point in own]
         return [one for one in (self.full, *points, self.blank) if one is not None]
 
     @property
     def shows_excess(self) -> bool:
-        """Whether curves show paired differences to the full cache: texts differ in loss more than caches do."""
+        """True if curves show paired differences to the full cache, as for a loss, which varies more by text."""
         return self.metric == "loss" and self.full is not None
 
     @property
     def full_level(self) -> float | None:
-        """Where the full cache stands beside the curves."""
+        """Score of the full cache on the scale of the curves."""
         return 0.0 if self.shows_excess else None if self.full is None else self.full.score.mean
 
     def pick(self, point: Point) -> Estimate:
-        """Return what the curves show of a point."""
+        """Return the score of a point on the scale of the curves."""
         if self.shows_excess and point.found.to_full is not None:
             return point.found.to_full
         return point.found.score
@@ -91,7 +92,7 @@ def summarize_quality(rows: Sequence[Row], seed: int = 0) -> list[TaskQuality]:
     rows : sequence of mapping
         As :attr:`rankkv.report.ReportData.rows`.
     seed : int, default 0
-        Of the bootstrap.
+        Seed of the bootstrap.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -100,18 +101,18 @@ def summarize_quality(rows: Sequence[Row], seed: int = 0) -> list[TaskQuality]:
 
 
 def _summarize_task(rows: Sequence[Row], seed: int) -> TaskQuality:
-    cells = {row["setting"]: (row["method"], row["ratio"]) for row in rows}
-    by_cell = {cell: setting for setting, cell in cells.items()}
+    settings = {row["setting"]: (row["method"], row["ratio"]) for row in rows}
+    by_method = {method: setting for setting, method in settings.items()}
     uniform_of = {}
-    for setting, (method, ratio) in cells.items():
+    for setting, (method, ratio) in settings.items():
         partner = (f"{method.rpartition(' + ')[0]} + {UNIFORM}", ratio)
-        if partner in by_cell:
-            uniform_of[setting] = by_cell[partner]
+        if partner in by_method:
+            uniform_of[setting] = by_method[partner]
     found = {one.setting: one for one in compare_settings(rows, uniform_of, seed=seed)}
     full, blank = found.pop(FULL, None), found.pop(BLANK, None)
     curves: dict[str, list[Point]] = {}
     for setting, comparison in found.items():
-        method, ratio = cells[setting]
+        method, ratio = settings[setting]
         curves.setdefault(method, []).append(Point(ratio, comparison.kept_share or ratio, comparison))
     return TaskQuality(
         model=rows[0]["model"],
@@ -122,18 +123,18 @@ def _summarize_task(rows: Sequence[Row], seed: int) -> TaskQuality:
         blank=blank,
         curves={method: sorted(points, key=lambda point: point.ratio) for method, points in curves.items()},
         grids=_build_grids(rows),
-        doubts=list_doubts(rows, cells),
+        doubts=list_doubts(rows, settings),
     )
 
 
-def list_doubts(rows: Sequence[Row], cells: Mapping[str, tuple[str, float]]) -> list[str]:
-    """Say why the scores of one task may say nothing: guessing does as well, or a share makes no difference.
+def list_doubts(rows: Sequence[Row], settings: Mapping[str, tuple[str, float]]) -> list[str]:
+    """List reasons to doubt the scores of one task: guessing does as well, or a share makes no difference.
 
     Parameters
     ----------
     rows : sequence of mapping
-        Of one task.
-    cells : mapping
+        Rows of one task.
+    settings : mapping
         Setting to method and ratio.
     """
     doubts = []
@@ -141,14 +142,14 @@ def list_doubts(rows: Sequence[Row], cells: Mapping[str, tuple[str, float]]) -> 
         check_floor(rows)
     except FloorError as error:
         doubts.append(str(error))
-    settings = {
+    options = {
         name: {"method": method, "compression_ratio": ratio}
-        for name, (method, ratio) in cells.items()
+        for name, (method, ratio) in settings.items()
         if name not in (FULL, BLANK)
     }
     doubts += [
         f"{a} and {b} gave the same output and likelihood on every sample, though they keep different shares."
-        for _, a, b in find_identical(rows, settings, warn=False)
+        for _, a, b in find_identical(rows, options, warn=False)
     ]
     return doubts
 

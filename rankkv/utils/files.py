@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and JSON that every reader takes."""
+"""Atomic file writing, strict JSON, and the folder of cached files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 
 
 def write_text_atomically(path: str | Path, text: str) -> Path:
-    """Write ``text`` to ``path`` through a temporary file in the same folder, creating the folder if needed.
+    """Write ``text`` to ``path`` in one step, so that no reader sees half a file.
+
+    The text goes to a temporary file in the same folder first. The folder is created if needed.
 
     Parameters
     ----------
     path : str or Path
-        Where the file goes; an existing one is replaced in one step.
+        File to write; an existing one is replaced.
     text : str
-        Its content, written as UTF-8.
+        Content, written as UTF-8.
 
     Returns
     -------
     Path
-        The path written.
+        The written path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +33,7 @@ def write_text_atomically(path: str | Path, text: str) -> Path:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        # mkstemp makes files that only the owner can read.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -40,7 +43,7 @@ def write_text_atomically(path: str | Path, text: str) -> Path:
 
 
 def make_json_ready(value: Any) -> Any:
-    """Return a record with null for numbers that JSON cannot write (NaN, infinities)."""
+    """Return a copy of a record with null for NaN and infinities, which JSON cannot write."""
     if isinstance(value, dict):
         return {str(key): make_json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -49,12 +52,12 @@ def make_json_ready(value: Any) -> Any:
 
 
 def dump_json(record: dict[str, Any]) -> str:
-    """Return a record as indented JSON that ends in a newline."""
+    """Return a record as indented JSON with a final newline."""
     return json.dumps(make_json_ready(record), indent=2, allow_nan=False) + "\n"
 
 
 def find_cache_folder() -> Path:
-    """Return the folder for what is kept between runs: ``$RANKKV_CACHE``, else the user's cache folder."""
+    """Return the folder for files kept between runs: ``$RANKKV_CACHE``, else the user's cache folder."""
     if os.environ.get("RANKKV_CACHE"):
         return Path(os.environ["RANKKV_CACHE"]).expanduser()
     xdg = os.environ.get("XDG_CACHE_HOME")

@@ -1,4 +1,4 @@
-"""FrozenOptions: a mapping of options that cannot change, and can be hashed, copied and pickled."""
+"""FrozenOptions: an immutable mapping of options that can be hashed, copied and pickled."""
 
 from __future__ import annotations
 

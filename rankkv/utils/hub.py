@@ -1,4 +1,4 @@
-"""Ask the hub once before a loader starts: an unreachable hub is one sentence, not minutes of retries."""
+"""Access to the Hugging Face hub, and checks for optional packages, with one-sentence errors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from rankkv.errors import InputError, MissingDependencyError, RankKVError, SourceUnavailableError
+from ..errors import InputError, MissingDependencyError, RankKVError, SourceUnavailableError
 
 PROBE_TIMEOUT_SECONDS = 10.0
 
 
 def require(package: str, command: str, purpose: str) -> None:
-    """Raise the error that carries the install command where ``package`` is missing.
+    """Raise an error with the install command if ``package`` is not installed.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ def require(package: str, command: str, purpose: str) -> None:
     command : str
         The one command that installs it.
     purpose : str
-        What needs it; begins the message.
+        The feature that needs it; begins the message.
 
     Raises
     ------
@@ -38,28 +38,30 @@ def require(package: str, command: str, purpose: str) -> None:
 
 
 def is_hub_reachable(name: str, kind: Literal["model", "dataset"], token: str | bool | None = None) -> bool:
-    """Say whether the hub answers for ``name``; one request, no retry, at most ten seconds.
+    """Tell whether the hub answers for ``name``: one request, no retry, at most ten seconds.
+
+    Call it before a loader, which would retry for minutes if the hub is unreachable.
 
     Parameters
     ----------
     name : str
         Hub id, "organisation/name".
     kind : {"model", "dataset"}
-        What the id names.
+        Kind of repository.
     token : str or bool, optional
-        The user's, where it is not the one that is logged in.
+        Access token; None uses the logged-in user's.
 
     Returns
     -------
     bool
-        True where the hub has ``name``; False where no answer came, so that only its local cache can serve.
+        True if the hub has ``name``. False if no answer came; then only the local cache can be used.
 
     Raises
     ------
     InputError
         If ``name`` cannot be a hub id.
     SourceUnavailableError
-        If the hub answers that it has no such repository for this user.
+        If the hub answers that this user has no such repository.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -77,13 +79,13 @@ def is_hub_reachable(name: str, kind: Literal["model", "dataset"], token: str | 
             "or log in with `hf auth login`."
         ) from error
     except Exception:
-        # What a failed connection raises depends on the client's HTTP library, which has changed before.
+        # The type of a connection error depends on the client's HTTP library, which has changed before.
         return False
     return True
 
 
 def push_file(repo_id: str, name: str, content: bytes, private: bool | None = None, **options: Any) -> str:
-    """Upload one file to a model repository, which is made if there is none, and return the commit's address.
+    """Upload one file to a model repository, creating it if needed, and return the commit's URL.
 
     Parameters
     ----------
@@ -92,11 +94,11 @@ def push_file(repo_id: str, name: str, content: bytes, private: bool | None = No
     name : str
         Path in the repository.
     content : bytes
-        What stands in the file.
+        Content of the file.
     private : bool, optional
-        For a repository that is made.
+        Visibility of a repository that is created.
     **options
-        Of ``huggingface_hub.HfApi.upload_file``, such as ``token``, ``revision`` or ``create_pr``.
+        Options of ``huggingface_hub.HfApi.upload_file``, such as ``token``, ``revision`` or ``create_pr``.
 
     Raises
     ------
@@ -111,13 +113,14 @@ def push_file(repo_id: str, name: str, content: bytes, private: bool | None = No
     try:
         is_there = is_hub_reachable(repo_id, "model", token)
     except SourceUnavailableError:
+        # The hub answers, but the repository does not exist yet.
         is_there = None
     if is_there is False:
         raise SourceUnavailableError(
-            f"the hub cannot be reached to push {name} to {repo_id!r}: save() keeps it in a file."
+            f"the hub cannot be reached to push {name} to {repo_id!r}; use save() to keep it in a file."
         )
     api = HfApi(token=token)
-    with _told_in_a_sentence(f"push {name} to {repo_id!r}", f"{name} was pushed to {repo_id!r}"):
+    with _shorten_errors(f"push {name} to {repo_id!r}", f"{name} was pushed to {repo_id!r}"):
         if is_there is None:
             api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id, **options)
@@ -134,53 +137,54 @@ def pull_file(repo_id: str, name: str, **options: Any) -> str:
     name : str
         Path in the repository.
     **options
-        Of ``huggingface_hub.hf_hub_download``, such as ``token`` or ``revision``.
+        Options of ``huggingface_hub.hf_hub_download``, such as ``token`` or ``revision``.
 
     Raises
     ------
     InputError
         If ``repo_id`` cannot be a hub id.
     SourceUnavailableError
-        If the hub cannot be reached and the file was not downloaded before, or there is no such file or repository.
+        If the file or repository does not exist, or the hub cannot be reached and the file is not in the local cache.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     reachable = is_hub_reachable(repo_id, "model", options.get("token"))
     offline = {} if reachable else {"local_files_only": True}
-    with _told_in_a_sentence(f"pull {name} from {repo_id!r}", f"{name} was pulled from {repo_id!r}"):
+    with _shorten_errors(f"pull {name} from {repo_id!r}", f"{name} was pulled from {repo_id!r}"):
         try:
             return str(hf_hub_download(repo_id, name, **options, **offline))
         except LocalEntryNotFoundError as error:
             raise SourceUnavailableError(
-                f"the hub cannot be reached to pull {name} from {repo_id!r}, and it was not downloaded before."
+                f"the hub cannot be reached to pull {name} from {repo_id!r}, which is not in the local cache."
             ) from error
         except EntryNotFoundError as error:
             raise SourceUnavailableError(
-                f"{repo_id!r} holds no {name}: push one, or check the revision."
+                f"{repo_id!r} has no file {name}: push one, or check the revision."
             ) from error
 
 
 @contextlib.contextmanager
-def _told_in_a_sentence(purpose: str, doing: str) -> Iterator[None]:
-    """Turn what the hub refuses, and a connection that breaks off, into one sentence."""
+def _shorten_errors(purpose: str, doing: str) -> Iterator[None]:
+    """Turn a refusal of the hub or a broken connection into a SourceUnavailableError of one sentence."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
     except HfHubHTTPError as error:
-        raise SourceUnavailableError(_explain(error, purpose)) from error
+        raise SourceUnavailableError(_describe_refusal(error, purpose)) from error
     except (RankKVError, TypeError, ValueError):
         raise
     except Exception as error:
-        # What a broken connection raises depends on the client's HTTP library too.
+        # The type of this error depends on the client's HTTP library too.
         raise SourceUnavailableError(
             f"the connection to the hub broke off while {doing}: try again."
         ) from error
 
 
-def _explain(error: Any, purpose: str) -> str:
+def _describe_refusal(error: Any, purpose: str) -> str:
+    """Describe a refusal: status, reason, and for a missing permission the remedy."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = getattr(error, "server_message", None) or str(error).splitlines()[0]
-    remedy = " Log in with `hf auth login`, or give a token that may do it." if status in (401, 403) else ""
+    remedy = " Log in with `hf auth login`, or pass a token that allows it." if status in (401, 403) else ""
     return f"the hub refused to {purpose} (status {status}: {reason.rstrip('.')}).{remedy}"

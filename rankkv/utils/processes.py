@@ -1,4 +1,4 @@
-"""Work split over the processes that `accelerate launch` or `torchrun` starts, and its results gathered once."""
+"""Work split over the processes of `accelerate launch` or `torchrun`, and its results gathered."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from ..errors import ProcessGroupError
 
 Sample = TypeVar("Sample")
 
-#: How rank and number of processes are called by torchrun (and so by accelerate), and by the two MPIs it starts.
+# Names of rank and number of processes: torchrun's (also accelerate's), then those of two MPIs that accelerate starts.
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
-# A process that is done waits for one that still measures; a dead one is the launcher's to notice, which ends all.
-_PATIENCE = timedelta(days=7)
+# A finished process waits for a slow one. The launcher notices a dead process and ends all of them.
+_TIMEOUT = timedelta(days=7)
 _group: Any = None
 
 
 class ProcessRank(NamedTuple):
-    """Which of the launched processes this is.
+    """Number of this process among the launched ones.
 
     Parameters
     ----------
     rank : int
         Number of this process, from 0.
     size : int
-        Processes in all; 1 where none was launched beside this one.
+        Number of processes; 1 if this one runs alone.
     """
 
     rank: int
@@ -40,7 +40,12 @@ class ProcessRank(NamedTuple):
 
 
 def find_process_rank() -> ProcessRank:
-    """Return the rank of this process and how many there are, as the launcher's environment says; (0, 1) without one.
+    """Return this process's rank and the number of processes, from the launcher's environment.
+
+    Returns
+    -------
+    ProcessRank
+        (0, 1) without a launcher.
 
     Raises
     ------
@@ -53,15 +58,15 @@ def find_process_rank() -> ProcessRank:
     ProcessRank(rank=0, size=1)
     """
     for rank, size in _LAUNCHERS:
-        # Cluster managers set such names for single processes too; a launcher also says where to meet.
+        # Cluster managers set these names for single processes too; only a launcher also sets MASTER_ADDR.
         if rank in os.environ and size in os.environ and "MASTER_ADDR" in os.environ:
-            place = ProcessRank(int(os.environ[rank]), int(os.environ[size]))
-            if not 0 <= place.rank < place.size:
+            found = ProcessRank(int(os.environ[rank]), int(os.environ[size]))
+            if not 0 <= found.rank < found.size:
                 raise ProcessGroupError(
-                    f"{rank}={place.rank} is outside 0 to {size} - 1 = {place.size - 1}: start the processes with "
+                    f"{rank}={found.rank} is outside 0 to {size} - 1 = {found.size - 1}: start the processes with "
                     "`accelerate launch` or `torchrun`, which set both."
                 )
-            return place
+            return found
     return ProcessRank(0, 1)
 
 
@@ -71,12 +76,12 @@ def is_main_process() -> bool:
 
 
 def find_own_device() -> str | None:
-    """Return the GPU that belongs to this process among several of one machine; None without GPUs or other processes.
+    """Return the GPU of this process; None without GPUs or without other processes.
 
     Raises
     ------
     ProcessGroupError
-        If there are fewer GPUs than processes on this machine.
+        If this machine has fewer GPUs than processes.
     """
     import torch
 
@@ -85,14 +90,14 @@ def find_own_device() -> str | None:
     local = int(os.environ.get("LOCAL_RANK", find_process_rank().rank))
     if local >= torch.cuda.device_count():
         raise ProcessGroupError(
-            f"process {local} of this machine finds {torch.cuda.device_count()} GPUs: launch as many processes as "
-            "there are GPUs, or hide all of them (CUDA_VISIBLE_DEVICES=) to run on the CPU."
+            f"process {local} of this machine finds only {torch.cuda.device_count()} GPUs: launch one process per GPU, "
+            "or hide all GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU."
         )
     return f"cuda:{local}"
 
 
 def split_samples(samples: Sequence[Sample]) -> list[Sample]:
-    """Return this process's share of the samples: every ``size``-th one, from its rank on.
+    """Return this process's share of the samples: every ``size``-th one, starting at its rank.
 
     Parameters
     ----------
@@ -102,7 +107,7 @@ def split_samples(samples: Sequence[Sample]) -> list[Sample]:
     Returns
     -------
     list
-        All of them where no other process was launched.
+        All samples if no other process was launched.
 
     Examples
     --------
@@ -114,15 +119,15 @@ def split_samples(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def gather(results: Sequence[Any]) -> list[Any]:
-    """Return the results of all processes, in the order of the samples that `split_samples` split; called once, by all.
+    """Return the results of all processes, in the order of the samples before `split_samples`.
 
-    They travel as JSON, which gives every float back bit by bit. A process that has nothing waits until all others are
-    there, so ``gather([])`` is a barrier.
+    All processes must call it, once each. Results travel as JSON, which restores every float bit by bit. A process with
+    no results waits until all others arrive, so ``gather([])`` is a barrier.
 
     Parameters
     ----------
     results : sequence
-        JSON-ready; one result a sample of this process's share, in its order.
+        JSON-ready; one result per sample of this process's share, in its order.
 
     Returns
     -------
@@ -132,7 +137,7 @@ def gather(results: Sequence[Any]) -> list[Any]:
     Raises
     ------
     ProcessGroupError
-        If the processes gave numbers of results that no split of samples gives.
+        If the numbers of results do not match any split of samples.
 
     Examples
     --------
@@ -147,14 +152,14 @@ def gather(results: Sequence[Any]) -> list[Any]:
     total = sum(counts)
     if counts != [len(range(first, total, size)) for first in range(size)]:
         raise ProcessGroupError(
-            f"the processes gathered {counts} results, which is no split of {total} samples: each process must give "
-            "one result for each sample of split_samples()."
+            f"the processes gathered {counts} results, which does not match a split of {total} samples: each process "
+            "must give one result for each sample of split_samples()."
         )
-    return [parts[place % size][place // size] for place in range(total)]
+    return [parts[index % size][index // size] for index in range(total)]
 
 
 def _exchange(message: bytes) -> list[bytes]:
-    """Send bytes to all processes, and return those of each in the order of their ranks."""
+    """Send bytes to all processes, and return every process's bytes in the order of ranks."""
     import torch
     from torch import distributed
 
@@ -162,6 +167,7 @@ def _exchange(message: bytes) -> list[bytes]:
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
     distributed.all_gather(lengths, torch.tensor([len(message)]), group=group)
     counts = [int(length) for length in lengths]
+    # all_gather needs equal sizes: pad to the longest message.
     own = torch.zeros(max(counts), dtype=torch.uint8)
     own[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
     received = [torch.empty_like(own) for _ in range(size)]
@@ -170,27 +176,27 @@ def _exchange(message: bytes) -> list[bytes]:
 
 
 def _join_group() -> Any:
-    """Return a group of all processes whose messages go from CPU to CPU."""
+    """Return the group of all processes that exchanges CPU tensors, creating it on first use."""
     global _group
     if _group is None:
         from torch import distributed
 
         rank, size = find_process_rank()
         if distributed.is_initialized():
-            # The user's own group may be one of GPUs.
-            _group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+            # The user's default group may only exchange GPU tensors.
+            _group = distributed.new_group(backend="gloo", timeout=_TIMEOUT)
         else:
-            distributed.init_process_group("gloo", rank=rank, world_size=size, timeout=_PATIENCE)
+            distributed.init_process_group("gloo", rank=rank, world_size=size, timeout=_TIMEOUT)
             atexit.register(_leave_group)
             _group = distributed.group.WORLD
     return _group
 
 
 def _leave_group() -> None:
-    """End the group's threads, which else abort the process as it ends."""
+    """End the group's threads, which would otherwise abort the process at exit."""
     global _group
     from torch import distributed
 
-    # The last reference keeps them alive.
+    # A remaining reference would keep the threads alive.
     _group = None
     distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Adding to a registry of methods, and taking out again what was added."""
+"""Adding entries to a registry of methods, and removing them again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Entry = TypeVar("Entry")
 
 
 def add_entry(registry: dict[str, Entry], kind: str, name: str, entry: Entry) -> None:
-    """Add an entry under a name that is free.
+    """Add an entry under a free name.
 
     Raises
     ------
     ConfigError
-        The name is no Python name, or taken.
+        If the name is not a Python name, or is taken.
 
     Examples
     --------
@@ -28,17 +28,17 @@ def add_entry(registry: dict[str, Entry], kind: str, name: str, entry: Entry) ->
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(f"the {kind}'s name {name!r} must be a Python name, such as 'my_{kind}'.")
     if name in registry:
-        raise ConfigError(f"a {kind} named {name!r} is registered already: choose another name.")
+        raise ConfigError(f"a {kind} named {name!r} is already registered: choose another name.")
     registry[name] = entry
 
 
 def remove_entry(registry: dict[str, Entry], kind: str, name: str, built_in: Collection[str]) -> None:
-    """Take out an entry that was added.
+    """Remove an entry that was added.
 
     Raises
     ------
     UnknownNameError
-        Nothing of that name was added; the message lists what was.
+        If no entry of that name was added; the message lists the added ones.
     """
     added = [key for key in registry if key not in built_in]
     if name not in added:

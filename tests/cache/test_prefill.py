@@ -100,7 +100,7 @@ def test_a_row_of_padding_alone_is_refused(model):
     ids = torch.cat([PROMPT, PROMPT])
     mask = torch.ones_like(ids)
     mask[0] = 0
-    with pytest.raises(InputError, match="row 0 of the batch holds no real token"):
+    with pytest.raises(InputError, match="row 0 of the batch has no real token"):
         compress(model, ids, mask)
 
 

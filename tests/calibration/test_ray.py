@@ -464,5 +464,5 @@ def test_a_piece_that_kills_every_worker_ends_in_one_sentence(
     assert [f"attempt {number} of 6" in loss for number, loss in enumerate(losses, start=2)] == [True] * 5
     assert len(count_calls(tmp_path / "ray")) == 6
     # What a worker says of its model is said here.
-    with pytest.raises(SourceUnavailableError, match="holds no config"):
+    with pytest.raises(SourceUnavailableError, match="has no config"):
         calibrate_on_ray(tmp_path, [text.read_text()], **SIZES)

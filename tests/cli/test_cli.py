@@ -306,7 +306,7 @@ def test_unreachable_hub_names_the_embedded_model_in_a_real_process():
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "'embedded' needs no network" in done.stderr.splitlines()[-1]
+    assert "use the model 'embedded', which needs no network" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 

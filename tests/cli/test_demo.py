@@ -71,7 +71,7 @@ def test_document_holds_the_fact_once_and_about_in_the_middle(embedded):
 def test_figures_are_written(short_run):
     names = {path.name for path in (short_run[0] / "figures").iterdir()}
     stems = ("demo_ranks_and_budgets", "demo_cache_comparison")
-    assert names == {f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf")}
+    assert names == {f"{stem}{ending}" for stem in stems for ending in (".png", "-dark.png", ".pdf")}
 
 
 def test_document_longer_than_the_context_is_refused(tmp_path):

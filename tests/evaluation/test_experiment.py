@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rankkv import BudgetAllocator, RankKVAnalyzer, load_texts
+from rankkv import BudgetAllocator, RankKVAnalyzer, compress, load_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "experiments" / "rank_analysis_exp.py"
@@ -73,11 +73,32 @@ def test_budgets_by_strategy_share_one_total(record):
     mean_ranks = [row["rank_mean"] for row in record["layers"]]
     total = round(0.3 * 256 * 30)
     floor = max(16, total // 30 // 2)
-    for label, budgets in record["budgets_by_strategy"].items():
+    by_strategy = dict(record["budgets_by_strategy"])
+    default = by_strategy.pop("default")
+    assert sum(default) == pytest.approx(total)
+    for label, budgets in by_strategy.items():
         options = {"exponent": 4.0} if label.startswith("power") else {}
         allocator = BudgetAllocator(label.split()[0], min_budget=floor, max_budget=256, **options)
         assert budgets == allocator.allocate(mean_ranks, total).budgets
-    assert len(record["budgets_by_strategy"]) == 6
+    assert len(by_strategy) == 6
+
+
+def test_default_budgets_are_those_of_the_cache(record, experiment, embedded):
+    model, tokenizer = embedded
+    pieces = experiment.cut_samples(tokenizer, load_texts("python-docs"), 256)
+    caches = [
+        compress(model, torch.tensor([pieces[sample["piece"]]]), compression_ratio=0.3, profile=None)
+        for sample in record["samples"]
+    ]
+    mean = np.mean([cache.budgets for cache in caches], axis=0)
+    np.testing.assert_allclose(record["budgets_by_strategy"]["default"], mean)
+
+
+def test_intervals_are_those_of_students_t(experiment):
+    low, high = experiment.compute_intervals([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+    # Tabled: 4.303 standard errors at two degrees of freedom.
+    np.testing.assert_allclose(low, [2 - 4.303 / 3**0.5, 5.0], rtol=1e-3)
+    np.testing.assert_allclose(high, [2 + 4.303 / 3**0.5, 5.0], rtol=1e-3)
 
 
 def test_record_says_how_it_came_about(record):
@@ -86,11 +107,11 @@ def test_record_says_how_it_came_about(record):
     assert record["versions"]["torch"] == torch.__version__
 
 
-def test_figures_are_written_as_png_and_pdf(output):
+def test_figures_are_written(output):
     names = {path.name for path in (output / "figures").iterdir()}
     stems = ("rank_per_layer", "budgets_per_strategy")
-    assert names == {f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf")}
-    assert all(path.stat().st_size > 8_000 for path in (output / "figures").iterdir())
+    assert names == {f"{stem}{ending}" for stem in stems for ending in (".png", "-dark.png", ".pdf")}
+    assert all(path.stat().st_size > 4_000 for path in (output / "figures").iterdir())
 
 
 def test_samples_are_whole_and_apart(experiment, embedded):
@@ -116,8 +137,8 @@ def test_the_seed_alone_decides_what_is_drawn(experiment):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["--dataset", "wikitext"], "'python-docs' needs no network"),
-        (["--model", "nobody/nothing"], "'embedded' needs no network"),
+        (["--dataset", "wikitext"], "use 'python-docs' or the path of"),
+        (["--model", "nobody/nothing"], "use the model 'embedded', which needs no network"),
         (["--num_samples", 0], "--num_samples is 0"),
         (["--strategy", "powr"], "did you mean 'power'?"),
     ],

@@ -24,7 +24,7 @@ from rankkv.evaluation.results import read_rows
 from rankkv.evaluation.sweep.config import parse_sweep_config
 from rankkv.evaluation.sweep.submitit import submit_sweep
 from rankkv.evaluation.sweep.sweep import Sweep
-from rankkv.utils.processes import Place
+from rankkv.utils.processes import ProcessRank
 
 RECORD = {
     "tasks": [
@@ -54,7 +54,7 @@ def whole(record, tmp_path_factory):
     """The sweep run in one go: its folder and rows."""
     folder = tmp_path_factory.mktemp("whole")
     config = parse_sweep_config(record)
-    sweep = Sweep(config, folder, Place(0, 1))
+    sweep = Sweep(config, folder, ProcessRank(0, 1))
     list(sweep.load(config.models[0]).run())
     return folder, read_rows([sweep.finish()])
 
@@ -79,7 +79,7 @@ def test_every_cell_is_there_once(whole):
 def test_a_cell_is_what_the_python_api_gives(record, whole):
     folder, rows = whole
     config = parse_sweep_config(record)
-    part = Sweep(config, folder, Place(0, 1)).load(config.models[0])
+    part = Sweep(config, folder, ProcessRank(0, 1)).load(config.models[0])
     assert part.waiting == []
     sample = part.units[1].sample
     model, _ = load_model(record["models"][0])
@@ -97,7 +97,7 @@ def test_a_cell_is_what_the_python_api_gives(record, whole):
 
 def test_one_prefill_serves_all_cells_of_a_sample(record, tmp_path):
     config = parse_sweep_config(record | {"blank": False})
-    part = Sweep(config, tmp_path, Place(0, 1)).load(config.models[0])
+    part = Sweep(config, tmp_path, ProcessRank(0, 1)).load(config.models[0])
     widths = []
     part.model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -152,7 +152,7 @@ def test_shares_make_the_whole(record, whole, tmp_path):
     config = parse_sweep_config(record)
     written = []
     for rank in range(2):
-        sweep = Sweep(config, tmp_path, Place(rank, 2))
+        sweep = Sweep(config, tmp_path, ProcessRank(rank, 2))
         written.append(len(list(sweep.load(config.models[0]).run())))
         assert (sweep.finish() is None) == (rank == 0)
     assert written == [4, 3]

@@ -283,7 +283,7 @@ def test_name_that_can_be_nothing(name: str) -> None:
 
 def test_files_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.gguf").write_text("these are notes")
-    with pytest.raises(InputError, match="not GGUF"):
+    with pytest.raises(InputError, match="not a GGUF file"):
         load_model(tmp_path / "notes.gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(RankKVError, match=r"broken\.gguf"):

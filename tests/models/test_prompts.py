@@ -116,14 +116,14 @@ def test_a_context_that_holds_the_mark_is_still_split_at_the_question(embedded):
     [
         (None, {"context": "  "}, InputError, "blank"),
         (None, {"context": None}, InputError, "NoneType"),
-        (None, {"questions": []}, InputError, "no question"),
+        (None, {"questions": []}, InputError, "questions is empty"),
         (None, {"questions": [7]}, InputError, "int"),
         (None, {"max_context_length": 0}, ConfigError, "max_context_length=0"),
         (None, {"use_chat_template": True}, ConfigError, "no chat template"),
         (None, {"system_prompt": "Be brief."}, ConfigError, "needs a chat template"),
         ("{{ messages[0].content }}{{ messages[0].content }}", {}, InputError, "once"),
         ("{{ raise_exception('no system role') }}", {}, InputError, "no system role"),
-        ("{{ messages[0].content }}", {"questions": [""]}, InputError, "no token to answer"),
+        ("{{ messages[0].content }}", {"questions": [""]}, InputError, "no token to continue from"),
     ],
 )
 def test_what_cannot_be_split_is_refused(template, options, error, said):

@@ -104,5 +104,5 @@ def test_a_dense_mask_counts_for_every_head():
 
 
 def test_masks_of_another_kind_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"mask of type str is not understood.*sdpa"):
+    with pytest.raises(UnsupportedModelError, match=r"masks of type str are not supported.*sdpa"):
         block_masks.reduce_block_mask("causal", 1, 1)

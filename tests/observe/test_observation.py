@@ -217,7 +217,7 @@ def test_padding_that_is_not_a_number_does_not_leak(model, name):
 def test_a_row_without_a_real_token_is_refused():
     mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
     mask[1] = False
-    with pytest.raises(InputError, match="row 1 of the batch holds no real token"):
+    with pytest.raises(InputError, match="row 1 of the batch has no real token"):
         make(batch=2, mask=mask)
 
 

@@ -367,7 +367,7 @@ def test_half_precision_layers_have_exactly_the_ranks_of_their_upcast():
         (None, InputError, "layer 1: attention is None.*eager"),
         (torch.ones(2, 4, 4), InputError, r"layer 1: .*\(2, 4, 4\)"),
         ("attention", InputError, "layer 1: .*str"),
-        (torch.ones(1, 2, 4, 0), InputError, "layer 1: attention has no keys"),
+        (torch.ones(1, 2, 4, 0), InputError, "layer 1: attention must have keys"),
         (torch.full((1, 2, 4, 4), float("nan")), DegenerateAttentionError, "layer 1: .*NaN"),
         (torch.full((1, 2, 4, 4), float("inf")), DegenerateAttentionError, "layer 1: .*inf"),
         (-torch.eye(4).expand(1, 2, 4, 4), DegenerateAttentionError, "layer 1: .*from -1 to"),

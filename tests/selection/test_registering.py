@@ -7,7 +7,7 @@ import json
 
 import oracles
 import pytest
-from laws import test_budget_laws as budget_laws
+import test_budget_laws as budget_laws
 from selector_conformance import CHECKS
 from typer.testing import CliRunner
 
@@ -86,8 +86,8 @@ def test_a_law_that_a_method_breaks_is_found(toy, tiny_llama, monkeypatch):
 def test_what_cannot_be_registered_is_refused(toy):
     good = SELECTORS[toy]
     for selector, message in (
-        (good, "a selector named 'vnorm' is registered already"),
-        (SELECTORS["snapkv"], "a selector named 'snapkv' is registered already"),
+        (good, "a selector named 'vnorm' is already registered"),
+        (SELECTORS["snapkv"], "a selector named 'snapkv' is already registered"),
         (good.score, "is not a Selector"),
         (Selector("v norm", good.score, "nothing", "a toy"), "'v norm' must be a Python name"),
         (Selector("other", good.score, "something", "a toy"), "needs='something' .* must be one of: window"),
@@ -122,8 +122,8 @@ def test_a_toy_strategy_obeys_the_laws_and_works_in_the_cache(strategy, tiny_lla
 def test_what_is_no_new_strategy_is_refused(strategy):
     squares = STRATEGIES[strategy]
     for name, given, message in (
-        (strategy, squares, "'squares' is registered already"),
-        ("power", squares, "'power' is registered already"),
+        (strategy, squares, "'squares' is already registered"),
+        ("power", squares, "'power' is already registered"),
         ("my strategy", squares, "'my strategy' must be a Python name"),
         ("other", squares.function, "is not a Strategy"),
     ):
@@ -172,8 +172,8 @@ def test_a_toy_measure_works_in_cache_and_analyzer(measure, tiny_llama):
 
 def test_what_is_no_new_measure_is_refused(measure, tiny_llama):
     for name, given, message in (
-        (measure, len, "'newest' is registered already"),
-        ("other", 3, "3 is no function"),
+        (measure, len, "'newest' is already registered"),
+        ("other", 3, "3 is not callable"),
     ):
         with pytest.raises(ConfigError, match=message):
             register_measure(name, given)

@@ -198,7 +198,7 @@ print(json.dumps([
         ("SourceUnavailableError", "refused to push"),
         ("SourceUnavailableError", "hf auth login"),
         ("SourceUnavailableError", "has no model 'someone/nothing'"),
-        ("SourceUnavailableError", "holds no rankkv_profile.json"),
+        ("SourceUnavailableError", "has no file rankkv_profile.json"),
         ("ProfileError", "not a RankKV profile"),
         ("InputError", "hub id"),
     ]

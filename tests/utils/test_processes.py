@@ -81,4 +81,7 @@ def test_results_that_fit_no_split_are_refused_everywhere(tmp_path: Path) -> Non
     program.write_text(WRONG_NUMBER)
     messages = read_results(launch([str(program)], 2))
     assert len(messages) == 2
-    assert all("gathered [0, 1] results, which is no split of 1 samples" in message for message in messages)
+    assert all(
+        "gathered [0, 1] results, which does not match a split of 1 samples" in message
+        for message in messages
+    )

@@ -1,4 +1,4 @@
-"""What strategies measure of a layer: one measure a file, one line of the registry below each."""
+"""Registry of the layer measures that strategies use; each measure has a file of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .lava import compute_layer_entropy
 from .zigzagkv import compute_layer_uncertainty
 
 #: ``function(observation, **options) -> Tensor [batch] or [batch, ...]``, non-negative, NaN where the attention is not
-#: finite. A function takes those of the options offered to it that it has a parameter for.
+#: finite.  A function gets the options that it has a parameter for.
 MEASURES: dict[str, Callable[..., Tensor]] = {
     "rank": compute_layer_ranks,
     "cake": compute_layer_preference,
@@ -36,12 +36,12 @@ _BUILT_IN = frozenset(MEASURES)
 
 
 def get_measure(name: str) -> Callable[..., Tensor]:
-    """Look a measure up by name.
+    """Look up a measure by name.
 
     Raises
     ------
     UnknownNameError
-        No such measure; the message lists the known ones.
+        If there is no such measure; the message lists the known ones.
     """
     if name not in MEASURES:
         raise UnknownNameError.of("measure", name, MEASURES)
@@ -49,19 +49,19 @@ def get_measure(name: str) -> Callable[..., Tensor]:
 
 
 def register_measure(name: str, function: Callable[..., Tensor]) -> None:
-    """Add a measure of your own, for a :class:`rankkv.budget_allocation.Strategy` that names it.
+    """Register a measure of your own, for a :class:`rankkv.budget_allocation.Strategy` that names it.
 
     Parameters
     ----------
     name : str
-        What the strategy calls it.
+        Name of the measure.
     function : callable
-        ``function(observation, **options) -> Tensor [batch]``, one non-negative number a row.
+        ``function(observation, **options) -> Tensor [batch]``, one non-negative number per row.
 
     Raises
     ------
     ConfigError
-        It is no function, or the name is taken.
+        If ``function`` is not callable, or the name is taken.
 
     Examples
     --------
@@ -69,23 +69,23 @@ def register_measure(name: str, function: Callable[..., Tensor]) -> None:
     >>> unregister_measure("tokens")
     """
     if not callable(function):
-        raise ConfigError(f"{function!r} is no function of an observation.")
+        raise ConfigError(f"{function!r} is not callable; give a function of an observation.")
     add_entry(MEASURES, "measure", name, function)
 
 
 def unregister_measure(name: str) -> None:
-    """Take a measure out of the registry that :func:`register_measure` put there.
+    """Remove a measure that :func:`register_measure` added.
 
     Raises
     ------
     UnknownNameError
-        No measure of that name was registered.
+        If no measure of that name was registered.
     """
     remove_entry(MEASURES, "measure", name, _BUILT_IN)
 
 
 def compute_measures(observation: Observation, measure: str, **options: Any) -> Tensor:
-    """Measure one layer.
+    """Compute a measure of one layer.
 
     Parameters
     ----------
@@ -94,13 +94,13 @@ def compute_measures(observation: Observation, measure: str, **options: Any) -> 
     measure : str
         A key of :data:`MEASURES`.
     **options
-        Offered to the measure, which takes those it knows.
+        Options; the measure gets those that it has a parameter for.
 
     Returns
     -------
     Tensor
-        ``[batch]`` or ``[batch, ...]`` float64 on the CPU; one number a layer is rounded to 6 significant digits, so
-        that float noise does not move a token.
+        ``[batch]`` or ``[batch, ...]`` float64 on the CPU.  One number per layer is rounded to 6 significant digits, so
+        that float noise cannot change a token's layer.
     """
     function = get_measure(measure)
     known = inspect.signature(function).parameters

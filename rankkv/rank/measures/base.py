@@ -1,4 +1,4 @@
-"""What the measures share: the observation window's attention to the tokens before it."""
+"""Attention of the observation window to the tokens before it, shared by the measures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def compute_past_attention(observation: Observation) -> tuple[Tensor, Tensor]:
     Returns
     -------
     attention : Tensor
-        ``[batch, head, row, key]`` float32, zero in the columns of the window itself and of padding.
+        ``[batch, head, row, key]`` float32; zero in the columns of the window itself and of padding.
     columns : Tensor
-        Bool ``[batch, head or 1, key]``: real tokens before the window.
+        Bool ``[batch, head or 1, key]``: True for real tokens before the window.
     """
     window, index = observation.window_attention, observation.real_index
     newest = torch.tensor(observation.lengths, device=index.device).view(-1, 1, 1) - observation.window_size
@@ -38,6 +38,6 @@ def count_window_rows(observation: Observation, rows: int) -> Tensor:
 
 
 def pool_scores(scores: Tensor, columns: Tensor, kernel_size: int, average: bool = False) -> Tensor:
-    """Pool ``[batch, head, key]`` along the keys, by the maximum or the average, within ``columns`` only."""
+    """Pool ``[batch, head, key]`` along the keys, by maximum or average; zero outside ``columns``."""
     pool = functional.avg_pool1d if average else functional.max_pool1d
     return pool(scores, kernel_size, stride=1, padding=kernel_size // 2) * columns

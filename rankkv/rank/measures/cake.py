@@ -1,4 +1,4 @@
-"""CAKE's layer preference: how widely a layer attends, and how much that shifts from query to query."""
+"""CAKE's layer preference: attention entropy, and variance from query to query."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import compute_past_attention, count_window_rows
 
 
 def compute_layer_preference(observation: Observation, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
-    """Compute CAKE's preference of a layer for cache.
+    """Compute CAKE's cache preference of a layer.
 
     ``P = H ** (1 / tau1) * V ** (1 / tau2)``, from the observation window's attention A to the tokens before it:
     ``H = -sum A log A`` over heads, rows and keys, and ``V`` the variance of A over the rows (unbiased), summed over
@@ -26,11 +26,11 @@ def compute_layer_preference(observation: Observation, tau1: float = 1.0, tau2: 
     Returns
     -------
     Tensor
-        ``[batch]`` float64; 0 where no token stands before the window.
+        ``[batch]`` float64; 0 if there is no token before the window.
 
     Notes
     -----
-    CAKE keeps the window in every layer and shares out the rest of the budget; here the whole budget is shared out,
+    CAKE keeps the window in every layer and distributes the rest of the budget.  Here the whole budget is distributed,
     and every layer has the floor of all strategies.
 
     References
@@ -41,11 +41,12 @@ def compute_layer_preference(observation: Observation, tau1: float = 1.0, tau2: 
     rows = attention.shape[-2]
     entropy = torch.special.entr(attention).sum(dim=(1, 2, 3), dtype=torch.float64)
     entropy = observation.sum_over_shards(entropy)
-    # Rows of padding are zero and no queries.
+    # Rows of padding are zero and do not count as queries.
     count = count_window_rows(observation, rows).to(torch.float64)
     mean = attention.sum(dim=-2, dtype=torch.float64) / count[:, None, None]
     real = observation.query_valid[:, -rows:, None]
     variance = attention.new_zeros(len(count), dtype=torch.float64)
+    # Head by head: the deviations are float64 and as large as the attention.
     for head in range(attention.shape[1]):
         deviation = (attention[:, head].to(torch.float64) - mean[:, head, None]) * real
         variance += deviation.square().sum(dim=(1, 2))

@@ -1,4 +1,4 @@
-"""DynamicKV's best scores of a layer, to be counted against those of all other layers."""
+"""DynamicKV's best scores of a layer, which are ranked together with those of all other layers."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ def compute_best_scores(
 ) -> Tensor:
     """Compute the best scores of each query head.
 
-    A token before the window scores the attention that the window's rows pay to it, summed and average-pooled along the
-    tokens.  Of a total budget of C tokens a layer, the best ``r_max * (C - W)`` of each head are returned.
+    A token before the window scores the attention of the window's rows to it, summed over the rows and average-pooled
+    along the tokens.  With a total budget of C tokens per layer and a window of W, the best ``r_max * (C - W)`` scores
+    of each head are returned.
 
     Parameters
     ----------
     observation : Observation
         The layer's queries and keys.
     r_max : float, default 10.0
-        The most that one layer may hold, in average budgets beyond the window.
+        Most tokens of one layer, in average budgets beyond the window.
     kernel_size : int, default 5
         Width of the pooling, odd; 1 means none.
     limits : sequence of Limits, optional
         Total and window of each row; None returns all scores.
     layers : int, default 1
-        Layers that share the total.
+        Number of layers that share the total.
 
     Returns
     -------
     Tensor
-        ``[batch, head, k]`` float64, falling; 0 where a head has no more.
+        ``[batch, head, k]`` float64, descending; 0 after a head's last score.
 
     Notes
     -----
-    The authors' program counts all scores of a head and cuts a layer at ``r_max * (C - W)`` tokens afterwards; here
-    no head adds more than that many to the count, which holds a layer to the same most.  It also counts every few
-    layers and cuts the layers before to what they would get then, so that memory falls during the prefill; here all
-    layers are counted together, once, as in its last update.  Its scripts run with ``r_max=10`` and a window of 8
-    tokens, pooled over 7 by the average or, for some models, the maximum.
+    The authors' program counts all scores of a head, and then cuts a layer at ``r_max * (C - W)`` tokens.  Here no head
+    contributes more than that many, which gives a layer the same maximum.  Their program also counts every few layers
+    and cuts the earlier ones to their budgets at that time, so that memory falls during the prefill.  Here all layers
+    are counted together, once, as in its last update.  Its scripts use ``r_max=10`` and a window of 8 tokens, pooled
+    over 7 by the average or, for some models, the maximum.
 
     References
     ----------
@@ -62,6 +63,6 @@ def compute_best_scores(
         return observation.gather_over_shards(best)
     most = [int(r_max * max(0.0, row.total_budget / layers - row.window_size)) for row in limits]
     best = best[..., : max(1, *most)]
-    place = torch.arange(best.shape[-1], device=best.device)
+    index = torch.arange(best.shape[-1], device=best.device)
     best = observation.gather_over_shards(best)
-    return best * (place < torch.tensor(most, device=best.device)[:, None])[:, None]
+    return best * (index < torch.tensor(most, device=best.device)[:, None])[:, None]

@@ -13,8 +13,8 @@ def compute_layer_entropy(observation: Observation, kernel_size: int = 7) -> Ten
     """Compute the entropy of a layer's LAVa scores.
 
     The score of token j in key/value head h is ``mean over window rows of A[i, j] * max_k ||V_k||_1``, max-pooled along
-    the tokens and the largest over the query heads of the group; all scores of the layer, divided by their sum, are one
-    distribution p, and the measure is ``-sum p log p / log n`` with n scores, in [0, 1].
+    the tokens; of the query heads of a group the largest counts.  All scores of the layer, divided by their sum, form
+    one distribution p.  The measure is ``-sum p log p / log n`` with n scores, in [0, 1].
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def compute_layer_entropy(observation: Observation, kernel_size: int = 7) -> Ten
     Returns
     -------
     Tensor
-        ``[batch]`` float64; 0 where no token stands before the window.
+        ``[batch]`` float64; 0 if there is no token before the window.
 
     References
     ----------

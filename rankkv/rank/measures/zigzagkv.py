@@ -1,4 +1,4 @@
-"""ZigZagKV's layer uncertainty: how many tokens it takes to hold most of a layer's attention."""
+"""ZigZagKV's layer uncertainty: the share of tokens that holds most of a layer's attention."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .base import count_window_rows
 def compute_layer_uncertainty(observation: Observation, mass: float = 0.9) -> Tensor:
     """Compute the share of tokens that holds ``mass`` of the observation window's attention.
 
-    For each query head the fewest tokens whose attention, averaged over the window's rows, sums to ``mass`` of the
-    whole; averaged over the heads and divided by the number of tokens.
+    For each query head, the fewest tokens whose attention, averaged over the window's rows, sums to ``mass`` of the
+    whole. This number is averaged over the heads and divided by the number of tokens.
 
     Parameters
     ----------
@@ -25,13 +25,13 @@ def compute_layer_uncertainty(observation: Observation, mass: float = 0.9) -> Te
     Returns
     -------
     Tensor
-        ``[batch]`` float64, in (0, 1].
+        ``[batch]`` float64, in (0, 1]; NaN where the attention is not finite.
 
     Notes
     -----
-    Of B tokens a layer on average, ZigZagKV gives every one of L layers a least budget b first and shares out the
-    rest by the uncertainty u: ``b + (B - b) * L * u / sum u``.  Here the whole budget is shared out, as with
-    ``b = 0``, and a layer that would get less than the floor of all strategies is raised to it.
+    With B tokens per layer on average, ZigZagKV first gives each of L layers a minimum budget b, and then distributes
+    the rest by the uncertainty u: ``b + (B - b) * L * u / sum u``.  Here the whole budget is distributed, as with ``b =
+    0``, and a layer below the floor of all strategies is raised to it.
 
     References
     ----------
@@ -42,7 +42,7 @@ def compute_layer_uncertainty(observation: Observation, mass: float = 0.9) -> Te
     votes = window.sum(dim=-2, dtype=torch.float64)
     votes = votes / count_window_rows(observation, window.shape[-2])[:, None, None]
     held = votes.sort(dim=-1, descending=True).values.cumsum(dim=-1)
-    # All of the mass is in reach up to float noise.
+    # A little less than the whole, so that float noise cannot put mass=1 out of reach.
     wanted = mass * held[..., -1:] * (1 - 1e-12)
     needed = (held < wanted).sum(dim=-1) + 1
     tokens = torch.tensor(observation.available, device=held.device).clamp(min=1)

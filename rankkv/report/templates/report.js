@@ -72,8 +72,8 @@
 
   // -- one prompt ---------------------------------------------------------------------------------
 
-  const prompt = () => payload.portraits[picked.prompt];
-  const cell = () => prompt().cells.find((one) => one.method === picked.method && one.ratio === picked.ratio) || prompt().cells[0];
+  const prompt = () => payload.maps[picked.prompt];
+  const setting = () => prompt().settings.find((one) => one.method === picked.method && one.ratio === picked.ratio) || prompt().settings[0];
   const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
   const maps = (theme) => [[0, theme.cold], [1, theme.hot]];
 
@@ -86,9 +86,9 @@
   }
 
   function drawBudgets(theme) {
-    const cells = prompt().cells.filter((one) => one.ratio === picked.ratio);
+    const settings = prompt().settings.filter((one) => one.ratio === picked.ratio);
     return {
-      data: cells.map((one) => ({
+      data: settings.map((one) => ({
         type: "scatter", mode: "lines+markers", name: one.method, x: prompt().layer_indices, y: one.budgets,
         opacity: one.method === picked.method ? 1 : 0.55,
         line: { color: colourOf(theme, one.method), width: one.method === picked.method ? 2.6 : 1.4, dash: dashOf(one.method) },
@@ -111,9 +111,9 @@
     };
   }
   const drawHeadRanks = (theme) => drawMap(theme, prompt().head_ranks, "query head", "layer %{y}, head %{x}: %{z:.2f}<extra></extra>", { xaxis: { dtick: 1 } });
-  const drawHeadKept = (theme) => drawMap(theme, cell().head_kept, "key/value head", "layer %{y}, head %{x}: %{z:,} tokens<extra></extra>", { xaxis: { dtick: 1 }, trace: { zmin: 0 } });
+  const drawHeadKept = (theme) => drawMap(theme, setting().head_kept, "key/value head", "layer %{y}, head %{x}: %{z:,} tokens<extra></extra>", { xaxis: { dtick: 1 }, trace: { zmin: 0 } });
   function drawStretches(theme) {
-    const values = cell().stretch_shares;
+    const values = setting().stretch_shares;
     const count = values[0].length;
     return drawMap(theme, values, "place in the prompt", "layer %{y}, at %{x:.0f} % of the prompt: %{z:.0%} kept<extra></extra>", {
       xaxis: { ticksuffix: " %" },
@@ -138,22 +138,22 @@
   }
 
   function drawText() {
-    const { pieces, layer_indices: layers } = prompt();
-    const one = cell();
+    const { tokens, layer_indices: layers } = prompt();
+    const one = setting();
     const box = find("[data-text]");
     const byLayers = picked.colour === "layers";
     let all = 0, none = 0;
-    const spans = pieces.map((piece, place) => {
+    const spans = tokens.map((token, place) => {
       const share = one.token_shares[place];
       all += share >= 1; none += share === 0;
       const span = document.createElement("span");
-      span.textContent = piece;
+      span.textContent = token;
       const kept = byLayers ? one.token_layers[place] / layers.length : share;
       span.dataset.place = place;
       return paint(span, kept);
     });
     box.replaceChildren(...spans);
-    const total = pieces.length, some = total - all - none;
+    const total = tokens.length, some = total - all - none;
     find("[data-fates]").textContent =
       `${picked.method} keeps ${percent(mean(one.token_shares))} of the cache of this prompt: of its ${total.toLocaleString("en")} tokens ` +
       `${all.toLocaleString("en")} are kept by every head of every layer, ${some.toLocaleString("en")} by some, ${none.toLocaleString("en")} by none.`;
@@ -162,9 +162,9 @@
   function tellToken(event) {
     const place = event.target.dataset && event.target.dataset.place;
     if (place === undefined) return;
-    const one = cell();
+    const one = setting();
     find("[data-token]").textContent =
-      `Token ${Number(place).toLocaleString("en")}, ${JSON.stringify(prompt().pieces[place])}: kept in ${one.token_layers[place]} of ` +
+      `Token ${Number(place).toLocaleString("en")}, ${JSON.stringify(prompt().tokens[place])}: kept in ${one.token_layers[place]} of ` +
       `${prompt().layer_indices.length} layers, by ${percent(one.token_shares[place])} of all heads.`;
   }
 
@@ -175,7 +175,7 @@
     select.value = picked[name];
   }
   function fillPickers() {
-    const unique = (key) => [...new Set(prompt().cells.map((one) => one[key]))];
+    const unique = (key) => [...new Set(prompt().settings.map((one) => one[key]))];
     fill("method", unique("method"), String);
     const ratios = unique("ratio").sort((a, b) => a - b);
     if (picked.ratio === null) picked.ratio = ratios[0];
@@ -208,7 +208,7 @@
     });
     return {
       data: [bars("kept", "RankKV", theme.hot), bars("full", "full cache", theme.quiet)],
-      layout: layOut(theme, { xaxis: { text: "MB; blue: RankKV, grey: full cache" }, yaxis: { showgrid: false }, bargap: 0.3 }),
+      layout: layOut(theme, { xaxis: { text: "MB" }, yaxis: { showgrid: false }, bargap: 0.3 }),
     };
   }
 
@@ -239,14 +239,14 @@
   function draw() {
     const theme = readTheme();
     drawKeys(theme);
-    if (payload.portraits.length) { drawScale(); drawText(); }
+    if (payload.maps.length) { drawScale(); drawText(); }
     for (const element of document.querySelectorAll("[data-chart]")) {
       const { data, layout } = DRAWERS[element.dataset.chart](theme, element);
       Plotly.react(element, data, layout, { displayModeBar: false, responsive: true });
     }
   }
 
-  if (payload.portraits.length) {
+  if (payload.maps.length) {
     fillPickers();
     for (const select of document.querySelectorAll("[data-pick]")) {
       select.addEventListener("change", () => {
