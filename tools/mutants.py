@@ -55,11 +55,11 @@ TESTS: dict[str, tuple[str, str]] = {
     "budget/calibrated": ("profile/test_record", "budget/test_weights calibration/test_calibrate"),
     "selection/": (
         "selection/test_select selection/test_formulas",
-        "selection/test_wrapping selection/test_across_heads selection/test_registering cache/test_decoding",
+        "selection/test_across_heads selection/test_wrapping selection/test_registering",
     ),
     "cache/": (
         "cache/test_prefill evaluation/test_evaluation cache/test_cascade",
-        "cache/test_operations cache/test_misuse cache/test_robustness cache/test_decoding cache/test_cache",
+        "cache/test_operations cache/test_misuse cache/test_robustness cache/test_cache",
     ),
     "cache/kept_tokens": ("cache/test_kept_tokens", "cli/test_explain"),
     "cache/report": (
