@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankkv.budget.distortion import fit_error_curve
 from rankkv.budget.heads import HeadCurves, allocate_by_head_curves, fit_head_curves
 from rankkv.limits import make_budget_grid
 
@@ -36,6 +37,19 @@ def tabulate(curves: HeadCurves) -> list[list[float]]:
         steps = [*steps, *[0.0] * (LENGTH - FLOOR - len(steps))]
         tables.append([-sum(steps[spent:]) for spent in range(LENGTH - FLOOR + 1)])
     return tables
+
+
+def test_between_measured_budgets_errors_are_linear_in_the_logarithm():
+    """A floor between two budgets, and a prompt's length above the last: both ends of the curve, by hand."""
+    assert make_budget_grid(40)[:4] == [8, 11, 16, 23]
+    errors = [0.9, 0.7, 0.4, 0.3, 0.1]
+    budgets, fitted = fit_error_curve(errors, length=40, floor=13)
+    part = np.log(13 / 11) / np.log(16 / 11)
+    assert budgets.tolist() == [13, 16, 23, 32, 40]
+    assert fitted == pytest.approx([0.7 - 0.3 * part, 0.4, 0.3, 0.1, 0.0])
+    curves = fit_head_curves([errors], length=40, floor=13)
+    assert curves.widths.tolist() == [3, 16, 8]
+    assert curves.slopes == pytest.approx([(0.4 - fitted[0]) / 3, -0.3 / 16, -0.1 / 8])
 
 
 @given(curves=curves_strategy(3), budget=st.integers(FLOOR, LENGTH))

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from rankkv import BudgetAllocator, RankKVConfig
 from rankkv.budget.plan import BudgetPlan
 from rankkv.budget_allocation import STRATEGIES
+from rankkv.config import PROFILE_USERS
 from rankkv.errors import BudgetError, ConfigError, UnknownNameError
+from rankkv.limits import make_budget_grid
+
+#: Strategies that measure each layer, and need no profile of the model.
+MEASURED = [name for name, known in STRATEGIES.items() if known.measure and name not in PROFILE_USERS]
 
 RANK = st.one_of(st.just(0.0), st.floats(1.0, 32.0), st.sampled_from([1.0, 32.0]))
 
@@ -121,6 +126,29 @@ def test_a_layer_without_a_rank_gets_its_uniform_share(bad, place):
     assert any(f"layer {place} has no finite rank" in note for note in plan.notes)
     for row in ceilings:
         assert all(c >= b for c, b in zip(row, budgets, strict=False))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("strategy", MEASURED)
+def test_its_uniform_share_is_neither_less_nor_more(strategy, place):
+    """Zero in place of what is unknown would be weighed: high by some strategies, low by others."""
+    known = STRATEGIES[strategy]
+    plan = BudgetPlan(RankKVConfig(0.5, strategy=strategy, head_budgets=None), 100, [0, 1, 2])
+    falling = 0.9 ** np.arange(len(make_budget_grid(100)))
+    for layer, size in enumerate([4.0, 2.0, 8.0]):
+        measured = size if known.scalar else size * falling
+        measured = measured * np.nan if layer == place else measured
+        rank = size if known.ranked else None
+        if layer == place:
+            with pytest.warns(UserWarning, match=f"attention of layer {place} is not finite"):
+                plan.add_layer(measured, rank=rank)
+        else:
+            plan.add_layer(measured, rank=rank)
+        if layer < 2:
+            ceilings = plan.compute_ceilings()
+            assert place > layer or ceilings[place] == 50
+    budgets = plan.finish()
+    assert (budgets[place], sum(budgets)) == (50, 150)
 
 
 def test_one_warning_for_one_layer():

@@ -133,3 +133,12 @@ def test_of_equal_scores_the_first_layers_are_counted():
     scores = np.full((4, 1, 10), 0.5)
     limits = Limits(total_budget=4 * 6, length=100, window_size=4)
     assert compute_weights(scores, "dynamickv", limits=limits).tolist() == [4 + 8, 4, 4, 4]
+    # Better ones of another layer come before them.
+    scores[3, 0, :3] = 0.9
+    assert compute_weights(scores, "dynamickv", limits=limits).tolist() == [4 + 5, 4, 4, 4 + 3]
+
+
+def test_random_weights_fill_their_range():
+    weights = compute_weights(np.ones(3000), "random", seed=1)
+    assert 0.2 <= weights.min() < 0.21
+    assert 1.79 < weights.max() <= 1.8

@@ -11,7 +11,7 @@ from rankkv.budget_allocation import STRATEGIES
 from rankkv.errors import ConfigError, InputError
 from rankkv.evaluation import compute_continuation_loss, evaluate_continuation, record_prefill
 from rankkv.models.compat import cache_argument
-from rankkv.selection import SELECTORS
+from rankkv.selection import SELECTORS, get_selector
 
 PROMPT, CONTINUATION = oracles.random_prompt(90, seed=5), oracles.random_prompt(12, seed=6)
 OPTIONS = [
@@ -48,6 +48,20 @@ def test_cut_cache_is_the_compressed_one(model, record, options):
         strict=True,
     ):
         assert torch.allclose(given, expected, atol=1e-5)
+
+
+def test_recalled_scores_are_those_of_the_same_options(model, record):
+    """One record serves selectors that differ in an option alone, each with its own scores."""
+    caches = []
+    for kernel_size in (1, 21):
+        options = {
+            "selector": get_selector("snapkv", kernel_size=kernel_size),
+            "compression_ratio": 0.3,
+            "min_budget": 4,
+        }
+        caches.append(record.build_cache(**options))
+        assert oracles.kept_tokens(caches[-1]) == oracles.kept_tokens(compress(model, PROMPT, **options))
+    assert oracles.kept_tokens(caches[0]) != oracles.kept_tokens(caches[1])
 
 
 def test_padded_rows_are_recorded_too(model):

@@ -44,6 +44,27 @@ def test_iso_quality_on_a_curve_with_a_known_answer():
     assert found.low == pytest.approx(wanted) == found.high
 
 
+def test_iso_quality_pairs_the_texts():
+    """Texts differ tenfold, but on each the method loses what the reference does at the same share: no spread."""
+    difficulty = np.geomspace(0.3, 3.0, 12)
+    curve = {share: -difficulty * np.log(share) for share in (0.05, 0.1, 0.2, 0.4)}
+    found = compute_iso_quality_ratio(curve, -difficulty * np.log(0.13))
+    assert [found.low, found.mean, found.high] == pytest.approx([0.13] * 3)
+
+
+@pytest.mark.parametrize("confidence", [0.6, 0.95])
+def test_all_intervals_have_the_confidence_that_they_say(confidence):
+    """A ratio to 1, and the logarithm of a share on a straight curve, are means: they have a mean's interval."""
+    values = np.random.default_rng(5).uniform(0.1, 0.9, 30)
+    expected = compute_mean(values, confidence)
+    width = expected.high - expected.low
+    ratio = compute_ratio(values, np.ones(30), confidence)
+    assert [ratio.low, ratio.high] == pytest.approx([expected.low, expected.high], abs=0.04 * width)
+    found = compute_iso_quality_ratio({0.01: [1.0] * 30, 1.0: [0.0] * 30}, values, confidence)
+    low, high = np.log([found.high, found.low]) / np.log(0.01)
+    assert [low, high] == pytest.approx([expected.low, expected.high], abs=0.04 * width)
+
+
 def test_iso_quality_stays_within_what_was_measured():
     curve = {0.1: [0.3, 0.31], 0.2: [0.1, 0.12]}
     assert compute_iso_quality_ratio(curve, [1.0, 1.0]).mean == pytest.approx(0.1)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankkv import RankKVAnalyzer, RankKVCache, RankKVConfig, RankProfile, compress
+from rankkv.budget.apportion import allocate_integers, allocate_shares
 from rankkv.budget.calibrated import SENSITIVITY_FLOOR, compute_curve, compute_sensitivities
 from rankkv.budget.distortion import allocate_by_distortion, compute_hull, fit_decreasing
 from rankkv.budget.plan import BudgetPlan
@@ -163,6 +164,28 @@ def test_a_layer_that_costs_more_gets_more():
         plan = BudgetPlan(config, 1000, [0, 1, 2])
         first, second, third = plan.finish()
         assert second > third >= first
+
+
+def test_curves_give_budgets_directly_and_exponents_give_weights():
+    profile, ranks = make_profile(seed=3), [8.0, 16.0, 4.0]
+
+    def plan(strategy, **options):
+        config = RankKVConfig(
+            0.2, strategy=strategy, strategy_options=options, profile=profile, min_budget=20
+        )
+        plan = BudgetPlan(config, 1000, [0, 1, 2])
+        for rank in ranks:
+            plan.add_layer(rank if plan.measure else None)
+        return plan.finish()
+
+    curves = [compute_curve(profile, layer, 1000, 20, 1000) for layer in range(3)]
+    expected = allocate_by_distortion(curves, 600, [20] * 3, [1000] * 3).tolist()
+    assert plan("profile") == expected
+    for strategy, options in (("profile", {"exponent": 1.0}), ("blend", {})):
+        weights = compute_weights(ranks, strategy, profile=profile, **options)
+        shares = allocate_shares(weights, 600, 20, 1000)
+        assert plan(strategy, **options) == allocate_integers(shares, 600, 20, 1000, weights).tolist()
+        assert plan(strategy, **options) != expected
 
 
 def test_weights_are_powers_of_sensitivity_and_rank():

@@ -11,7 +11,7 @@ import torch
 from rankkv import analyze_attention_ranks
 from rankkv.observe.call import observe
 from rankkv.rank import observed_layer as full_rank
-from rankkv.rank.observed_layer import compute_layer_ranks
+from rankkv.rank.observed_layer import compute_head_ranks, compute_layer_ranks
 from rankkv.rank_analysis import AGGREGATIONS, SCOPES
 
 PROMPTS = (oracles.random_prompt(70, seed=1), oracles.random_prompt(52, seed=2))
@@ -96,6 +96,17 @@ def test_nothing_evictable_has_rank_zero(model, aggregation, length):
     # 16 recent tokens and 4 sinks.
     ranks = ranks_of(oracles.observe_layers(model, PROMPTS[0][:, :length], **SIZES), "evictable", aggregation)
     assert ranks.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_heads_have_the_ranks_of_their_own_attention(model):
+    layers = oracles.observe_layers(model, PROMPTS[0], **SIZES)
+    expected = analyze_attention_ranks(
+        oracles.eager_attentions(model, PROMPTS[0]), "per_head", scope="evictable", **SIZES
+    )
+    ranks = torch.stack([compute_head_ranks(layer)[0] for layer in layers])
+    close(ranks, expected.per_head_ranks)
+    for layer in oracles.observe_layers(model, PROMPTS[0][:, :12], **SIZES):
+        assert compute_head_ranks(layer).tolist() == [[0.0] * 4]
 
 
 def test_a_short_row_beside_a_long_one_has_nothing_evictable(model):

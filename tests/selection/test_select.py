@@ -293,3 +293,17 @@ def test_a_new_selector_is_one_function(tiny_llama):
 def test_errors_are_of_the_package():
     assert issubclass(ConfigError, RankKVError)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_a_span_ends_before_its_stop_and_where_the_budget_was_made():
+    scores = torch.tensor([[[0.9, 0.0, 0.0, 0.0, 0.8, 0.7, 0.6, 0.5]]])
+    index = torch.arange(8).view(1, 1, 8)
+
+    def kept(protect, **more):
+        how = {"window_size": 0, "sink_size": 0, "protect": protect, **more}
+        return select_tokens(scores, index, [8], [4], get_selector("snapkv"), **how).tolist()[0][0]
+
+    assert kept([(1, 3)]) == [0, 1, 2, 4]
+    assert kept([(1, 4)]) == [0, 1, 2, 3]
+    # Tokens that came after the budget was made are in no span.
+    assert kept([(6, 8)], protect_before=[7]) == [0, 4, 5, 6]
