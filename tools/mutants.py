@@ -57,6 +57,7 @@ TESTS: dict[str, tuple[str, str]] = {
         "selection/test_select selection/test_formulas",
         "selection/test_across_heads selection/test_wrapping selection/test_registering",
     ),
+    "selection/c": ("selection/test_wrapping", "selection/test_formulas selection/test_select"),
     "cache/": (
         "cache/test_prefill evaluation/test_evaluation cache/test_cascade",
         "cache/test_operations cache/test_misuse cache/test_robustness cache/test_cache",

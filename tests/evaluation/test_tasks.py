@@ -63,6 +63,27 @@ def test_contexts_have_the_length_asked_for(name, tokenizer, haystack):
                     assert len(ids) == length
 
 
+@pytest.mark.parametrize(
+    ("name", "facts", "answers", "questions"),
+    [
+        ("needle", 1, 1, 1),
+        ("niah_single", 1, 1, 1),
+        ("niah_multikey", 4, 1, 1),
+        ("niah_multivalue", 4, 4, 1),
+        ("niah_multiquery", 4, 4, 1),
+        ("multi_question", 4, 1, 4),
+        ("variable_tracking", 10, 5, 1),
+        ("common_words", 0, 10, 1),
+        ("frequent_words", 0, 3, 1),
+    ],
+)
+def test_a_task_hides_and_asks_for_what_its_name_says(name, facts, answers, questions, tokenizer, haystack):
+    for sample in make(name, tokenizer, haystack, lengths=(900,)):
+        context = tokenizer.decode(sample.context_ids)
+        assert len(re.findall(r"The access code for the .*? is \d+\.|VAR [A-Z]{3} = ", context)) == facts
+        assert [len(prompt.answers) for prompt in sample.prompts] == [answers] * questions
+
+
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in ("perplexity", *WORD_LISTS)])
 def test_answers_stand_in_the_context_and_not_in_the_blank_one(name, tokenizer, haystack):
     for sample in make(name, tokenizer, haystack, lengths=(LENGTH, 900)):
