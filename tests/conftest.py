@@ -35,16 +35,34 @@ TINY_VOCAB_SIZE = 128
 CORE_SELECTORS = {"snapkv", "h2o", "streaming_llm", "expected_attention", "criticalkv"}
 
 
+#: Folders whose files ask the same of several models and backends, and those of them that ask all in `make test` too.
+MANY_MODELS, ALL_MODELS = {"cache", "analysis", "budget"}, {"test_cache.py"}
+#: Ways to run a family that `make test` leaves to `make test-all`, where the family is run in other ways already.
+LATER_WAYS = {"chunked", "second turn"}
+
+
+def is_long_tail(item: pytest.Item) -> bool:
+    """Tell whether a test repeats a law for one more selector, model, backend or way."""
+    folder, name = item.path.parent.name, item.path.name
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or folder in ("selection", "parity"):
+        return False
+    selector = callspec.params.get("selector")
+    if isinstance(selector, str) and selector not in CORE_SELECTORS:
+        return True
+    parts = callspec.id.split("-")
+    if folder in MANY_MODELS and "eager" in parts:
+        return True
+    if folder in MANY_MODELS and name not in ALL_MODELS and "neox" in parts:
+        return True
+    return name == "test_families.py" and bool(LATER_WAYS & set(parts))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the other selectors' tests outside `selection/` to `make test-all`; their laws and formulas always run."""
+    """Leave the long tail to `make test-all`; every law is asked of one model, and of all core selectors."""
     for item in items:
-        selector = getattr(item, "callspec", None) and item.callspec.params.get("selector")
-        if (
-            isinstance(selector, str)
-            and selector not in CORE_SELECTORS
-            and item.path.parent.name not in ("selection", "parity")
-        ):
+        if is_long_tail(item):
             item.add_marker(pytest.mark.slow)
 
 
