@@ -1,4 +1,4 @@
-"""Rows of measurements that outlive a kill: one part file a unit of work, a manifest that says what they are."""
+"""Result folders: one Parquet part per finished unit of work, so that a killed run resumes, and a manifest."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ MANIFEST = "manifest.json"
 
 
 class ResultStore:
-    """A folder of results: ``manifest.json`` and one Parquet part for each finished unit of work.
+    """Keep a folder of results: ``manifest.json`` and one Parquet part per finished unit of work.
 
-    A unit is what one process computes in one go, such as all settings of one text.  Its part appears whole or not at
-    all, so a run that was killed goes on where it stood, with nothing lost or doubled.
+    A unit is the work that one process does at once, such as all settings of one text.  Its part appears whole or
+    not at all.  A killed run therefore resumes with no row lost and none doubled.
 
     Parameters
     ----------
     folder : str or Path
-        Made if it is not there.
+        Created if it does not exist.
     config : mapping
-        What the run is: everything that decides its numbers, JSON-ready.
+        Everything that decides the numbers of the run, JSON-ready.
 
     Raises
     ------
     InputError
-        If the folder holds the results of another config; the message says what differs.
+        If the folder holds results of another config; the message lists the differences.
 
     Examples
     --------
@@ -49,6 +49,7 @@ class ResultStore:
         self.folder = Path(folder)
         self.parts = self.folder / "parts"
         self.parts.mkdir(parents=True, exist_ok=True)
+        # Through JSON, so that a tuple equals the list that the manifest holds.
         self._check_manifest(json.loads(json.dumps(dict(config), sort_keys=True)))
 
     def _check_manifest(self, config: dict[str, Any]) -> None:
@@ -59,27 +60,27 @@ class ResultStore:
             if differing:
                 listed = "; ".join(f"{key}: {found.get(key)!r}, now {config.get(key)!r}" for key in differing)
                 raise InputError(
-                    f"{self.folder} holds the results of another run ({listed}): give another folder, or the same "
-                    "options to resume it."
+                    f"{self.folder} holds the results of another run ({listed}): give another folder, or the options "
+                    "of that run to resume it."
                 )
             if any(self.parts.glob("*.parquet")):
                 return
-        # Of a run that begins anew, what another commit or machine wrote there is no longer true.
+        # No part yet: replace the manifest, because the commit or the machine may have changed since.
         write_text_atomically(path, dump_json({"config": config, "environment": describe_environment()}))
 
     def _path(self, unit: str) -> Path:
         return self.parts / f"{unit}.parquet"
 
     def is_done(self, unit: str) -> bool:
-        """Tell whether a unit's rows are there."""
+        """Return True if a unit's rows are written."""
         return self._path(unit).exists()
 
     def write(self, unit: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the rows of one unit of work, all at once."""
+        """Write the rows of one unit of work, atomically."""
         write_rows(self._path(unit), rows)
 
     def read(self) -> list[dict[str, Any]]:
-        """Read the rows of all finished units, in the order of their names."""
+        """Read the rows of all finished units, sorted by unit name."""
         return read_rows(sorted(self.parts.glob("*.parquet")))
 
     def read_unit(self, unit: str) -> list[dict[str, Any]]:
@@ -88,7 +89,7 @@ class ResultStore:
         Raises
         ------
         InputError
-            If it is not finished.
+            If the unit is not finished.
         """
         return read_rows([self._path(unit)])
 
@@ -98,14 +99,19 @@ class ResultStore:
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write rows to one Parquet file, which appears whole or not at all, and return its path.
+    """Write rows to one Parquet file, atomically, and return its path.
 
-    A column that some rows lack is null there.
+    If a row lacks a column, its value is null.
+
+    Raises
+    ------
+    MissingDependencyError
+        If pyarrow is not installed.
     """
     pyarrow, parquet = _import_pyarrow()
     path, listed = Path(path), [dict(row) for row in rows]
     columns = dict.fromkeys(key for row in listed for key in row)
-    # Left to itself, pyarrow takes the columns of the first row and drops what other rows have besides.
+    # `Table.from_pylist` would take the columns of the first row and drop all others.
     table = pyarrow.table({key: [row.get(key) for row in listed] for key in columns})
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -121,24 +127,26 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def read_rows(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Read the rows of Parquet files, one dictionary a row.
+    """Read the rows of Parquet files, one dictionary per row.
 
     Raises
     ------
     InputError
         If a file is missing.
+    MissingDependencyError
+        If pyarrow is not installed.
     """
     _, parquet = _import_pyarrow()
     rows: list[dict[str, Any]] = []
     for path in paths:
         if not Path(path).exists():
-            raise InputError(f"{path} does not exist: run the experiment first.")
+            raise InputError(f"{path} does not exist: run the experiment that writes it first.")
         rows.extend(parquet.read_table(path).to_pylist())
     return rows
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return what a reader needs to repeat a measurement: versions, device, threads, commit."""
+    """Return what a reader needs to repeat a measurement: versions, machine, device and commit."""
     import platform
 
     import torch
@@ -156,16 +164,16 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _find_commit() -> str | None:
-    """Return the commit that this code is, with "-dirty" after it if files of it were changed since."""
+    """Return the commit of this code, with "-dirty" if its files changed since; None outside a repository."""
 
-    def ask(*arguments: str) -> str:
+    def run_git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # An installed package may lie inside a repository that is not its own.
-        ask("ls-files", "--error-unmatch", Path(__file__).name)
-        return ask("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+        # An installed package may lie inside another project's repository, which does not track this file.
+        run_git("ls-files", "--error-unmatch", Path(__file__).name)
+        return run_git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -176,6 +184,6 @@ def _import_pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError as error:
         raise MissingDependencyError(
-            "results are written as Parquet, which needs pyarrow: pip install 'rankkv[eval]'."
+            "result files are Parquet and need pyarrow: pip install 'rankkv[eval]'."
         ) from error
     return pyarrow, pyarrow.parquet

@@ -1,4 +1,4 @@
-"""Values of a YAML file, checked so that every error says where the value stands and what it must be."""
+"""Checks of values from a YAML file; each error names the value, its place in the file and what it must be."""
 
 from __future__ import annotations
 
@@ -9,38 +9,42 @@ from ...errors import ConfigError, InputError, MissingDependencyError, RankKVErr
 
 
 def load_yaml(text: str, path: str) -> Any:
-    """Return what a YAML text holds; ``path`` is for the error.
+    """Parse a YAML text; ``path`` stands in error messages.
 
     Raises
     ------
-    InputError, ConfigError
-        If it is no YAML, or a key comes twice.
+    InputError
+        If the text is not YAML.
+    ConfigError
+        If a mapping has a key twice.
+    MissingDependencyError
+        If PyYAML is not installed.
     """
     try:
         import yaml
     except ImportError as error:
-        raise MissingDependencyError("a sweep is read with PyYAML: pip install 'rankkv[eval]'.") from error
+        raise MissingDependencyError("a sweep file needs PyYAML: pip install 'rankkv[eval]'.") from error
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that comes twice, of which YAML would keep the last."""
+        """Refuse a key that comes twice; PyYAML would silently keep the last."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             for key in keys:
                 if keys.count(key) > 1:
                     raise ConfigError(
-                        f"line {node.start_mark.line + 1} begins a mapping that has {key!r} twice."
+                        f"the mapping at line {node.start_mark.line + 1} has {key!r} twice: remove one."
                     )
             return super().construct_mapping(node, deep)
 
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
 def explain(where: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a call returns; an error of it says where in the file its cause stands."""
+    """Return the result of a call; an error it raises becomes a ConfigError that begins with ``where``."""
     try:
         return call(*arguments)
     except (RankKVError, TypeError) as error:
@@ -48,12 +52,12 @@ def explain(where: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def check_mapping(value: Any, where: str, known: Sequence[str] | None = None) -> Mapping[str, Any]:
-    """Return a mapping of names, of the known ones only where they are given.
+    """Return a mapping with strings as keys, only the known ones if ``known`` is given.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{where} is {value!r} but must be a mapping of names to values.")
@@ -66,12 +70,12 @@ def check_mapping(value: Any, where: str, known: Sequence[str] | None = None) ->
 def take_list(
     given: Mapping[str, Any], key: str, default: list[Any] | None = None, where: str = ""
 ) -> list[Any]:
-    """Return the list under a key; it may be empty only if an empty one is the default.
+    """Return the list under a key, or the default; it may be empty only if the default is empty.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where`` and the key.
     """
     value = given.get(key, default)
     if value is None and key not in given:
@@ -82,12 +86,12 @@ def take_list(
 
 
 def check_string(value: Any, where: str) -> str:
-    """Return a text that is not empty.
+    """Return a string that is not blank.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{where} is {value!r} but must be a text that is not empty.")
@@ -95,12 +99,12 @@ def check_string(value: Any, where: str) -> str:
 
 
 def check_integer(value: Any, where: str, least: int) -> int:
-    """Return an integer that is not too small.
+    """Return an integer of at least ``least``.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{where} is {value!r} but must be an integer of at least {least}.")
@@ -113,7 +117,7 @@ def check_ratio(value: Any, where: str) -> float:
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise ConfigError(
@@ -123,12 +127,12 @@ def check_ratio(value: Any, where: str) -> float:
 
 
 def check_bool(value: Any, where: str) -> bool:
-    """Return true or false.
+    """Return a boolean.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if not isinstance(value, bool):
         raise ConfigError(f"{where} is {value!r} but must be true or false.")
