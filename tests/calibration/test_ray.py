@@ -277,8 +277,8 @@ def test_the_command_measures_the_same_profile_as_without_ray(
     ("options", "message"),
     [
         (["--engine", "dask"], "unknown engine 'dask'. Known: local, ray."),
-        (["--address", "auto"], "--address: only Ray takes this, so give --engine ray too"),
-        (["--workers", "2"], "--workers: only Ray takes this"),
+        (["--address", "auto"], "--engine is 'local' but must be 'ray' for --address: give --engine ray"),
+        (["--workers", "2"], "must be 'ray' for --workers"),
         (["--engine", "ray", "--workers", "0"], "workers is 0 but must be at least 1"),
         (["--engine", "ray", "--gpus-per-worker", "-1"], "gpus_per_worker is -1 but must be at least 0"),
         (["--engine", "ray", "--context-tokens", "1"], "context_tokens=1 must be an integer of at least 64"),
