@@ -6,8 +6,11 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..errors import SourceUnavailableError
 
 
 def write_text_atomically(path: str | Path, text: str) -> Path:
@@ -27,19 +30,52 @@ def write_text_atomically(path: str | Path, text: str) -> Path:
     Path
         The written path.
     """
+    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let ``write`` fill a temporary file in the same folder, then put it in the place of ``path``.
+
+    A symbolic link is followed, and the file gets the mode that an ordinary new file has.
+
+    Parameters
+    ----------
+    path : str or Path
+        File to write; an existing one is replaced.
+    write : callable
+        Called with the path of the temporary file.
+
+    Raises
+    ------
+    SourceUnavailableError
+        If the place cannot be written to: a full disk, no permission, a folder.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    target = path.resolve() if path.is_symlink() else path
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes files that only the owner can read.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            # mkstemp makes files that only the owner can read.
+            os.chmod(temporary, 0o666 & ~_read_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise SourceUnavailableError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; check the path, permissions and free space."
+        ) from error
     return path
+
+
+def _read_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def make_json_ready(value: Any) -> Any:
