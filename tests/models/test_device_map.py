@@ -189,7 +189,6 @@ def check_places(cache: RankKVCache, devices: dict[int, torch.device]) -> None:
         "kept_valid",
         "running_scores",
         "query_moments",
-        "token_changes",
     )
     for index in cache.layer_indices:
         for name in held:
