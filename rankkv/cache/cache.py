@@ -126,7 +126,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         config = resolve_options(config, model, self.layer_indices, shards)
         for index in self.layer_indices:
             self.layers[index] = _build_layer(config)
-        self._backend_of = text_config
+        #: Config of the language model, which names the attention backend.
+        self.text_config = text_config
         rotations = self._find_rotations(model, config)
         self._step_masks: dict[int, StepMask] = {}
         self._packers = build_packers(rotations) if config.positions == "packed" else {}
@@ -575,7 +576,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
             return call
         # A single query with no mask and no empty slot sees every slot: nothing needs masking then.
         if call.mask is not None or call.steps > 1 or slots.kept_valid is not None:
-            backend, query = self._backend_of._attn_implementation, call.query
+            backend, query = self.text_config._attn_implementation, call.query
             if call.mask is None and call.steps == 1 and backend in ("sdpa", "eager"):
                 steps = self._step_masks.setdefault(layer_idx, StepMask())
                 mask = steps.get(slots, query.shape[1], backend, query.dtype)

@@ -178,6 +178,7 @@ def restore_state(
         If an entry or a tensor of the file is not what :func:`save_cache` writes for this model.
     """
     name_of_file, count = str(path), len(cache.layers)
+    varies = has_varying_layers(cache)
     check_header(header, count, cache.layer_indices, name_of_file)
     rows = len(header["flow"]["row_start"])
     found: dict[int, dict[str, Tensor]] = {}
@@ -192,6 +193,17 @@ def restore_state(
     for index, layer in enumerate(cache.layers):
         record = header["layers"][index]
         check_layer(index, layer, record, found.get(index, {}), rows, dtype, name_of_file)
+    if not varies:
+        # Of the keys and values of one model, all layers have the same heads and dimensions.
+        first = found[cache.layer_indices[0]]
+        for index in cache.layer_indices:
+            for what in ("keys", "values"):
+                one, other = (list(held[what].shape[1::2]) for held in (first, found[index]))
+                if one != other:
+                    raise InputError(
+                        f"{path} is not a cache that save() wrote: {index}.{what} has (kv_heads, head_dim) {other}, and "
+                        f"layer {cache.layer_indices[0]} has {one}; save it again."
+                    )
     held: dict[int, dict[str, Tensor]] = {}
     for index, tensors in found.items():
         layer = cache.layers[index]
@@ -224,6 +236,14 @@ def restore_state(
         if isinstance(layer, RankKVLayer):
             layer.rest()
     schedule.compressor.plans = [_restore_plan(cache, record) for record in header["plans"]]
+
+
+def has_varying_layers(cache: Any) -> bool:
+    """Return True for a model whose config allows other heads or dimensions in each layer."""
+    config = cache.text_config
+    return bool(vars(config).get("_heterogeneity_spec")) or isinstance(
+        getattr(config, "num_key_value_heads", None), list | tuple
+    )
 
 
 def serialize_selector(selector: Selector) -> dict[str, Any]:
