@@ -201,7 +201,7 @@ def restore_state(
                 one, other = (list(held[what].shape[1::2]) for held in (first, found[index]))
                 if one != other:
                     raise InputError(
-                        f"{path} is not a cache that save() wrote: {index}.{what} has (kv_heads, head_dim) {other}, and "
+                        f"{path} is not a cache that save() wrote: {index}.{what} has kv_heads, head_dim {other}, and "
                         f"layer {cache.layer_indices[0]} has {one}; save it again."
                     )
     held: dict[int, dict[str, Tensor]] = {}
