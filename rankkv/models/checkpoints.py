@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rankkv.errors import MissingDependencyError, SourceUnavailableError, UnsupportedModelError
+from rankkv.errors import MissingDependencyError, RankKVError, SourceUnavailableError, UnsupportedModelError
+from rankkv.models.gguf_file import check_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,12 +17,25 @@ if TYPE_CHECKING:
 def from_pretrained(
     source: str, options: dict[str, Any], gguf_file: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer from a folder or hub id; ``options`` are those of transformers' loader."""
-    from safetensors import SafetensorError
+    """Load model and tokenizer from a folder or hub id; ``options`` are those of transformers' loader.
+
+    Raises
+    ------
+    InputError
+        If ``gguf_file`` is damaged.
+    MissingDependencyError
+        If another package is needed.
+    SourceUnavailableError
+        If the files cannot be read.
+    UnsupportedModelError
+        If transformers builds no causal language model from them.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shown = source if gguf_file is None else os.path.join(source, gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if gguf_file is not None:
+        check_gguf(shown)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **options, **extra, **_dequantized(gguf_file))
         keep = {key: value for key, value in options.items() if key not in ("dtype", "device_map")}
@@ -30,13 +44,31 @@ def from_pretrained(
         raise MissingDependencyError(
             f"loading {shown!r} needs another package: {first_line(error)}"
         ) from error
-    except (OSError, SafetensorError) as error:
-        raise SourceUnavailableError(f"the model {shown!r} cannot be loaded: {first_line(error)}") from error
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"transformers builds no causal language model from {shown!r}: {first_line(error)}"
-        ) from error
+    except Exception as error:
+        translated = _translate(error, shown, gguf_file)
+        if translated is None:
+            raise
+        raise translated from error
     return model.eval(), tokenizer
+
+
+def _translate(error: Exception, shown: str, gguf_file: str | None) -> RankKVError | None:
+    """Return the error of RankKV for one of transformers; None for a kind that it has no word for."""
+    from safetensors import SafetensorError
+
+    if gguf_file is not None:
+        # transformers blames a configuration file, or raises whatever the values of the file lead to.
+        return UnsupportedModelError(
+            f"transformers builds no causal language model from the GGUF file {shown!r}: {first_line(error)}; its "
+            "architecture is not supported, or its content is damaged"
+        )
+    if isinstance(error, OSError | SafetensorError):
+        return SourceUnavailableError(f"the model {shown!r} cannot be loaded: {first_line(error)}")
+    if isinstance(error, ValueError | KeyError | NotImplementedError):
+        return UnsupportedModelError(
+            f"transformers builds no causal language model from {shown!r}: {first_line(error)}"
+        )
+    return None
 
 
 def _dequantized(gguf_file: str | None) -> dict[str, Any]:
