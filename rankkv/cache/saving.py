@@ -20,7 +20,7 @@ from ..errors import CacheStateError, InputError
 from ..models.fingerprint import compute_fingerprint, describe_model
 from ..observe.queries import QueryBuffer
 from ..selection import Selector, get_selector
-from ..utils.files import write_atomically
+from ..utils.files import replace_atomically
 from .file_checks import check_header, check_layer, check_tensor_name
 from .layer import ROW_TENSORS, RankKVLayer
 
@@ -90,7 +90,9 @@ def save_cache(cache: Any, path: str | Path, model: Any) -> Path:
         "plans": [_serialize_plan(plan) for plan in schedule.compressor.plans],
     }
     metadata = {"rankkv": json.dumps(header)}
-    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    with replace_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    return Path(path)
 
 
 def read_cache_header(path: str | Path) -> dict[str, Any]:

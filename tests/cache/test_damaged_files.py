@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rankkv import RankKVCache, compress
-from rankkv.errors import InputError, RankKVError, SourceUnavailableError
+from rankkv.errors import InputError, OutputError, RankKVError
 from rankkv.models.compat import cache_argument
 
 PROMPT = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(1))
@@ -212,5 +212,5 @@ def test_saving_follows_a_link_and_keeps_the_usual_mode(model, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_sentence(model, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SourceUnavailableError, match="cannot write"):
+    with pytest.raises(OutputError, match="cannot write"):
         compress(model, PROMPT, compression_ratio=0.4).save(tmp_path / "file" / "cache.safetensors")
