@@ -91,7 +91,10 @@ def save_cache(cache: Any, path: str | Path, model: Any) -> Path:
     }
     metadata = {"rankkv": json.dumps(header)}
     with replace_atomically(path) as temporary:
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata=metadata)
+        # safetensors writes a file that only the owner can read.
+        temporary.chmod(mode)
     return Path(path)
 
 
