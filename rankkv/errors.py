@@ -79,3 +79,7 @@ class MissingDependencyError(RankKVError, ImportError):
 
 class SourceUnavailableError(RankKVError, OSError):
     """A model or data set cannot be reached: the hub does not answer, or the file does not exist."""
+
+
+class OutputError(RankKVError, OSError):
+    """A file cannot be written: no permission, a full disk, or a folder in its place."""

@@ -126,7 +126,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         config = resolve_options(config, model, self.layer_indices, shards)
         for index in self.layer_indices:
             self.layers[index] = _build_layer(config)
-        self._backend_of = text_config
+        #: Config of the language model, which names the attention backend.
+        self.text_config = text_config
         rotations = self._find_rotations(model, config)
         self._step_masks: dict[int, StepMask] = {}
         self._packers = build_packers(rotations) if config.positions == "packed" else {}
@@ -377,7 +378,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
             If the prefill is not complete, or a layer holds something other than keys and values.
         """
         self._check_usable()
-        return saving.save_cache(self, path, saving.compute_model_fingerprint(self._owner.get()))
+        return saving.save_cache(self, path, self._owner.get())
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> RankKVCache:
@@ -389,18 +390,17 @@ class RankKVCache(AttentionObserver, DynamicCache):
             If the file is missing, is not a saved cache, or belongs to another model.
         """
         header = saving.read_cache_header(path)
-        if saving.compute_model_fingerprint(model) != header.get("fingerprint"):
-            raise InputError(
-                f"{path} was saved from another model, or from this one in another dtype: load it with the model it "
-                "came from."
-            )
+        saving.check_model(header, model, path)
         try:
             cache = cls(model, config=saving.restore_config(header))
-            saving.restore_state(cache, path, header, find_layer_devices(model))
+            dtype = model.get_input_embeddings().weight.dtype
+            saving.restore_state(cache, path, header, find_layer_devices(model), dtype)
             cache._restore_offset()
-        except (KeyError, TypeError, ValueError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
             raise InputError(
-                f"{path} describes a cache that this version of RankKV cannot build ({error}): save it again."
+                f"{path} describes a cache that this version of RankKV cannot build ({str(error)[:200]}); save it."
             ) from error
         return cache
 
@@ -576,7 +576,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
             return call
         # A single query with no mask and no empty slot sees every slot: nothing needs masking then.
         if call.mask is not None or call.steps > 1 or slots.kept_valid is not None:
-            backend, query = self._backend_of._attn_implementation, call.query
+            backend, query = self.text_config._attn_implementation, call.query
             if call.mask is None and call.steps == 1 and backend in ("sdpa", "eager"):
                 steps = self._step_masks.setdefault(layer_idx, StepMask())
                 mask = steps.get(slots, query.shape[1], backend, query.dtype)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,18 +17,18 @@ from ..budget.heads import HeadCurves
 from ..budget.plan import BudgetPlan
 from ..config import RankKVConfig
 from ..errors import CacheStateError, InputError
-from ..models.placement import list_weights, read_weight
-from ..models.tensor_parallel import take_local
+from ..models.fingerprint import compute_fingerprint, describe_model
 from ..observe.queries import QueryBuffer
 from ..selection import Selector, get_selector
+from ..utils.files import replace_atomically
+from .file_checks import check_header, check_layer, check_tensor_name
 from .layer import ROW_TENSORS, RankKVLayer
 
-_FORMAT = "rankkv-cache-1"
-# Prefixes of the config entries that keys and values depend on.
-_SHAPE = ("num_", "hidden", "head", "vocab", "rope", "partial_rotary", "sliding", "layer_types")
+# The first format knew no adapters and no image offset.
+_FIRST_FORMAT, _FORMAT = "rankkv-cache-1", "rankkv-cache-2"
 
 
-def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
+def save_cache(cache: Any, path: str | Path, model: Any) -> Path:
     """Write a finished cache to one safetensors file, atomically, and return the path.
 
     Parameters
@@ -40,8 +37,8 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
         A cache whose prefill is complete.
     path : str or Path
         Path of the file.
-    fingerprint : str
-        Fingerprint of the model the cache came from.
+    model : PreTrainedModel
+        The model the cache came from; its fingerprint goes into the file.
 
     Raises
     ------
@@ -77,25 +74,28 @@ def save_cache(cache: Any, path: str | Path, fingerprint: str) -> Path:
     for index, packer in cache._packers.items():
         for number, (start, frequencies) in enumerate(packer.epochs):
             tensors[f"{index}.epoch.{number}.{start}"] = frequencies.contiguous().cpu()
+    offset = schedule.position_offset
     header = {
         "format": _FORMAT,
-        "fingerprint": fingerprint,
+        "fingerprint": compute_fingerprint(model),
+        "model": describe_model(model),
         "options": {**cache.config.to_dict(), "selector": serialize_selector(cache.selector)},
         "layers": layers,
-        "flow": {name: getattr(schedule, name) for name in ("row_start", "compressed_at", "streaming")},
+        "flow": {
+            **{
+                name: getattr(schedule, name) for name in ("row_start", "compressed_at", "streaming", "holes")
+            },
+            "position_offset": None if offset is None else offset.flatten().tolist(),
+        },
         "plans": [_serialize_plan(plan) for plan in schedule.compressor.plans],
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"rankkv": json.dumps(header)})
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    metadata = {"rankkv": json.dumps(header)}
+    with replace_atomically(path) as temporary:
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata=metadata)
+        # safetensors writes a file that only the owner can read.
+        temporary.chmod(mode)
+    return Path(path)
 
 
 def read_cache_header(path: str | Path) -> dict[str, Any]:
@@ -111,14 +111,48 @@ def read_cache_header(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("rankkv") or "{}")
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"{path} is not a safetensors file ({error}).") from error
-    found = header.get("format") if isinstance(header, dict) else header
-    if found != _FORMAT:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is not a safetensors file ({str(error)[:200]}).") from error
+    found = header.get("format") if isinstance(header, dict) else type(header).__name__
+    if found not in (_FIRST_FORMAT, _FORMAT):
         raise InputError(
-            f"{path} holds no RankKV cache of format {_FORMAT}, but {found!r}: give a file of save()."
+            f"{path} holds no RankKV cache of format {_FORMAT}, but {str(found)[:40]!r}: give a file of save()."
         )
     return header
+
+
+def check_model(header: Mapping[str, Any], model: Any, path: str | Path) -> None:
+    """Raise if a saved cache belongs to another model, or to this one with other adapters, rope or dtype.
+
+    Raises
+    ------
+    InputError
+        It names both sides.
+    """
+    old = header.get("format") == _FIRST_FORMAT
+    now = describe_model(model)
+    if compute_fingerprint(model, with_adapters=not old) == header.get("fingerprint") and not (
+        old and now["adapters"]
+    ):
+        return
+    saved = header.get("model")
+    saved = saved if isinstance(saved, dict) else {}
+    differing = [
+        f"{name}: file {_show(saved.get(name))}, here {_show(value)}"
+        for name, value in now.items()
+        if saved and saved.get(name) != value
+    ]
+    says = "; ".join(differing) or (
+        "adapters were not recorded then" if old and now["adapters"] else "the weights differ"
+    )
+    raise InputError(
+        f"{path} was saved from another model, or from this one in another dtype or with other adapters ({says}): load "
+        "it with the model it came from."
+    )
+
+
+def _show(value: Any) -> str:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)[:60]
 
 
 def restore_config(header: dict[str, Any]) -> RankKVConfig:
@@ -139,35 +173,68 @@ def restore_config(header: dict[str, Any]) -> RankKVConfig:
 
 
 def restore_state(
-    cache: Any, path: str | Path, header: dict[str, Any], devices: dict[int, torch.device]
+    cache: Any, path: str | Path, header: dict[str, Any], devices: dict[int, torch.device], dtype: torch.dtype
 ) -> None:
-    """Fill an empty cache with the saved state, each layer on its own device."""
-    held: dict[int, dict[str, Tensor]] = {}
-    with safe_open(str(path), framework="pt") as file:
+    """Check the saved state whole, then fill an empty cache with it, each layer on its own device.
+
+    Raises
+    ------
+    InputError
+        If an entry or a tensor of the file is not what :func:`save_cache` writes for this model.
+    """
+    name_of_file, count = str(path), len(cache.layers)
+    varies = has_varying_layers(cache)
+    check_header(header, count, cache.layer_indices, name_of_file)
+    rows = len(header["flow"]["row_start"])
+    found: dict[int, dict[str, Tensor]] = {}
+    with safe_open(name_of_file, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
-            index, _, what = name.partition(".")
-            tensor = file.get_tensor(name).to(devices.get(int(index), "cpu"))
+            index, what = check_tensor_name(name, count, name_of_file)
+            if what.startswith("epoch.") and index not in cache._packers:
+                raise InputError(
+                    f"{path} holds rotary frequencies of layer {index}, which has none: save it again."
+                )
+            found.setdefault(index, {})[what] = file.get_tensor(name)
+    for index, layer in enumerate(cache.layers):
+        record = header["layers"][index]
+        check_layer(index, layer, record, found.get(index, {}), rows, dtype, name_of_file)
+    if not varies:
+        # Of the keys and values of one model, all layers have the same heads and dimensions.
+        first = found[cache.layer_indices[0]]
+        for index in cache.layer_indices:
+            for what in ("keys", "values"):
+                one, other = (list(held[what].shape[1::2]) for held in (first, found[index]))
+                if one != other:
+                    raise InputError(
+                        f"{path} is not a cache that save() wrote: {index}.{what} has kv_heads, head_dim {other}, and "
+                        f"layer {cache.layer_indices[0]} has {one}; save it again."
+                    )
+    held: dict[int, dict[str, Tensor]] = {}
+    for index, tensors in found.items():
+        layer = cache.layers[index]
+        for what, tensor in tensors.items():
+            tensor = tensor.to(devices.get(index, "cpu"))
             if what.startswith("epoch."):
-                cache._packers[int(index)].epochs.append((int(what.rpartition(".")[2]), tensor))
-                continue
-            layer = cache.layers[int(index)]
-            if what.startswith("buffer."):
-                held.setdefault(int(index), {})[what.removeprefix("buffer.")] = tensor
-                continue
-            setattr(layer, what, tensor)
-            if what == "keys":
-                layer.dtype, layer.device, layer.is_initialized = tensor.dtype, tensor.device, True
+                cache._packers[index].epochs.append((int(what.rpartition(".")[2]), tensor))
+            elif what.startswith("buffer."):
+                held.setdefault(index, {})[what.removeprefix("buffer.")] = tensor
+            else:
+                setattr(layer, what, tensor)
+        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
     for packer in cache._packers.values():
         # The file lists tensors by name, so 10 comes before 2.
         packer.epochs.sort(key=lambda epoch: epoch[0])
     schedule = cache._schedule
-    for name, value in header["flow"].items():
-        setattr(schedule, name, value)
+    for name in ("row_start", "compressed_at", "streaming"):
+        setattr(schedule, name, header["flow"][name])
+    schedule.holes = header["flow"].get("holes") or []
+    offset = header["flow"].get("position_offset")
+    schedule.position_offset = None if offset is None else torch.tensor(offset).view(-1, 1)
     schedule.compressed, schedule.deferred = True, False
     for index, (layer, record) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        for name, value in record.items():
-            if name not in ("type", "buffer_capacity"):
-                setattr(layer, name, value)
+        for name in ("seen", "compressed_at", "cumulative_length"):
+            if name in record and hasattr(layer, name):
+                setattr(layer, name, record[name])
         if index in held:
             layer.buffer = QueryBuffer(record["buffer_capacity"])
             layer.buffer.fill(**held[index], row_start=schedule.row_start)
@@ -176,33 +243,12 @@ def restore_state(
     schedule.compressor.plans = [_restore_plan(cache, record) for record in header["plans"]]
 
 
-def compute_model_fingerprint(model: Any) -> str:
-    """Compute a digest of a model's shape, dtype and a sample of every weight.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A causal language model.
-
-    Returns
-    -------
-    str
-        Hexadecimal digest; it differs for the same model in another dtype.
-    """
-    config = model.config.get_text_config(decoder=True).to_dict()
-    shape = {name: config[name] for name in sorted(config) if name.startswith(_SHAPE)}
-    dtype = str(model.get_input_embeddings().weight.dtype)
-    digest = hashlib.sha256(json.dumps([type(model).__name__, dtype, shape], default=str).encode())
-    # Sample every weight: adapters and fine-tuning may change only some of them.
-    for name in list_weights(model):
-        weight = read_weight(model, name)
-        if weight is None:
-            continue
-        flat = take_local(weight).reshape(-1)
-        if flat.numel():
-            sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+def has_varying_layers(cache: Any) -> bool:
+    """Return True for a model whose config allows other heads or dimensions in each layer."""
+    config = cache.text_config
+    return bool(vars(config).get("_heterogeneity_spec")) or isinstance(
+        getattr(config, "num_key_value_heads", None), list | tuple
+    )
 
 
 def serialize_selector(selector: Selector) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingDependencyError, SourceUnavailableError, UnsupportedModelError
+from ..errors import MissingDependencyError, RankKVError, SourceUnavailableError, UnsupportedModelError
+from .gguf_file import check_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +30,8 @@ def from_pretrained(
 
     Raises
     ------
+    InputError
+        If ``gguf_file`` is damaged.
     MissingDependencyError
         If transformers needs another package to read the checkpoint.
     SourceUnavailableError
@@ -36,11 +39,12 @@ def from_pretrained(
     UnsupportedModelError
         If transformers cannot build a causal language model from it.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shown = source if gguf_file is None else os.path.join(source, gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if gguf_file is not None:
+        check_gguf(shown)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **options, **extra, **_plain_options(gguf_file))
         keep = {key: value for key, value in options.items() if key not in ("dtype", "device_map")}
@@ -49,13 +53,31 @@ def from_pretrained(
         raise MissingDependencyError(
             f"loading {shown!r} needs another package: {first_line(error)}"
         ) from error
-    except (OSError, SafetensorError) as error:
-        raise SourceUnavailableError(f"the model {shown!r} cannot be loaded: {first_line(error)}") from error
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"transformers cannot build a causal language model from {shown!r}: {first_line(error)}"
-        ) from error
+    except Exception as error:
+        translated = _translate(error, shown, gguf_file)
+        if translated is None:
+            raise
+        raise translated from error
     return model.eval(), tokenizer
+
+
+def _translate(error: Exception, shown: str, gguf_file: str | None) -> RankKVError | None:
+    """Return the error of RankKV for one of transformers; None for a kind that it has no word for."""
+    from safetensors import SafetensorError
+
+    if gguf_file is not None:
+        # transformers blames a configuration file, or raises whatever the values of the file lead to.
+        return UnsupportedModelError(
+            f"transformers builds no causal language model from the GGUF file {shown!r}: {first_line(error)}; its "
+            "architecture is not supported, or its content is damaged"
+        )
+    if isinstance(error, OSError | SafetensorError):
+        return SourceUnavailableError(f"the model {shown!r} cannot be loaded: {first_line(error)}")
+    if isinstance(error, ValueError | KeyError | NotImplementedError):
+        return UnsupportedModelError(
+            f"transformers builds no causal language model from {shown!r}: {first_line(error)}"
+        )
+    return None
 
 
 def _plain_options(gguf_file: str | None) -> dict[str, Any]:

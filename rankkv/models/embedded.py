@@ -130,7 +130,7 @@ def _is_complete(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
         return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, ProfileError, SourceUnavailableError
-from ..utils.files import dump_json, write_text_atomically
+from ..utils.files import dump_json, parse_json, shorten, write_text_atomically
 from ..utils.hub import pull_file, push_file, require
 
 FORMAT = "rankkv-profile"
 VERSION = 1
+#: Largest file of a profile, in bytes, and bounds of what it holds.
+SIZE_LIMIT = 64 * 2**20
+_MOST_LAYERS, _MOST_CHARACTERS = 10_000, 1_000
 #: Name of the file in a hub repository.
 HUB_FILE = "rankkv_profile.json"
 
@@ -61,7 +65,8 @@ class RankProfile:
     Raises
     ------
     ProfileError
-        If lengths disagree, a number is not finite or the ratios are not ascending in (0, 1).
+        If lengths disagree, a number is not finite, a value has another type, the ratios are not ascending in (0, 1),
+        or the layer indices are not ascending from 0 on.
 
     Examples
     --------
@@ -89,22 +94,60 @@ class RankProfile:
     def __post_init__(self) -> None:
         try:
             object.__setattr__(self, "model", dict(self.model))
-            object.__setattr__(self, "layer_indices", tuple(int(index) for index in self.layer_indices))
+            object.__setattr__(self, "layer_indices", tuple(map(operator.index, self.layer_indices)))
             for name in ("weight_sample", "ratios", "gain_loss", "gain_divergence"):
-                object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+                object.__setattr__(self, name, tuple(map(_read_number, getattr(self, name))))
             for name in ("excess_loss", "divergence", "head_gain_divergence"):
-                rows = tuple(tuple(float(value) for value in row) for row in getattr(self, name))
+                rows = tuple(tuple(map(_read_number, row)) for row in getattr(self, name))
                 object.__setattr__(self, name, rows)
-            object.__setattr__(self, "base_ratio", float(self.base_ratio))
-        except (TypeError, ValueError) as error:
+            object.__setattr__(self, "base_ratio", _read_number(self.base_ratio))
+            self._check_descriptions()
+        except (TypeError, ValueError, OverflowError) as error:
             raise ProfileError(f"the profile is not well-formed ({error}); calibrate again.") from error
         self._check()
 
     def __hash__(self) -> int:
         return hash((self.layer_indices, self.divergence, self.gain_divergence))
 
+    def _check_descriptions(self) -> None:
+        """Raise TypeError or ValueError if a text or a mapping is not what calibration writes."""
+        if not isinstance(self.name, str) or len(self.name) > _MOST_CHARACTERS:
+            raise TypeError(
+                f"name is {shorten(self.name)}, it must be a text of at most {_MOST_CHARACTERS} characters"
+            )
+        for name, value in self.model.items():
+            if (
+                not isinstance(name, str)
+                or not isinstance(value, int | str)
+                or len(str(value)) > _MOST_CHARACTERS
+            ):
+                raise TypeError(
+                    f"model has {shorten(name)}: {shorten(value)}, it must map names to integers or texts"
+                )
+        if not isinstance(self.ranks, Mapping) or not isinstance(self.calibration, Mapping):
+            raise TypeError("ranks and calibration must be mappings")
+        count = len(self.layer_indices)
+        for name, measured in self.ranks.items():
+            if not isinstance(measured, Mapping):
+                raise TypeError(f"ranks[{shorten(name)}] must be a mapping")
+            for values in measured.values():
+                if len(values) != count or not all(map(math.isfinite, map(_read_number, values))):
+                    raise ValueError(
+                        f"ranks[{shorten(name)}] must hold {count} finite numbers, one per layer"
+                    )
+
     def _check(self) -> None:
         count, ratios = len(self.layer_indices), self.ratios
+        indices = list(self.layer_indices)
+        if indices and (indices != sorted({*indices}) or not 0 <= indices[0] <= indices[-1] < _MOST_LAYERS):
+            raise ProfileError(
+                f"layer_indices is {shorten(indices)}, but must ascend from 0 or more and stay below {_MOST_LAYERS:,}; "
+                "calibrate again."
+            )
+        if not 0 < self.base_ratio <= 1:
+            raise ProfileError(
+                f"base_ratio is {self.base_ratio!r}, but must be a fraction of the cache in (0, 1]; calibrate again."
+            )
         if (
             count == 0
             or not ratios
@@ -113,7 +156,7 @@ class RankProfile:
         ):
             raise ProfileError(
                 f"a profile needs at least one layer and ascending ratios in (0, 1), got {count} layers and ratios "
-                f"{list(ratios)}; calibrate again."
+                f"{shorten(list(ratios))}; calibrate again."
             )
         for name in ("excess_loss", "divergence", "gain_loss", "gain_divergence"):
             values = getattr(self, name)
@@ -128,7 +171,7 @@ class RankProfile:
         heads = [len(row) for row in self.head_gain_divergence]
         if heads and (len(heads) != count or 0 in heads):
             raise ProfileError(
-                f"head_gain_divergence has {heads} heads for {count} layers: the file is damaged; calibrate again."
+                f"head_gain_divergence has {shorten(heads)} heads for {count} layers: it is damaged; calibrate again."
             )
         numbers = [*self.gain_loss, *self.gain_divergence, *self.weight_sample]
         tables = (self.excess_loss, self.divergence, self.head_gain_divergence)
@@ -164,7 +207,7 @@ class RankProfile:
         """
         names = sorted({*self.model, *model})
         differing = [
-            f"{name}: profile {self.model.get(name)!r}, model {model.get(name)!r}"
+            f"{name}: profile {shorten(self.model.get(name))}, model {shorten(model.get(name))}"
             for name in names
             if self.model.get(name) != model.get(name)
         ]
@@ -202,12 +245,14 @@ class RankProfile:
             raise ProfileError("this is not a RankKV profile: give a file that RankProfile.save() wrote.")
         if record.get("version") != VERSION:
             raise ProfileError(
-                f"the profile has version {record.get('version')!r} but this RankKV reads version {VERSION}: calibrate "
-                "again, or use the RankKV that wrote it."
+                f"the profile has version {shorten(record.get('version'))} but this RankKV reads version {VERSION}: "
+                "calibrate again, or use the RankKV that wrote it."
             )
         fields = {name: value for name, value in record.items() if name not in ("format", "version")}
         try:
             return cls(**fields)
+        except ProfileError:
+            raise
         except TypeError as error:
             raise ProfileError(f"the profile is not well-formed ({error}); calibrate again.") from error
 
@@ -226,15 +271,24 @@ class RankProfile:
         ProfileError
             If it does not hold a profile.
         """
+        file = Path(path).expanduser()
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
+            size = file.stat().st_size
+            text = file.read_text(encoding="utf-8") if size <= SIZE_LIMIT else ""
         except (OSError, UnicodeDecodeError) as error:
             raise SourceUnavailableError(f"cannot read a profile from {str(path)!r}: {error}.") from error
+        if size > SIZE_LIMIT:
+            raise ProfileError(
+                f"{str(path)!r} has {size:,} bytes, a profile has at most {SIZE_LIMIT:,}: give the path of a profile."
+            )
         try:
-            record = json.loads(text)
+            record = parse_json(text)
         except ValueError as error:
             raise ProfileError(f"{str(path)!r} is not JSON ({error}): give the path of a profile.") from error
-        return cls.from_dict(record)
+        try:
+            return cls.from_dict(record)
+        except ProfileError as error:
+            raise ProfileError(f"{str(path)!r}: {error}") from error
 
     @classmethod
     def calibrate(cls, model: Any, tokenizer: Any = None, texts: Any = None, **options: Any) -> RankProfile:
@@ -299,6 +353,13 @@ class RankProfile:
         """
         require("huggingface_hub", "pip install huggingface_hub", "pulling a profile")
         return cls.load(pull_file(repo_id, HUB_FILE, **options))
+
+
+def _read_number(value: Any) -> float:
+    """Return a number as a float; TypeError for a text or a truth value, which ``float`` would take."""
+    if isinstance(value, str | bytes | bool):
+        raise TypeError(f"{shorten(value)} is not a number")
+    return float(value)
 
 
 def compute_shape_key(model: Mapping[str, Any]) -> str:

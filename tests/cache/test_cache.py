@@ -266,7 +266,7 @@ def test_an_explicit_budget_below_the_floor_names_the_least(llama):
 def test_a_ratio_below_the_floor_is_raised_and_said(llama):
     cache = oracles.prefill(llama, PROMPTS[0], compression_ratio=0.05)
     assert cache.kept_lengths == [16] * 3
-    assert "raised to the floor of 16" in cache.summary()
+    assert "raised to 48: the floor is 16 per layer" in cache.summary()
     assert "raised" not in oracles.prefill(llama, PROMPTS[0], compression_ratio=0.5).summary()
 
 

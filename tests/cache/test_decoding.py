@@ -203,7 +203,7 @@ def test_a_ratio_below_the_floor_is_raised_and_said(llama):
     cache = oracles.prefill(llama, oracles.random_prompt(20), compression_ratio=0.1, decode="bounded")
     oracles.feed(llama, cache, steps_of(1, 30))
     assert cache.kept_lengths == [16] * 3
-    assert "raised to the floor of 16" in cache.summary()
+    assert "raised to 48: the floor is 16" in cache.summary()
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

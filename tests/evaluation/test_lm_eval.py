@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from rankkv.cli import app
 from rankkv.errors import ConfigError, InputError, UnknownNameError
 from rankkv.evaluation.lm_eval.model import RankKVLM
+from rankkv.evaluation.lm_eval.rows import build_task_manager, evaluate_harness_task
 
 TASKS = ["local_generation", "local_choice", "local_letter", "local_rolling"]
 YAML = """task: {name}
@@ -192,6 +193,20 @@ def test_command_line_gives_the_numbers_of_the_python_api(
         numbers = {name: value for name, value in expected[task].items() if isinstance(value, float)}
         assert numbers
         assert {name: found["results"][task][name] for name in numbers} == pytest.approx(numbers, abs=1e-4)
+
+
+@pytest.mark.parametrize("task", ["local_letter", "local_rolling", "local_generation"])
+def test_rows_say_what_was_kept_and_what_is_guessed(small, folder, task):
+    manager = build_task_manager([task], str(folder))
+    settings = {"few": {"compression_ratio": 0.2}}
+    rows = list(evaluate_harness_task(*small, task, settings, manager, count=2))
+    by_setting = {name: [row for row in rows if row["setting"] == name] for name in ("full", "blank", "few")}
+    assert {row["questions"] for row in rows} == {1}
+    assert [row["index"] for row in by_setting["few"]] == [0, 1]
+    assert [row["score"] for row in by_setting["blank"]] == ([0.5, 0.5] if task == "local_letter" else [])
+    for row in by_setting["few"]:
+        assert 0 < row["cache_bytes"] < 0.4 * row["full_cache_bytes"]
+    assert {row["cache_bytes"] for row in by_setting["full"]} == {None}
 
 
 def test_a_prompt_shorter_than_what_is_kept_is_said(small, folder, caplog):

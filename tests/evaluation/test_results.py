@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from rankkv.errors import InputError
-from rankkv.evaluation import results
 from rankkv.evaluation.results import ResultStore, read_rows
 
 ROWS = [{"text": "a", "loss": 1.25, "kept": 3}, {"text": "b", "loss": 2.5, "kept": 4}]
@@ -28,7 +28,7 @@ def test_a_killed_write_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(results.os, "replace", die)
+        patch.setattr(os, "replace", die)
         with pytest.raises(KeyboardInterrupt):
             store.write("one", ROWS)
     assert not store.is_done("one")

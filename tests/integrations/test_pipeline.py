@@ -252,8 +252,8 @@ def test_the_other_pipeline_takes_the_cache(pipe):
     ("given", "error", "said"),
     [
         ({"question": "a", "questions": ["b"]}, InputError, "not both"),
-        ({"questions": "abc"}, InputError, "give a single one as question"),
-        ({"questions": []}, InputError, "no question"),
+        ({"questions": "abc"}, InputError, "give a single text as question"),
+        ({"questions": []}, InputError, "questions is empty"),
         ({"compresion_ratio": 0.3}, UnknownNameError, "did you mean 'compression_ratio'"),
         ({"compression_ratio": 1.5}, ConfigError, "outside"),
         ({"config": RankKVConfig(), "budget": 64}, ConfigError, "not both"),

@@ -80,6 +80,8 @@ def test_a_family_without_a_full_attention_layer_warns(name):
 def test_a_compressed_family_does_not_warn(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # Phi-3 and its relatives drop any cache at a length of their own, which is said.
+        warnings.filterwarnings("ignore", "generate.. of .* drops any cache when the text passes")
         RankKVCache(families.build(name, families.FAMILIES[name].backends[0]))
 
 
@@ -145,7 +147,7 @@ def test_attention_that_bypasses_the_interface_on_one_backend_only():
         "GPT2LMHeadModel", {**families.FAMILIES["GPT-2"].options, "reorder_and_upcast_attn": True}
     )
     model = family.build("eager")
-    with pytest.raises(UnsupportedModelError, match="layer 0 did not go through"):
+    with pytest.raises(UnsupportedModelError, match="layer 0 was not observed"):
         oracles.forward(model, RankKVCache(model), conformance.SHORT)
     conformance.check_compressed(family, family.build("sdpa"))
 

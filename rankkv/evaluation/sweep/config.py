@@ -13,6 +13,7 @@ from ...config import RankKVConfig
 from ...errors import ConfigError, InputError
 from ...models.texts import PYTHON_DOCS
 from ...selection import get_selector
+from ...utils.files import shorten
 from ..settings import NAMED_STRATEGIES
 from ..tasks import get_task
 from .yaml_values import (
@@ -31,6 +32,8 @@ NAMED_ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
     **NAMED_STRATEGIES,
     "whole": {"strategy": "proportional", "scope": "full", "aggregation": "mean"},
 }
+#: Largest YAML file of a sweep, in bytes.
+SWEEP_LIMIT = 4 * 2**20
 _CACHE_OPTIONS = {item.name for item in fields(RankKVConfig)} - {"selector", "compression_ratio", "budget"}
 _TASK_KEYS = ("task", "label", "lengths", "count", "text", "question_aware", "chat")
 
@@ -152,6 +155,11 @@ def read_sweep_config(path: str | Path) -> SweepConfig:
     """
     path = Path(path)
     try:
+        if path.stat().st_size > SWEEP_LIMIT:
+            raise InputError(
+                f"{str(path)!r} has {path.stat().st_size:,} bytes but must have at most {SWEEP_LIMIT:,}: give a sweep "
+                "file."
+            )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the sweep file {str(path)!r}: {error}; give a UTF-8 file.") from error
@@ -218,7 +226,7 @@ def _parse_models(items: Sequence[Any]) -> list[SweepModel]:
         values = {key: check_string(value, f"{where}.{key}") for key, value in given.items()}
         if "name" not in values:
             raise ConfigError(
-                f"{where} is {item!r} without a name: give a hub id, a folder, a GGUF file or embedded."
+                f"{where} is {shorten(item)} without a name: give a hub id, a folder, a GGUF file or embedded."
             )
         models.append(SweepModel(**values))
     return models
@@ -308,8 +316,8 @@ def _check_method(method: SweepMethod, ratio: float) -> None:
     unknown = sorted(set(method.options) - _CACHE_OPTIONS)
     if unknown:
         raise ConfigError(
-            f"the method {method.name!r} has the unknown option {unknown[0]}={method.options[unknown[0]]!r}; the "
-            f"options in a sweep are: {', '.join(sorted(_CACHE_OPTIONS))}."
+            f"the method {method.name!r} has the unknown option {unknown[0]}={shorten(method.options[unknown[0]])}; "
+            f"the options in a sweep are: {', '.join(sorted(_CACHE_OPTIONS))}."
         )
     where = f"the method {method.name!r} at ratio {ratio:g}"
     config = explain(where, lambda: RankKVConfig(**method.build_options(ratio)))

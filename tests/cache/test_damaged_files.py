@@ -1,0 +1,216 @@
+"""Tests of saved caches from outside: each loads right or is refused in one sentence, before anything is built."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import stat
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rankkv import RankKVCache, compress
+from rankkv.errors import InputError, OutputError, RankKVError
+from rankkv.models.compat import cache_argument
+
+PROMPT = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return tiny_llama(3, eos_token_id=None)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"head_budgets": None}, {"decode": "bounded"}, {"positions": "packed"}],
+    ids=str,
+)
+def saved(request, model, tmp_path_factory):
+    """A cache, its file, and what the file holds."""
+    cache = compress(model, PROMPT, compression_ratio=0.4, **request.param)
+    path = cache.save(tmp_path_factory.mktemp("caches") / "cache.safetensors")
+    with safe_open(str(path), framework="pt") as file:
+        header = json.loads(file.metadata()["rankkv"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return cache, header, tensors
+
+
+def write(path, header, tensors):
+    save_file(tensors, str(path), metadata={"rankkv": json.dumps(header)})
+    return path
+
+
+def score(model, cache):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[7]]), **cache_argument(cache.copy())).logits
+
+
+def test_a_file_as_it_was_written_loads(model, saved, tmp_path):
+    cache, header, tensors = saved
+    loaded = RankKVCache.load(write(tmp_path / "same", header, tensors), model)
+    assert torch.equal(score(model, loaded), score(model, cache))
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (
+            lambda header, tensors: tensors.update({"1.keys": tensors["1.keys"].to(torch.int32)}),
+            "1.keys must be float",
+        ),
+        (
+            lambda header, tensors: tensors["1.keys"].flatten()[:1].fill_(float("nan")),
+            "1.keys must be finite",
+        ),
+        (
+            lambda header, tensors: tensors["2.values"].flatten()[:1].fill_(float("inf")),
+            "2.values must be finite",
+        ),
+        (lambda header, tensors: tensors.update({"9.keys": tensors["1.keys"].clone()}), "a tensor '9.keys'"),
+        (
+            lambda header, tensors: tensors.update({"-1.keys": tensors["1.keys"].clone()}),
+            "a tensor '-1.keys'",
+        ),
+        (lambda header, tensors: tensors.update({"0.update": torch.zeros(1)}), "a tensor '0.update'"),
+        (lambda header, tensors: tensors.pop("0.values"), "0.keys and 0.values must be present"),
+        (lambda header, tensors: tensors.update({"0.keys": tensors["0.keys"][..., :-1].clone()}), "head_dim"),
+        (
+            lambda header, tensors: tensors.update({"0.keys": tensors["0.keys"][:, :, 1:].clone()}),
+            "0.values must be",
+        ),
+        (
+            lambda header, tensors: header["layers"][0].update(seen=300_000_000),
+            "layers[0].seen must be an integer",
+        ),
+        (lambda header, tensors: header["layers"][0].update(seen=91), "0.keys must be"),
+        (lambda header, tensors: header["layers"][0].update(update=1), "layers[0] must be an object of"),
+        (lambda header, tensors: header["layers"].pop(), "layers must be a list of the model's 3 layers"),
+        (
+            lambda header, tensors: header["flow"].update(row_start=[-1]),
+            "flow.row_start must be an integer from 0",
+        ),
+        (lambda header, tensors: header["flow"].update(compressed=False), "flow.compressed must be absent"),
+        (
+            lambda header, tensors: header["plans"][0].update(budgets=[1]),
+            "plans[0].budgets must be one per layer",
+        ),
+        (lambda header, tensors: header["plans"][0].update(length="x"), "plans[0].length must be an integer"),
+        (lambda header, tensors: header.update(format="rankkv-cache-9"), "holds no RankKV cache of format"),
+        (lambda header, tensors: header.pop("options"), "cannot build"),
+        (lambda header, tensors: header["options"].update(merging="values"), "an option that is gone"),
+    ],
+)
+def test_what_is_wrong_is_named(model, saved, tmp_path, change, fragment):
+    _, header, tensors = saved
+    header, tensors = (
+        json.loads(json.dumps(header)),
+        {name: tensor.clone() for name, tensor in tensors.items()},
+    )
+    change(header, tensors)
+    with pytest.raises(InputError) as caught:
+        RankKVCache.load(write(tmp_path / "broken", header, tensors), model)
+    assert fragment in str(caught.value)
+
+
+def damage(draw, content, header, tensors):
+    """Return the bytes of a file with one random damage."""
+    kind = draw.choice(["cut", "flip", "header", "rename", "drop"])
+    if kind == "cut":
+        return content[: draw.randrange(len(content))]
+    if kind == "flip":
+        place = draw.randrange(min(len(content), draw.choice([64, 4096, len(content)])))
+        return content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :]
+    header = json.loads(json.dumps(header))
+    if kind == "header":
+        spot = header
+        while True:
+            keys = list(spot) if isinstance(spot, dict) else list(range(len(spot)))
+            key = draw.choice(keys)
+            if isinstance(spot[key], dict | list) and spot[key] and draw.random() < 0.8:
+                spot = spot[key]
+                continue
+            spot[key] = draw.choice([None, -1, 10**12, "x", [], {}, 0.5, True, [[[]]]])
+            break
+    tensors = dict(tensors)
+    name = draw.choice(sorted(tensors))
+    if kind == "rename":
+        tensors[draw.choice(["0.crop", "7.keys", name + "x", "keys"])] = tensors.pop(name).clone()
+    if kind == "drop":
+        del tensors[name]
+    from safetensors.torch import save
+
+    return save(tensors, metadata={"rankkv": json.dumps(header)})
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_refused_or_loads_right(model, saved, tmp_path, count):
+    _, header, tensors = saved
+    path = write(tmp_path / "whole", header, tensors)
+    content, draw = path.read_bytes(), random.Random(5)
+    for number in range(count):
+        path = tmp_path / f"{number}.safetensors"
+        path.write_bytes(damage(draw, content, header, tensors))
+        # Anything but an error of this library, or a right answer, fails here.
+        with contextlib.suppress(RankKVError):
+            assert torch.isfinite(score(model, RankKVCache.load(path, model))).all()
+        path.unlink()
+
+
+def test_a_cache_knows_the_adapter_it_was_made_with(tiny_llama, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_llama(3, eos_token_id=None)
+    options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "r": 4}
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**options), adapter_name="a")
+    wrapped.add_adapter("b", peft.LoraConfig(**options))
+    wrapped.set_adapter("a")
+    path = compress(wrapped, PROMPT, compression_ratio=0.4).save(tmp_path / "cache.safetensors")
+    assert RankKVCache.load(path, wrapped).seen_tokens == 90
+    wrapped.set_adapter("b")
+    with pytest.raises(InputError, match="adapters: file a, here b"):
+        RankKVCache.load(path, wrapped)
+    wrapped.set_adapter("a")
+    with wrapped.disable_adapter(), pytest.raises(InputError, match="adapters: file a, here none"):
+        RankKVCache.load(path, wrapped)
+    wrapped.merge_adapter()
+    with pytest.raises(InputError, match="adapters: file a, here merged a"):
+        RankKVCache.load(path, wrapped)
+    wrapped.unmerge_adapter()
+    wrapped.add_adapter("idle", peft.LoraConfig(**options))
+    wrapped.set_adapter("a")
+    assert RankKVCache.load(path, wrapped).seen_tokens == 90
+
+
+def test_another_dtype_and_another_rope_are_named(tiny_llama, tmp_path):
+    model = tiny_llama(3, eos_token_id=None)
+    path = compress(model, PROMPT, compression_ratio=0.4).save(tmp_path / "cache.safetensors")
+    with pytest.raises(InputError, match="dtype: file float32, here bfloat16"):
+        RankKVCache.load(path, tiny_llama(3, eos_token_id=None).to(torch.bfloat16))
+    other = tiny_llama(
+        3, eos_token_id=None, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    )
+    with pytest.raises(InputError, match="rope: file default, here linear"):
+        RankKVCache.load(path, other)
+
+
+def test_saving_follows_a_link_and_keeps_the_usual_mode(model, tmp_path):
+    cache = compress(model, PROMPT, compression_ratio=0.4)
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(tmp_path / "real" / "cache.safetensors")
+    cache.save(link)
+    assert link.is_symlink()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "real" / "cache.safetensors").stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        compress(model, PROMPT, compression_ratio=0.4).save(tmp_path / "file" / "cache.safetensors")
