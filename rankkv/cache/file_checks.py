@@ -183,9 +183,11 @@ def check_layer(
             )
     scores = tensors.get("running_scores")
     if scores is not None:
-        fits = scores.dim() == 3 and scores.shape[1] in (1, heads) and scores.shape[2] == slots
+        fits = scores.dim() == 3 and scores.shape[1] in (1, heads) and scores.shape[2] <= slots
         check.that(
-            fits, f"{index}.running_scores", f"one for each of {slots} slots, not {tuple(scores.shape)}"
+            fits,
+            f"{index}.running_scores",
+            f"at most one for each of {slots} slots, not {tuple(scores.shape)}",
         )
     check.that(("buffer.query" in tensors) == ("buffer.query_valid" in tensors), f"{index}.buffer", "whole")
     if "buffer.query" in tensors:
