@@ -72,7 +72,9 @@ def find_adapters(model: nn.Module) -> Adapters:
             continue
         names: dict[str, str] = dict(_list_adapter_weights(path, module))
         own |= names
-        present = set(names.values()) | set(getattr(module, "scaling", None) or {})
+        scaling = getattr(module, "scaling", None)
+        scaling = scaling if isinstance(scaling, dict) else {}
+        present = {*names.values(), *scaling}
         found.loaded = True
         merged = list(getattr(module, "merged_adapters", None) or [])
         if module.disable_adapters:
@@ -86,7 +88,6 @@ def find_adapters(model: nn.Module) -> Adapters:
         kinds = found.merged if merged and effective else found.active
         kinds += [name for name in effective if name not in kinds]
         used |= {weight for weight, adapter in names.items() if adapter in effective and not merged}
-        scaling = getattr(module, "scaling", None) or {}
         found.scales += [f"{_strip(path)} {scaling.get(name)}" for name in effective if not merged]
     found.unused = set(own) - used
     _add_prompts(model, found)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rankkv import RankKVCache, compress
-from rankkv.errors import InputError, OutputError, RankKVError
+from rankkv.errors import CacheStateError, InputError, OutputError, RankKVError
 from rankkv.models.compat import cache_argument
 
 PROMPT = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(1))
@@ -233,3 +234,39 @@ def test_a_place_that_cannot_be_written_is_one_sentence(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         compress(model, PROMPT, compression_ratio=0.4).save(tmp_path / "file" / "cache.safetensors")
+
+
+def test_a_changed_bit_in_a_key_is_noticed(model, tmp_path):
+    path = compress(model, PROMPT, compression_ratio=0.4).save(tmp_path / "cache.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="its digest differs"):
+        RankKVCache.load(path, model)
+
+
+def test_a_cache_that_holds_nan_is_not_saved(model, tmp_path):
+    cache = compress(model, PROMPT, compression_ratio=0.4, head_budgets=None)
+    cache.layers[1].keys[0, 0, 0, 0] = float("nan")
+    with pytest.raises(CacheStateError, match=r"cannot be saved: '1\.keys' holds NaN"):
+        cache.save(tmp_path / "cache.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_offset_holes_and_prompt_return(model, tmp_path):
+    cache = compress(model, PROMPT.repeat(2, 1), compression_ratio=0.4)
+    cache._schedule.position_offset, cache._schedule.holes = torch.tensor([-3, 5]), [0, 2]
+    loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), model)
+    assert torch.equal(loaded._schedule.position_offset, torch.tensor([-3, 5]))
+    assert loaded._schedule.holes == [0, 2]
+    assert torch.equal(loaded.prompt_ids, cache.prompt_ids)
+
+
+def test_a_file_of_the_first_format_is_refused_where_adapters_are(tmp_path):
+    from rankkv import load_model
+
+    peft = pytest.importorskip("peft")
+    folder = Path(__file__).resolve().parents[1] / "data" / "written_before"
+    wrapped = peft.get_peft_model(load_model(folder / "model")[0], peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="did not note the adapters in use"):
+        RankKVCache.load(folder / "default.safetensors", wrapped)
