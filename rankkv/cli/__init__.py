@@ -1,4 +1,4 @@
-"""The command `rankkv`: one file a subcommand; torch and transformers load inside the commands."""
+"""The command `rankkv`: one module per subcommand; torch and transformers load inside the commands."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run the command line and exit with its code: 0, 2 for bad input, 130 if interrupted."""
-    # Asked by scripts, so it should not wait for the command line's own imports.
+    """Run the command line and exit: code 0, 2 for bad input, 130 if interrupted."""
+    # Scripts ask for the version: answer before the imports of the command line.
     if sys.argv[1:] == ["--version"]:
         print(f"rankkv {__version__}")
         return
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the application the first time it is asked for."""
+    """Import the application on first use."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .application import app

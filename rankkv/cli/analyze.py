@@ -1,4 +1,4 @@
-"""`rankkv analyze`: rank and budget of every layer for one or several prompts, without compressing anything."""
+"""`rankkv analyze`: rank and budget of every layer for one or several prompts, without compression."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..config import AGGREGATIONS
 from ..utils.processes import find_own_device, is_main_process
 from .checks import check_aggregation, check_cache_options, check_model
 from .common import (
@@ -20,58 +21,60 @@ from .common import (
     write_json,
 )
 from .display import make_console, make_layer_table, make_spread_table, show_step
+from .options import (
+    AverageBudget,
+    DeviceMap,
+    DtypeName,
+    KeptFraction,
+    ModelName,
+    RankedAttention,
+    StrategyOptions,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..pipeline import RankKVResult
 
-#: Tokens of a data set that are analyzed where --max-length does not say.
+#: Tokens of a data set that are analyzed without --max-length.
 _DATASET_TOKENS = 2048
 
 
 @reports_errors
 def analyze(
-    model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or embedded.")] = "embedded",
-    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
+    model: ModelName = "embedded",
+    prompt: Annotated[str | None, typer.Option(help="Text of the prompt.")] = None,
     prompt_file: Annotated[
         list[Path] | None,
-        typer.Option(help="A UTF-8 text file with a prompt, or a .jsonl file of several; may be repeated."),
+        typer.Option(help="UTF-8 text file with one prompt, or .jsonl file with several; may be repeated."),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="python-docs, wikitext, or a .txt or .jsonl file: its start is the prompt."),
+        typer.Option(help="python-docs, wikitext, or a .txt or .jsonl file; its beginning is the prompt."),
     ] = None,
-    compression_ratio: Annotated[float, typer.Option(help="Fraction of the KV cache kept, in (0, 1].")] = 0.3,
-    budget: Annotated[
-        int | None, typer.Option(help="Average tokens a layer keeps; overrides --compression-ratio.")
-    ] = None,
+    compression_ratio: KeptFraction = 0.3,
+    budget: AverageBudget = None,
     strategy: Annotated[str | None, typer.Option(help="Budget strategy.", show_default="distortion")] = None,
-    strategy_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the strategy, name=value; may be repeated.")
-    ] = None,
-    scope: Annotated[str, typer.Option(help="Attention ranked: evictable, window or full.")] = "evictable",
-    aggregation: Annotated[str, typer.Option(help="How the heads of a layer are joined.")] = "concat",
+    strategy_option: StrategyOptions = None,
+    scope: RankedAttention = "evictable",
+    aggregation: Annotated[
+        str, typer.Option(help=f"Way to join the heads of a layer: {', '.join(AGGREGATIONS)}.")
+    ] = "concat",
     max_length: Annotated[
         int | None,
         typer.Option(
-            help=f"Use at most so many tokens, the first ones (a data set: {_DATASET_TOKENS}).",
-            show_default=False,
+            help="Use at most this many tokens, the first ones.",
+            show_default=f"all, or {_DATASET_TOKENS} of a data set",
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Weights' dtype, such as bfloat16.", show_default="the checkpoint's own"),
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Where the model goes, such as auto or cuda; needs accelerate.")
-    ] = None,
+    dtype: DtypeName = None,
+    device_map: DeviceMap = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
 ) -> None:
     """Show the effective rank and the budget of every layer; of several prompts, mean and spread.
 
-    Also under accelerate launch, torchrun: each process analyzes its share of the prompts.
+    Under accelerate launch or torchrun each process analyzes its share of the prompts.
     """
     console = make_console()
     console.quiet = not is_main_process()
@@ -79,15 +82,15 @@ def analyze(
     check_at_least_one("--budget", budget)
     check_output(output)
     check_aggregation(aggregation)
+    options = parse_options(strategy_option, "--strategy-option")
     check_cache_options(
         compression_ratio=compression_ratio,
         budget=budget,
         strategy=strategy,
         scope=scope,
-        strategy_options=parse_options(strategy_option, "--strategy-option"),
+        strategy_options=options,
     )
     texts = read_prompts(prompt, prompt_file, dataset)
-    options = parse_options(strategy_option, "--strategy-option")
     check_model(model, dtype, device_map)
 
     with show_step(console, f"Loading {model}"):
@@ -119,7 +122,7 @@ def analyze(
     total_budgets = None
     if budget is not None and all(lengths):
         layers = RankKVCache(language_model).layer_indices
-        # Raises, before any forward, if the budget lies below the floor.
+        # A budget below the floor raises here, before any forward.
         total_budgets = [BudgetPlan(config, length, layers).total_budget for length in lengths]
     many = len(samples) > 1
     what = f"{len(samples)} prompts, {sum(lengths):,} tokens" if many else f"{lengths[0]:,} tokens"
@@ -149,7 +152,7 @@ def analyze(
 
 
 def _show(console: Console, results: list[RankKVResult], rows: list[dict[str, float]]) -> None:
-    """Print a table of all layers, and what the numbers are of."""
+    """Print a table of all layers, then the model, the options and the tokens kept."""
     from ..budget_allocation import get_strategy
 
     result = results[0]
@@ -174,8 +177,8 @@ def _show(console: Console, results: list[RankKVResult], rows: list[dict[str, fl
         soft_wrap=True,
     )
     console.print(
-        "These are budgets with equal heads and without a profile; generate divides them over heads too "
-        "(--head-budgets), so its layers keep other numbers. `rankkv generate --explain` shows what a cache keeps.",
+        "These budgets treat all heads alike and use no profile. `rankkv generate` also divides budgets over heads "
+        "(--head-budgets), so its layers keep other numbers; its --explain shows what a cache keeps.",
         markup=False,
         soft_wrap=True,
     )

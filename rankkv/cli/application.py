@@ -1,4 +1,4 @@
-"""The subcommands joined to one application."""
+"""The typer application with all subcommands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     name="rankkv",
     no_args_is_help=True,
     add_completion=False,
-    # A traceback is for bugs only, and then Python's own says enough.
+    # Only bugs end in a traceback, and Python's own is enough for them.
     pretty_exceptions_enable=False,
     help="KV cache compression: each layer's budget follows the effective rank of its attention.",
 )

@@ -1,4 +1,4 @@
-"""`rankkv calibrate`: measure what compressing each layer of a model costs, once, into a profile."""
+"""`rankkv calibrate`: measure the loss from compressing each layer of a model, and write it to a profile."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ..utils.files import find_cache_folder
 from ..utils.processes import find_own_device, find_process_rank, is_main_process
 from .common import check_at_least_one, check_output, print_json, reports_errors
 from .display import make_console, show_step
+from .options import DeviceMap, DtypeName, ModelName
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..profile.record import RankProfile
 
-#: This process and those of accelerate launch or torchrun, or workers that Ray starts.
+#: "local": this process, or those of accelerate launch or torchrun.  "ray": workers that Ray starts.
 ENGINES = ("local", "ray")
 
 
@@ -31,54 +32,54 @@ def calibrate(
     texts: Annotated[
         list[str], typer.Option(help="python-docs, wikitext, or a .txt or .jsonl file; may be repeated.")
     ],
-    model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or embedded.")] = "embedded",
+    model: ModelName = "embedded",
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="File of the profile.", show_default="where the model finds it by itself"
+            "--output", "-o", help="File of the profile.", show_default="the cache folder, where it is found"
         ),
     ] = None,
-    max_texts: Annotated[int, typer.Option(help="Most text chunks measured.")] = 12,
-    context_tokens: Annotated[int, typer.Option(help="Tokens of a text chunk that are compressed.")] = 1024,
-    continuation_tokens: Annotated[int, typer.Option(help="Tokens after them that are scored.")] = 256,
+    max_texts: Annotated[int, typer.Option(help="Maximum number of text chunks to measure.")] = 12,
+    context_tokens: Annotated[int, typer.Option(help="Tokens of a text chunk to compress.")] = 1024,
+    continuation_tokens: Annotated[
+        int, typer.Option(help="Tokens of a text chunk to score, after the compressed ones.")
+    ] = 256,
     selector: Annotated[str, typer.Option(help="Token selection method.")] = "snapkv",
     heads: Annotated[
-        bool, typer.Option(help="Also measure each key/value head, for head_budgets='profile'.")
+        bool, typer.Option(help="Also measure each KV head, for head_budgets='profile'.")
     ] = True,
     method: Annotated[
         str,
-        typer.Option(help="measured: a run for each layer and head; gradient: a fast estimate of them all."),
+        typer.Option(help="measured: one run per layer and head; gradient: a fast estimate of all of them."),
     ] = "measured",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Weights' dtype, such as bfloat16.", show_default="the checkpoint's own"),
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Where the model goes, such as auto or cuda; needs accelerate.")
-    ] = None,
+    dtype: DtypeName = None,
+    device_map: DeviceMap = None,
     engine: Annotated[
-        str, typer.Option(help="local, or ray for workers of Ray (extra ray): here, or a cluster's.")
+        str, typer.Option(help="local, or ray for Ray workers on this machine or a cluster (extra ray).")
     ] = "local",
     address: Annotated[
         str | None,
-        typer.Option(help="Ray cluster: host:6379, ray://host:10001 or auto.", show_default="this machine"),
+        typer.Option(
+            help="Address of the Ray cluster: host:6379, ray://host:10001 or auto.",
+            show_default="this machine",
+        ),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Most text chunks that Ray measures at once.", show_default="one per GPU, or per CPU"
+            help="Text chunks that Ray measures at once, at most.", show_default="one per GPU, or per CPU"
         ),
     ] = None,
     gpus_per_worker: Annotated[
         int | None,
-        typer.Option(help="GPUs that a worker of Ray takes.", show_default="1 where there are any"),
+        typer.Option(help="GPUs per Ray worker.", show_default="1 if the cluster has GPUs"),
     ] = None,
     push_to: Annotated[
-        str | None, typer.Option(help="Also upload the profile to this repository of the hub.")
+        str | None, typer.Option(help="Hub repository to upload the profile to as well.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON to stdout.")] = False,
 ) -> None:
-    """Measure a profile of a model; started again, it goes on where it was. Also under accelerate launch, torchrun."""
+    """Measure a profile of a model; repeat the command to resume. Also under accelerate launch or torchrun."""
     console = make_console()
     check_at_least_one("--max-texts", max_texts)
     check_output(output)
@@ -100,13 +101,13 @@ def calibrate(
     with show_step(console, "Reading the texts"):
         from ..models.texts import load_texts
 
-        # One text a source, so that each source gives chunks in proportion to its length.
+        # One text per source, so that each source gives chunks in proportion to its length.
         documents = ["\n\n".join(load_texts(source)) for source in texts]
     if engine == "ray":
         from ..calibration.ray import calibrate_on_ray
 
         console.print("Starting Ray ..." if address is None else f"Joining the Ray cluster {address} ...")
-        # Ray prints what it knows of a dead worker to stdout, which is for results.
+        # Ray prints messages about dead workers to stdout, which is for results.
         with _show_progress(console) as on_progress, redirect_stdout(sys.stderr):
             profile = calibrate_on_ray(
                 model,
@@ -141,14 +142,18 @@ def calibrate(
 
 
 def _check_engine(engine: str, given: dict[str, Any]) -> None:
+    """Raise if the engine is unknown, or options of Ray are given without it."""
     if engine not in ENGINES:
         raise UnknownNameError.of("engine", engine, ENGINES)
     named = [f"--{name}" for name, value in given.items() if value is not None]
     if engine != "ray" and named:
-        raise ConfigError(f"{', '.join(named)}: only Ray takes this, so give --engine ray too.")
+        raise ConfigError(
+            f"--engine is {engine!r} but must be 'ray' for {', '.join(named)}: give --engine ray."
+        )
     if engine == "ray" and find_process_rank().size > 1:
         raise ConfigError(
-            "--engine ray starts workers itself: run it as one process, without accelerate launch or torchrun."
+            f"--engine ray runs in {find_process_rank().size} launched processes but must run in one, because it "
+            "starts workers itself: leave accelerate launch or torchrun out."
         )
 
 
@@ -160,7 +165,7 @@ def _find_resume_path(model: str) -> Path:
 
 @contextmanager
 def _show_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Show how much is measured: a bar on a terminal, a line every tenth elsewhere."""
+    """Yield a function that shows progress: a bar on a terminal, else a line every 10 %."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("Calibrating"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -186,7 +191,7 @@ def _keep(
     push_to: str | None,
     json: bool,
 ) -> None:
-    """Write the profile, upload it where asked to, and say so."""
+    """Write the profile, upload it if `push_to` is given, and print its path."""
     from ..calibration.progress import forget_done
     from ..profile.known import save_known_profile
 

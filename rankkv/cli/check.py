@@ -1,4 +1,4 @@
-"""`rankkv check`: print versions, and compress a tiny model as a self-test."""
+"""`rankkv check`: versions, and a self-test that compresses a tiny model."""
 
 from __future__ import annotations
 

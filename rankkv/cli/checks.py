@@ -1,4 +1,4 @@
-"""Checks of arguments before anything heavy is imported: names, numbers, dtypes, devices, paths."""
+"""Checks of arguments before heavy imports: names, numbers, data types, devices and paths."""
 
 from __future__ import annotations
 
@@ -18,18 +18,25 @@ _DEVICE_MAP = re.compile(
 
 
 def check_method(kind: str, name: str, options: Mapping[str, Any], flag: str) -> None:
-    """Raise if a method, or an option of it, is not known.
+    """Raise if a method or one of its options is unknown.
 
     Parameters
     ----------
-    kind : str
-        "selectors" or "strategies".
+    kind : {"selectors", "strategies"}
+        Kind of the method.
     name : str
         Name of the method.
     options : mapping
         Options given for it.
     flag : str
-        Where they were given.
+        Command line flag of the options, for the message.
+
+    Raises
+    ------
+    UnknownNameError
+        If the method is unknown.
+    ConfigError
+        If the method has no such option.
     """
     singular = {"selectors": "selector", "strategies": "strategy"}[kind]
     entry = next((entry for entry in load_known()[kind] if entry["name"] == name), None)
@@ -46,7 +53,7 @@ def check_method(kind: str, name: str, options: Mapping[str, Any], flag: str) ->
 def check_cache_options(
     selector: str = "snapkv", selector_options: Mapping[str, Any] | None = None, **options: Any
 ) -> None:
-    """Raise if options of a cache name something unknown or lie outside their range; torch is not imported."""
+    """Raise if an option of a cache is unknown or outside its range, without an import of torch."""
     from ..budget.plan import BudgetPlan
 
     check_method("selectors", selector, selector_options or {}, "--selector-option")
@@ -57,13 +64,13 @@ def check_cache_options(
 
 
 def check_aggregation(name: str) -> None:
-    """Raise if a way to join heads is not known."""
+    """Raise an UnknownNameError if a way to join heads is unknown."""
     if name not in AGGREGATIONS:
         raise UnknownNameError.of("aggregation", name, AGGREGATIONS)
 
 
 def check_model(model: str, dtype: str | None, device_map: str | None) -> None:
-    """Raise if a model, a dtype or a device cannot be meant, before anything is converted or downloaded."""
+    """Raise if a model's path does not exist or a data type or device is unknown, before anything loads."""
     if not model.strip():
         raise InputError("--model is empty: give a hub id, a folder, a GGUF file or embedded.")
     if (model.startswith((".", "/", "~")) or model.lower().endswith(".gguf")) and not Path(
@@ -76,13 +83,18 @@ def check_model(model: str, dtype: str | None, device_map: str | None) -> None:
         raise UnknownNameError.of("dtype", dtype, _DTYPES)
     if device_map is not None and not _DEVICE_MAP.fullmatch(device_map):
         raise ConfigError(
-            f"--device-map {device_map!r} names no device: give auto, cpu, cuda, cuda:0, mps or another of "
-            "accelerate's maps."
+            f"--device-map {device_map!r} is not a device: give auto, cpu, cuda, cuda:0, mps or another map of "
+            "accelerate."
         )
 
 
 def parse_spans(given: list[str] | None) -> list[tuple[int, int]] | None:
-    """Parse spans of tokens, each ``start:stop``.
+    """Parse spans of tokens, each ``start:stop``; None if there are none.
+
+    Raises
+    ------
+    ConfigError
+        If a span has another form.
 
     Examples
     --------
@@ -94,7 +106,7 @@ def parse_spans(given: list[str] | None) -> list[tuple[int, int]] | None:
         start, colon, stop = text.partition(":")
         if not (colon and start.strip().isdecimal() and stop.strip().isdecimal()):
             raise ConfigError(
-                f"--protect {text!r} is not of the form start:stop, such as 0:40 (tokens, stop excluded)."
+                f"--protect {text!r} must be start:stop in tokens, stop excluded: give for example 0:40."
             )
         spans.append((int(start), int(stop)))
     return spans or None

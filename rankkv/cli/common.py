@@ -1,4 +1,4 @@
-"""Helpers of the subcommands: errors in one sentence, JSON on stdout, prompts, options and versions."""
+"""Helpers of the subcommands: error messages, JSON on stdout, files, prompts, options and versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 def reports_errors(command: Command) -> Command:
-    """Decorate a command so that bad input ends in one sentence on stderr, and no traceback."""
+    """Decorate a command so that bad input ends in one sentence on stderr instead of a traceback."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -42,38 +42,46 @@ def format_error(error: RankKVError) -> str:
 
 
 def print_json(record: dict[str, Any]) -> None:
-    """Write a record to stdout, where nothing else goes in JSON mode."""
+    """Write a record to stdout as JSON; with --json, stdout holds nothing else."""
     sys.stdout.write(dump_json(record))
     sys.stdout.flush()
 
 
 def write_json(path: Path, record: dict[str, Any]) -> Path:
-    """Write a record to a file, atomically.
+    """Write a record to a JSON file, atomically, and return its path.
 
     Raises
     ------
     InputError
-        If the place cannot be written to.
+        If the file cannot be written.
     """
     try:
         return write_text_atomically(path, dump_json(record))
     except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
+        raise InputError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; give another path."
+        ) from error
 
 
 def check_output(path: Path | None) -> None:
-    """Raise before any work is done if ``path`` is a folder, or lies in something that is none."""
+    """Raise an InputError if a file cannot be written, before any work is done.
+
+    Raises
+    ------
+    InputError
+        If ``path`` is a folder, or a parent of it is a file.
+    """
     if path is None:
         return
     if path.is_dir():
         raise InputError(f"cannot write {str(path)!r}: it is a folder; give the path of a file.")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not nearest.is_dir():
-        raise InputError(f"cannot write {str(path)!r}: {str(nearest)!r} is not a folder.")
+        raise InputError(f"cannot write {str(path)!r}: {str(nearest)!r} is not a folder; give another path.")
 
 
 def check_at_least_one(option: str, value: int | None) -> None:
-    """Raise a ConfigError if an option that counts something is below 1."""
+    """Raise a ConfigError if the value of a counting option is below 1."""
     if value is not None and value < 1:
         raise ConfigError(f"{option} is {value} but must be at least 1.")
 
@@ -84,7 +92,7 @@ def read_text(path: Path) -> str:
     Raises
     ------
     InputError
-        If it is missing, no file or not UTF-8.
+        If the file is missing, is a folder or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -93,32 +101,32 @@ def read_text(path: Path) -> str:
             f"{str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it to UTF-8."
         ) from error
     except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}.") from error
+        raise InputError(
+            f"cannot read {str(path)!r}: {error.strerror or error}; give a readable file."
+        ) from error
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """Return the text that exactly one of the options gives.
+    """Return the text of --prompt or of --prompt-file, one of which must be given.
 
     Raises
     ------
     InputError
-        If none or both are given, or the text is blank.
+        If none or both are given, the text is blank, or the file holds several texts.
     """
     _check_one_given({"--prompt": prompt, "--prompt-file": prompt_file})
     texts = read_prompts(prompt, None if prompt_file is None else [prompt_file], None)
     if len(texts) != 1:
         raise InputError(
-            f"{str(prompt_file)!r} holds {len(texts)} texts, and one prompt is needed: give a file of one text, or "
-            "--prompt."
+            f"{str(prompt_file)!r} holds {len(texts)} texts but must hold one: give another file, or --prompt."
         )
     return texts[0]
 
 
 def read_prompts(prompt: str | None, prompt_files: list[Path] | None, dataset: str | None) -> list[str]:
-    """Return the texts that exactly one of the options gives.
+    """Return the texts of --prompt, --prompt-file or --dataset, one of which must be given.
 
-    A prompt is one text, and so is the start of a data set, whose texts are joined; so is each file, but a JSONL file
-    has one a line.
+    A prompt is one text, and so is each file.  A JSONL file has one text per line.  A data set is joined to one text.
 
     Raises
     ------
@@ -146,6 +154,7 @@ def read_prompts(prompt: str | None, prompt_files: list[Path] | None, dataset: s
 
 
 def _check_one_given(options: dict[str, Any]) -> None:
+    """Raise an InputError unless exactly one option has a value."""
     given = [name for name, value in options.items() if value is not None]
     *names, last = options
     known = f"{', '.join(names)} or {last}"
@@ -158,6 +167,7 @@ def _check_one_given(options: dict[str, Any]) -> None:
 
 
 def _read_one(prompt: str | None, path: Path | None) -> str:
+    """Return the prompt, or the text of the file; raise an InputError if it is blank."""
     text = prompt if path is None else read_text(path)
     if text is None or not text.strip():
         where = "the prompt" if path is None else repr(str(path))
@@ -166,12 +176,12 @@ def _read_one(prompt: str | None, path: Path | None) -> str:
 
 
 def parse_options(given: list[str] | None, flag: str) -> dict[str, Any]:
-    """Turn ``name=value`` options into a dict; values that look like numbers or booleans become those.
+    """Parse ``name=value`` options into a dict, with numbers and booleans as such.
 
     Raises
     ------
     ConfigError
-        If one has no ``=`` or no name, or a name comes twice.
+        If an option has no ``=`` or no name, or a name comes twice.
 
     Examples
     --------
@@ -183,9 +193,9 @@ def parse_options(given: list[str] | None, flag: str) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
-            raise ConfigError(f"{flag} {item!r} is not of the form name=value.")
+            raise ConfigError(f"{flag} {item!r} must be of the form name=value.")
         if name in options:
-            raise ConfigError(f"{flag} gives {name!r} twice.")
+            raise ConfigError(f"{flag} gives {name!r} twice: give it once.")
         options[name] = _parse_value(value.strip())
     return options
 
@@ -216,9 +226,14 @@ def collect_versions() -> dict[str, str]:
 
 
 def build_question_prompt(tokenizer: Any, document: str, question: str | None) -> Any:
-    """Return the ids, ``[1, token]``, of a document, with a question after it where there is one.
+    """Return the ids of a document and its question, ``[1, token]``.
 
-    The question goes through the tokenizer's chat template if it has one; else it follows as plain text.
+    With a question, both go through the tokenizer's chat template.  Without a template they are plain text.
+
+    Raises
+    ------
+    InputError
+        If the question is blank.
     """
     if question is None:
         return tokenizer(document, return_tensors="pt", verbose=False)["input_ids"]
@@ -240,6 +255,6 @@ def cut_text(tokenizer: Any, text: str, tokens: int) -> str:
 
 
 def get_context_length(model: Any) -> int | None:
-    """Return the number of positions the model was made for, where its configuration says so."""
+    """Return the model's context length in tokens, or None if its configuration does not give it."""
     length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None

@@ -1,4 +1,4 @@
-"""`rankkv demo`: a fact hidden in a long document, asked for with three caches side by side."""
+"""`rankkv demo`: a question about a fact in a long document, answered with three caches side by side."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from .common import (
     write_json,
 )
 from .display import Step, make_console, make_layer_table, show_step, watch_layers
+from .options import KeptFraction, ModelName
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# Chosen before the first run and never changed after one: no method is helped by them.
+# Fixed before the first run and never changed since, so that they do not favour a method.
 CODE = "4829173"
 FACT = f"The access code for the archive room is {CODE}."
 QUESTION = "What is the access code for the archive room?"
@@ -34,18 +35,18 @@ SEED = 0
 _FULL, _UNIFORM, _RANKKV = _RUN_NAMES = ("full cache", "uniform SnapKV", "RankKV")
 
 _WARM_UP_TOKENS = 256
-# The chat template's own words and the question, on top of the document.
+# Tokens for the chat template and the question, on top of the document.
 _ROOM_FOR_QUESTION = 128
 
 
 @reports_errors
 def demo(
-    model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or embedded.")] = "embedded",
-    tokens: Annotated[int, typer.Option(help="Length of the document in tokens.")] = 4096,
-    compression_ratio: Annotated[float, typer.Option(help="Fraction of the KV cache kept, in (0, 1].")] = 0.3,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 32,
-    output_dir: Annotated[Path, typer.Option(help="Where demo.json and figures/ go.")] = Path("build/demo"),
-    json: Annotated[bool, typer.Option("--json", help="Print the record as JSON to stdout too.")] = False,
+    model: ModelName = "embedded",
+    tokens: Annotated[int, typer.Option(help="Tokens of the document.")] = 4096,
+    compression_ratio: KeptFraction = 0.3,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 32,
+    output_dir: Annotated[Path, typer.Option(help="Folder for demo.json and figures/.")] = Path("build/demo"),
+    json: Annotated[bool, typer.Option("--json", help="Also print the record as JSON to stdout.")] = False,
 ) -> None:
     """Hide a fact in a long document and ask for it: full cache, uniform SnapKV and RankKV side by side."""
     console = make_console()
@@ -65,8 +66,8 @@ def demo(
     context = get_context_length(language_model)
     if context is not None and tokens + max_new_tokens + _ROOM_FOR_QUESTION > context:
         raise ConfigError(
-            f"--tokens {tokens} does not fit the model's {context} positions beside the question and the "
-            f"answer; give at most {context - max_new_tokens - _ROOM_FOR_QUESTION}."
+            f"--tokens {tokens} with question and answer does not fit the model's {context} positions: give at most "
+            f"{context - max_new_tokens - _ROOM_FOR_QUESTION}."
         )
 
     busy = _measure_load()
@@ -78,7 +79,7 @@ def demo(
         markup=False,
         soft_wrap=True,
     )
-    with show_step(console, f"Warming up on {_WARM_UP_TOKENS} tokens, so that no run pays first-call costs"):
+    with show_step(console, f"Warming up on {_WARM_UP_TOKENS} tokens, because first calls are slower"):
         for name in _RUN_NAMES:
             _generate(language_model, input_ids[:, -_WARM_UP_TOKENS:], name, compression_ratio, 2)
 
@@ -109,8 +110,8 @@ def demo(
     _print_results(console, runs)
     if busy is not None and busy > 0.75 * (os.cpu_count() or 1):
         console.print(
-            f"The machine was busy before the first run (load average {busy:.1f} on {os.cpu_count()} cores): "
-            "do not compare these times.",
+            f"Warning: the machine was busy before the first run (load average {busy:.1f} on {os.cpu_count()} "
+            "cores), so do not compare these times.",
             soft_wrap=True,
         )
     written = [write_json(output_dir / "demo.json", record)]
@@ -124,12 +125,12 @@ def demo(
 
 
 def _measure_load() -> float | None:
-    """Return the load average of the last minute, or None where the system keeps none."""
+    """Return the load average of the last minute, or None if the system does not have one."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _build_prompt(tokenizer: Any, tokens: int) -> tuple[Any, dict[str, Any]]:
-    """Return the prompt's ids, ``[1, token]``, and an account of what stands in it."""
+    """Return the prompt's ids, ``[1, token]``, and a record of its document, fact and question."""
     from ..models.texts import insert_fact, python_docs_text, take_tokens
 
     document = insert_fact(take_tokens(tokenizer, python_docs_text(), tokens), FACT, DEPTH)
@@ -189,8 +190,8 @@ def _print_results(console: Console, runs: list[dict[str, Any]]) -> None:
     )
     if not full["has_fact"]:
         console.print(
-            f"The full cache does not give the fact within {len(full['token_ids'])} tokens, "
-            "so what the compressed caches answer says nothing about compression.",
+            f"Warning: the full cache does not give the fact within {len(full['token_ids'])} tokens, "
+            "so the answers of the compressed caches say nothing about compression.",
             soft_wrap=True,
         )
 
@@ -213,7 +214,7 @@ def _make_comparison_table(runs: list[dict[str, Any]]) -> Table:
             f"{run['ttft_seconds']:.2f}",
             f"{1e3 * run['tpot_seconds']:.0f}",
             "[green]yes[/]" if run["has_fact"] else "[red]no[/]",
-            # Model output may hold what looks like markup.
+            # The model's output may contain square brackets, which rich would read as markup.
             escape(" ".join(run["answer"].split())),
         )
     return table

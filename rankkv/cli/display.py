@@ -1,4 +1,4 @@
-"""Display on stderr: progress by layer, and tables with bars."""
+"""Display: progress by layer, tables with bars, and a stream of generated text."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def make_console() -> Console:
-    """Return a console on stderr, so that stdout holds results only."""
+    """Return a console on stderr, because stdout is for results."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=False)
 
 
 class Step:
-    """One thing that runs: a bar on a terminal, two plain lines elsewhere.
+    """Show the progress of one task: a bar on a terminal, else plain lines.
 
     Parameters
     ----------
     console : Console
-        Where it shows.
+        Console to print to.
     description : str
-        What runs.
+        Name of the task, such as ``"Loading embedded"``.
     """
 
     def __init__(self, console: Console, description: str) -> None:
@@ -50,14 +50,14 @@ class Step:
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            # Redrawn seldom: drawing takes time from what is measured meanwhile.
+            # Redraw seldom, because drawing disturbs the times that are measured meanwhile.
             refresh_per_second=4,
         )
         self._task = self._progress.add_task(description, total=None, count="")
         self._progress.start()
 
     def advance(self, done: float, total: int, count: str | None = None) -> None:
-        """Show how many layers are done, or ``count``; without a terminal a line every 20 seconds."""
+        """Show the number of layers done, or the text ``count``; without a terminal, every 20 seconds."""
         count = count or f"layer {done}/{total}"
         if self._progress is not None:
             self._progress.update(self._task, completed=done, total=total, count=count)
@@ -66,7 +66,7 @@ class Step:
             self._console.print(f"  {count}", markup=False, soft_wrap=True)
 
     def finish(self, note: str = "") -> None:
-        """Leave one line that says what ran and for how long; does nothing the second time."""
+        """Print one line with the description and the seconds it took; do nothing the second time."""
         if self._start is None:
             return
         seconds, self._start = time.perf_counter() - self._start, None  # type: ignore[assignment]
@@ -75,7 +75,7 @@ class Step:
         self._console.print(line, markup=False, soft_wrap=True)
 
     def clear(self) -> None:
-        """Take the bar away, for other output to follow."""
+        """Remove the bar, so that other output can follow."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -83,7 +83,7 @@ class Step:
 
 @contextmanager
 def show_step(console: Console, description: str) -> Iterator[Step]:
-    """Show that something runs, until the block ends."""
+    """Show a task's progress until the block ends."""
     step = Step(console, description)
     try:
         yield step
@@ -95,9 +95,9 @@ def show_step(console: Console, description: str) -> Iterator[Step]:
 
 @contextmanager
 def watch_layers(model: Any, on_layer: Callable[[int, int], None]) -> Iterator[Callable[[], None]]:
-    """Call ``on_layer(done, all)`` after each attention module of a forward, until the block ends.
+    """Call ``on_layer(done, total)`` after each attention module of a forward, until the block ends.
 
-    Yields a function that stops watching earlier, so that a decode step is timed without the hooks.
+    Yields a function that removes the hooks earlier, so that they do not slow down decode steps.
     """
     modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     order = sorted({module.layer_idx for module in modules})
@@ -119,7 +119,7 @@ def watch_layers(model: Any, on_layer: Callable[[int, int], None]) -> Iterator[C
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a length of time as one reads it.
+    """Format a duration in seconds, minutes or hours.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def draw_bar(value: float, largest: float, width: int) -> str:
-    """Draw a horizontal bar of at most ``width`` characters, exact to an eighth of one.
+    """Draw a horizontal bar of at most ``width`` characters, in steps of an eighth.
 
     Examples
     --------
@@ -148,7 +148,7 @@ def draw_bar(value: float, largest: float, width: int) -> str:
 def make_layer_table(
     layer_indices: Sequence[int], ranks: Sequence[float], budgets: Sequence[int], measure: str = "rank"
 ) -> Table:
-    """Return a table with a line for each layer: rank, or what else was measured, and budget, a bar for each."""
+    """Return a table with a line per layer: rank (or another measure) and budget, each with a bar."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -163,7 +163,7 @@ def make_layer_table(
         table.add_column(name, justify=justify, no_wrap=True, min_width=0 if name else width)  # type: ignore[arg-type]
     shown = [rank for rank in ranks if rank == rank]
     highest, widest = max(shown, default=0.0), max(budgets)
-    # Without ranks (a strategy that needs none) only the budgets have bars.
+    # If the strategy measures nothing, only the budgets have bars.
     listed: list[float | None] = [*ranks] or [None] * len(budgets)
     for layer_idx, rank, budget in zip(layer_indices, listed, budgets, strict=True):
         table.add_row(
@@ -177,7 +177,7 @@ def make_layer_table(
 
 
 def make_spread_table(rows: Sequence[Mapping[str, float]], measure: str | None = None) -> Table:
-    """Return a table with a line for each layer: mean and deviation of rank, or of ``measure``, and of the budget."""
+    """Return a table with a line per layer: mean and deviation of rank (or ``measure``) and budget."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -209,9 +209,9 @@ class AnswerStream:
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        Decodes; special tokens are left out.
+        Tokenizer of the model; special tokens are left out of the text.
     write : callable
-        Takes each new part of the text.
+        Called with each new part of the text.
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], Any]) -> None:
@@ -220,15 +220,15 @@ class AnswerStream:
         self._written = ""
 
     def put(self, token_id: int) -> None:
-        """Take the next token."""
+        """Add the next token."""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        # A token may end inside a character of several bytes, which decoding shows as this sign.
+        # A token may end inside a character of several bytes. Decoding then gives U+FFFD: wait for the next token.
         if not text.endswith("\ufffd"):
             self._emit(text)
 
     def end(self) -> str:
-        """Write what was held back and return the whole text."""
+        """Write the text that was held back, and return the whole text."""
         text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         self._emit(text)
         return text

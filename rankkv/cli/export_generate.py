@@ -9,34 +9,30 @@ import typer
 
 from .common import parse_options, reports_errors
 from .display import make_console
+from .options import AverageBudget, SelectorOptions, StrategyOptions
 
 
 @reports_errors
 def export_generate(
-    folder: Annotated[Path, typer.Argument(help="Where the folder goes; files of its names are replaced.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; files of the same names are replaced.")],
     compression_ratio: Annotated[
         float | None, typer.Option(help="Fraction of the KV cache kept, in (0, 1].", show_default="0.3")
     ] = None,
-    budget: Annotated[
-        int | None, typer.Option(help="Average tokens a layer keeps; overrides --compression-ratio.")
-    ] = None,
+    budget: AverageBudget = None,
     selector: Annotated[
         str | None, typer.Option(help="Token selection method.", show_default="snapkv")
     ] = None,
-    selector_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the selector, name=value; may be repeated.")
-    ] = None,
+    selector_option: SelectorOptions = None,
     strategy: Annotated[
-        str | None, typer.Option(help="Budget strategy.", show_default="the measured default")
+        str | None,
+        typer.Option(help="Budget strategy.", show_default="distortion; blend if the model has a profile"),
     ] = None,
-    strategy_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the strategy, name=value; may be repeated.")
-    ] = None,
+    strategy_option: StrategyOptions = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Any other option of RankKVConfig, name=value; may be repeated.")
     ] = None,
 ) -> None:
-    """Write a folder that model.generate(custom_generate=FOLDER, trust_remote_code=True) takes."""
+    """Write a folder for model.generate(custom_generate=FOLDER, trust_remote_code=True)."""
     selector_options = parse_options(selector_option, "--selector-option")
     given: dict[str, Any] = {
         **parse_options(option, "--option"),
@@ -53,7 +49,7 @@ def export_generate(
         given["selector"] = get_selector(selector or "snapkv", **selector_options)
     export(folder, **{name: value for name, value in given.items() if value is not None})
     make_console().print(
-        f"Written: {folder}. Used with model.generate(..., custom_generate={str(folder)!r}, trust_remote_code=True).",
+        f"Written: {folder}. Use it with model.generate(..., custom_generate={str(folder)!r}, trust_remote_code=True).",
         markup=False,
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""`rankkv generate`: an answer from a compressed cache, with what it cost."""
+"""`rankkv generate`: an answer from a compressed cache, its cost, and the tokens that the cache kept."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ from .common import (
     reports_errors,
 )
 from .display import AnswerStream, draw_bar, make_console, show_step, watch_layers
+from .options import (
+    AverageBudget,
+    DeviceMap,
+    DtypeName,
+    KeptFraction,
+    ModelName,
+    RankedAttention,
+    SelectorOptions,
+    StrategyOptions,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,136 +40,37 @@ if TYPE_CHECKING:
 
     from ..cache.kept_tokens import KeptTokens
 
-# Names of the terminal's own palette, which suits its background: share of the heads that keep a token, from where on.
+# Least share of the heads that keep a token, and its style. The terminal's own palette suits its background.
 _STYLES = ((1.0, "bold reverse"), (0.75, "magenta"), (0.5, "yellow"), (0.25, "cyan"), (0.0, ""))
-_NONE = "bright_black"
-_BAR, _NARROWEST = 4, 40
-_SPARKS = " ▁▂▃▄▅▆▇█"
-
-
-def print_kept_tokens(console: Console, token_texts: Sequence[str], kept: KeptTokens) -> None:
-    """Print which parts of the prompt a cache kept.
-
-    On a terminal every token has a colour; elsewhere the share at the start of each line says the same of the line.
-
-    Parameters
-    ----------
-    console : Console
-        Where it goes.
-    token_texts : sequence of str
-        Text of each token.
-    kept : KeptTokens
-        Of the same tokens.
-    """
-    from rich.text import Text
-
-    shares = kept.compute_shares().tolist()
-    fates = kept.count_fates()
-    layers, heads = len(kept.layer_indices), sum(kept.kv_heads)
-    console.print(
-        f"\nKept of the {kept.tokens:,} prompt tokens: {fates['all']:,} by every head of every layer, "
-        f"{fates['some']:,} by some, {fates['none']:,} by none ({layers} layers, {heads} heads; on average "
-        f"{sum(shares) / len(shares):.1%} of the heads keep a token). In front of each line: its own average.",
-        soft_wrap=True,
-    )
-    width = max(_NARROWEST, console.width)
-    console.print(Text("beginning to end ") + Text(_draw_strip(shares, min(width - 18, 100)), style="cyan"))
-    if console.is_terminal:
-        console.print(_make_legend())
-    gutter = _BAR + 6
-    for line in _break_lines(token_texts, width - gutter):
-        own = [shares[index] for index, _ in line]
-        mean = sum(own) / len(own)
-        # Rounded away from both ends: 0 % and 100 % are said of lines that are lost or kept whole.
-        shown = mean if mean in (0.0, 1.0) else min(max(mean, 0.01), 0.99)
-        text = Text(f"{shown:4.0%} ") + Text(f"{draw_bar(mean, 1.0, _BAR):<{_BAR}} ", style="cyan")
-        for index, text_of_token in line:
-            text.append(text_of_token, style=_choose_style(shares[index]))
-        console.print(text, no_wrap=True, overflow="ignore", crop=False)
-
-
-def _choose_style(share: float) -> str:
-    return _NONE if share == 0.0 else next(style for least, style in _STYLES if share >= least)
-
-
-def _make_legend() -> Text:
-    from rich.text import Text
-
-    legend = Text("kept by ")
-    names = [("no head", _NONE)]
-    names += [(f"{least:.0%} or more" if least else "fewer", style) for least, style in reversed(_STYLES[1:])]
-    for name, style in [*names, ("all", _STYLES[0][1])]:
-        legend.append(name, style=style).append("  ")
-    return legend
-
-
-def _draw_strip(shares: Sequence[float], width: int) -> str:
-    """Draw the share kept from the prompt's beginning to its end, one sign for each stretch of tokens."""
-    width = min(width, len(shares))
-    bounds = [round(place * len(shares) / width) for place in range(width + 1)]
-    means = [sum(shares[a:b]) / (b - a) for a, b in pairwise(bounds)]
-    # Nothing kept is a blank, so whatever is kept shows.
-    return "".join(_SPARKS[0 if mean == 0.0 else max(1, round(8 * mean))] for mean in means)
-
-
-def _break_lines(token_texts: Sequence[str], width: int) -> Iterator[list[tuple[int, str]]]:
-    """Yield lines as pairs of a token and its text: broken where the text is, and where a line is full."""
-    from rich.cells import cell_len
-
-    line: list[tuple[int, str]] = []
-    used = 0
-    for index, text_of_token in enumerate(token_texts):
-        parts = text_of_token.expandtabs(4).split("\n")
-        for number, part in enumerate(parts):
-            if number and line:
-                yield line
-                line, used = [], 0
-            # What a document holds must not steer the terminal.
-            text = "".join(sign if sign.isprintable() else "\ufffd" for sign in part)
-            if line and used + cell_len(text) > width:
-                yield line
-                line, used = [], 0
-                text = text.removeprefix(" ")
-            # A line break alone goes with the line it ends; blank lines are left out.
-            if text or (line and number == 0):
-                line.append((index, text))
-                used += cell_len(text)
-    if line:
-        yield line
+_EVICTED_STYLE = "bright_black"
+_BAR_WIDTH, _MIN_WIDTH = 4, 40
+_LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 @reports_errors
 def generate(
-    model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or embedded.")] = "embedded",
-    prompt: Annotated[
-        str | None, typer.Option(help="The prompt, or the document that --question is about.")
-    ] = None,
+    model: ModelName = "embedded",
+    prompt: Annotated[str | None, typer.Option(help="Text of the prompt, or document of --question.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text file, or a .jsonl file of one text.")
+        Path | None, typer.Option(help="UTF-8 text file, or .jsonl file with one text, instead of --prompt.")
     ] = None,
     question: Annotated[
-        str | None, typer.Option(help="Asked after the document, through the chat template if there is one.")
+        str | None, typer.Option(help="Question after the document, in the model's chat template if any.")
     ] = None,
-    compression_ratio: Annotated[float, typer.Option(help="Fraction of the KV cache kept, in (0, 1].")] = 0.3,
-    budget: Annotated[
-        int | None, typer.Option(help="Average tokens a layer keeps; overrides --compression-ratio.")
-    ] = None,
+    compression_ratio: KeptFraction = 0.3,
+    budget: AverageBudget = None,
     selector: Annotated[str, typer.Option(help="Token selection method.")] = "snapkv",
-    selector_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the selector, name=value; may be repeated.")
-    ] = None,
+    selector_option: SelectorOptions = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="Budget strategy.", show_default="distortion, with a known profile blend"),
+        typer.Option(help="Budget strategy.", show_default="distortion; blend if the model has a profile"),
     ] = None,
-    strategy_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the strategy, name=value; may be repeated.")
-    ] = None,
-    scope: Annotated[str, typer.Option(help="Attention ranked: evictable, window or full.")] = "evictable",
+    strategy_option: StrategyOptions = None,
+    scope: RankedAttention = "evictable",
     min_budget: Annotated[
         int | None,
         typer.Option(
-            help="Fewest tokens per layer.", show_default="16, or half the average budget if that is more"
+            help="Tokens per layer, at least.", show_default="16, or half the average budget if that is more"
         ),
     ] = None,
     head_budgets: Annotated[
@@ -172,10 +83,10 @@ def generate(
         list[str] | None, typer.Option(help="Tokens that every layer keeps, start:stop; may be repeated.")
     ] = None,
     decode: Annotated[
-        str, typer.Option(help="Generated tokens: grow keeps all, bounded and periodic compress them too.")
+        str, typer.Option(help="Generated tokens: grow keeps all; bounded and periodic compress them too.")
     ] = "grow",
     storage: Annotated[
-        str, typer.Option(help="How kept tokens are stored: full, int8 or offload (to CPU memory).")
+        str, typer.Option(help="Storage of kept tokens: full, int8 or offload (to CPU memory).")
     ] = "full",
     max_length: Annotated[
         int | None,
@@ -183,22 +94,17 @@ def generate(
             help="Use at most this many tokens of the document, the first ones.", show_default="all"
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Weights' dtype, such as bfloat16.", show_default="the checkpoint's own"),
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Where the model goes, such as auto or cuda; needs accelerate.")
-    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 64,
+    dtype: DtypeName = None,
+    device_map: DeviceMap = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show which parts of the prompt were kept for this answer.")
+        bool, typer.Option("--explain", help="Show the parts of the prompt that the cache kept.")
     ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print answer and measurements as JSON to stdout.")
     ] = False,
 ) -> None:
-    """Generate from a compressed KV cache: the answer to stdout, what it cost to stderr."""
+    """Generate from a compressed KV cache: the answer on stdout, its cost on stderr."""
     console = make_console()
     check_at_least_one("--max-new-tokens", max_new_tokens)
     check_at_least_one("--budget", budget)
@@ -295,3 +201,95 @@ def generate(
     )
     if kept is not None:
         print_kept_tokens(console, token_texts, kept)
+
+
+def print_kept_tokens(console: Console, token_texts: Sequence[str], kept: KeptTokens) -> None:
+    """Print the prompt and the share of heads that keep each part of it.
+
+    On a terminal the colour of a token shows its share.  Elsewhere only the mean share of each line is printed.
+
+    Parameters
+    ----------
+    console : Console
+        Console to print to.
+    token_texts : sequence of str
+        Text of each token.
+    kept : KeptTokens
+        Record of the same tokens.
+    """
+    from rich.text import Text
+
+    shares = kept.compute_shares().tolist()
+    fates = kept.count_fates()
+    layers, heads = len(kept.layer_indices), sum(kept.kv_heads)
+    console.print(
+        f"\nKept of the {kept.tokens:,} prompt tokens: {fates['all']:,} by every head of every layer, "
+        f"{fates['some']:,} by some, {fates['none']:,} by none ({layers} layers, {heads} heads; on average "
+        f"{sum(shares) / len(shares):.1%} of the heads keep a token). The number before each line is its average.",
+        soft_wrap=True,
+    )
+    width = max(_MIN_WIDTH, console.width)
+    console.print(Text("beginning to end ") + Text(_draw_strip(shares, min(width - 18, 100)), style="cyan"))
+    if console.is_terminal:
+        console.print(_make_legend())
+    gutter = _BAR_WIDTH + 6
+    for line in _break_lines(token_texts, width - gutter):
+        own = [shares[index] for index, _ in line]
+        mean = sum(own) / len(own)
+        # Never round to 0 % or 100 %: these mean that a line is evicted or kept entirely.
+        shown = mean if mean in (0.0, 1.0) else min(max(mean, 0.01), 0.99)
+        bar = f"{draw_bar(mean, 1.0, _BAR_WIDTH):<{_BAR_WIDTH}} "
+        text = Text(f"{shown:4.0%} ") + Text(bar, style="cyan")
+        for index, text_of_token in line:
+            text.append(text_of_token, style=_choose_style(shares[index]))
+        console.print(text, no_wrap=True, overflow="ignore", crop=False)
+
+
+def _choose_style(share: float) -> str:
+    return _EVICTED_STYLE if share == 0.0 else next(style for least, style in _STYLES if share >= least)
+
+
+def _make_legend() -> Text:
+    from rich.text import Text
+
+    legend = Text("kept by ")
+    names = [("no head", _EVICTED_STYLE)]
+    names += [(f"{least:.0%} or more" if least else "fewer", style) for least, style in reversed(_STYLES[1:])]
+    for name, style in [*names, ("all", _STYLES[0][1])]:
+        legend.append(name, style=style).append("  ")
+    return legend
+
+
+def _draw_strip(shares: Sequence[float], width: int) -> str:
+    """Draw the share kept from the prompt's beginning to its end, one character per stretch of tokens."""
+    width = min(width, len(shares))
+    bounds = [round(place * len(shares) / width) for place in range(width + 1)]
+    means = [sum(shares[a:b]) / (b - a) for a, b in pairwise(bounds)]
+    # Only an evicted stretch is blank: any other shows at least the lowest level.
+    return "".join(_LEVELS[0 if mean == 0.0 else max(1, round(8 * mean))] for mean in means)
+
+
+def _break_lines(token_texts: Sequence[str], width: int) -> Iterator[list[tuple[int, str]]]:
+    """Yield lines of (token index, text), broken at newlines of the text and at the width."""
+    from rich.cells import cell_len
+
+    line: list[tuple[int, str]] = []
+    used = 0
+    for index, text_of_token in enumerate(token_texts):
+        parts = text_of_token.expandtabs(4).split("\n")
+        for number, part in enumerate(parts):
+            if number and line:
+                yield line
+                line, used = [], 0
+            # A document may contain control characters, which must not reach the terminal.
+            text = "".join(sign if sign.isprintable() else "\ufffd" for sign in part)
+            if line and used + cell_len(text) > width:
+                yield line
+                line, used = [], 0
+                text = text.removeprefix(" ")
+            # A newline token belongs to the line that it ends. Blank lines are left out.
+            if text or (line and number == 0):
+                line.append((index, text))
+                used += cell_len(text)
+    if line:
+        yield line

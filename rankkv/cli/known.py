@@ -1,4 +1,4 @@
-"""Known names: selectors, strategies, tasks and presets, from a shipped table or from the registries."""
+"""Descriptions of selectors, strategies, tasks and presets, from a shipped table or from the registries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def load_known() -> dict[str, list[dict[str, Any]]]:
     """Load the descriptions of all selectors, strategies, tasks and presets.
 
-    The registries need torch, whose import takes seconds.  If they are not imported yet, nothing was registered beside
-    the built-in methods, and the shipped table says the same (``python tools/make_known_names.py`` writes it).
+    The registries need torch, whose import takes seconds.  If they are not imported yet, only built-in methods exist,
+    and the shipped table describes them.  ``python tools/make_known_names.py`` writes that table.
     """
     text = resources.files("rankkv.cli").joinpath("known.json").read_text(encoding="utf-8")
     known: dict[str, list[dict[str, Any]]] = json.loads(text)
@@ -37,9 +37,9 @@ def describe_methods() -> dict[str, list[dict[str, Any]]]:
     Returns
     -------
     dict
-        ``"selectors"`` and ``"strategies"``: lists of records with the keys ``name``, ``options`` (with their
-        defaults), ``description`` (one sentence), ``needs`` (what the method reads of a layer), ``cost`` (operations
-        for each head, up to a factor of head_dim) and ``source`` (the paper).
+        Lists of records under ``"selectors"`` and ``"strategies"``.  A record has the keys ``name``, ``options``
+        (with their defaults), ``description`` (one sentence), ``needs`` (data that the method reads of a layer),
+        ``cost`` (operations per head, up to a factor of head_dim) and ``source`` (the paper).
 
     Examples
     --------

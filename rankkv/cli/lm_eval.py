@@ -1,4 +1,4 @@
-"""`rankkv lm-eval`: lm-evaluation-harness' own command line, with the model `rankkv` registered."""
+"""`rankkv lm-eval`: the command line of lm-evaluation-harness with the model `rankkv` registered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 @reports_errors
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness with the model `rankkv`; all arguments are the harness' own."""
+    """Run lm-evaluation-harness with the model `rankkv`; all arguments are those of the harness."""
     require("lm_eval", 'pip install "rankkv[lm-eval]"', "lm-evaluation-harness")
     from lm_eval.__main__ import cli_evaluate
 

@@ -1,4 +1,4 @@
-"""`rankkv methods`: every selector and every budget strategy, with what it reads and where it comes from."""
+"""`rankkv methods`: all selectors and budget strategies, with the data they read, their cost and source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .known import load_known
 def methods(
     json: Annotated[bool, typer.Option("--json", help="Print the methods as JSON to stdout.")] = False,
 ) -> None:
-    """List the token selection methods and the budget strategies: options, what they read, cost, source."""
+    """List the token selection methods and budget strategies: options, data they read, cost, source."""
     known = load_known()
     record = {kind: known[kind] for kind in ("selectors", "strategies")}
     if json:
@@ -37,6 +37,6 @@ def _print_methods(kind: str, described: list[dict[str, Any]]) -> None:
         console.print(Text(f"  {method['name']}", style="bold"))
         for line in (method["description"], facts, options and f"options: {options}"):
             if line:
-                # As plain text: what stands in brackets is no markup.
+                # As Text, because rich would read square brackets in a string as markup.
                 console.print(Padding(Text(line), (0, 0, 0, 4)))
     console.print()

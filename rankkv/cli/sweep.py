@@ -1,4 +1,4 @@
-"""`rankkv sweep`: every model, task, method, ratio and seed of a YAML file, resumed where it stood."""
+"""`rankkv sweep`: every model, task, method, ratio and seed of a YAML file; a stopped sweep resumes."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
 def sweep(
     config: Annotated[Path, typer.Argument(help="YAML file; experiments/sweep.yaml is an example.")],
     output_dir: Annotated[
-        Path | None, typer.Option(help="Where results go.", show_default="results/ and the file's name")
+        Path | None, typer.Option(help="Folder for results.", show_default="results/ and the file's name")
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print the plan and a time estimate, and stop.")
+        bool, typer.Option("--plan", help="Print the plan and a time estimate, then stop.")
     ] = False,
     share: Annotated[
         str | None,
-        typer.Option(help="Run only this part of the samples, such as 2/4.", show_default="the launcher's"),
+        typer.Option(help="Run only this share of the samples, such as 2/4.", show_default="the launcher's"),
     ] = None,
     submitit: Annotated[
         str | None,
         typer.Option(
-            help="Submit jobs with submitit instead: slurm, or local for processes of this machine."
+            help="Submit jobs with submitit instead: slurm, or local for processes on this machine."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Jobs to submit, a share of the samples each.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Jobs to submit; each runs a share of the samples.")] = 1,
     submitit_option: Annotated[
         list[str] | None,
         typer.Option(help="Parameter of submitit's executor, name=value; may be repeated."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON to stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON to stdout.")] = False,
 ) -> None:
-    """Run a sweep; the same command goes on where it was interrupted. Also under accelerate launch or torchrun."""
+    """Run a sweep; repeat the command to resume. Also under accelerate launch or torchrun."""
     console = make_console()
     folder = Path("results") / config.stem if output_dir is None else output_dir
     own_share = _parse_share(share)
@@ -61,7 +61,7 @@ def sweep(
         return
     if submitit_option or jobs != 1:
         raise ConfigError(
-            "--jobs and --submitit-option are for --submitit: name the cluster, slurm or local."
+            "--jobs and --submitit-option need --submitit: give --submitit slurm or --submitit local too."
         )
 
     from ..evaluation.sweep.sweep import Sweep
@@ -77,27 +77,27 @@ def sweep(
         del part
     rows = None if plan else run.finish()
     if rows is not None:
-        console.print(
-            f"Written: {rows}; look at it with: rankkv report {folder}", markup=False, soft_wrap=True
-        )
+        console.print(f"Written: {rows}. Show it with: rankkv report {folder}", markup=False, soft_wrap=True)
     elif not plan:
-        console.print("This process is done; others still have samples to measure.")
+        console.print("This process is done, but other processes still have samples to measure.")
     if json:
         print_json({"folder": str(folder), "measured": done, "rows": None if rows is None else str(rows)})
 
 
 def _parse_share(text: str | None) -> ProcessRank | None:
+    """Parse a share such as ``2/4``: the second of four."""
     if text is None:
         return None
     from ..utils.processes import ProcessRank
 
     number, slash, size = text.partition("/")
     if not (slash and number.isdecimal() and size.isdecimal() and 1 <= int(number) <= int(size)):
-        raise ConfigError(f"--share is {text!r} but must be of the form 2/4, from 1/4 to 4/4.")
+        raise ConfigError(f"--share is {text!r} but must be number/count, such as 2/4 (from 1/4 to 4/4).")
     return ProcessRank(int(number) - 1, int(size))
 
 
 def _print_plan(console: Console, config: SweepConfig, run: Sweep) -> None:
+    """Print the sweep's tasks, models, methods, ratios and seeds."""
     from rich.table import Table
 
     from ..evaluation.sweep.sweep import count_samples
@@ -121,17 +121,17 @@ def _print_plan(console: Console, config: SweepConfig, run: Sweep) -> None:
 
 
 def _run_model(console: Console, run: Sweep, part: ModelSweep, only_plan: bool) -> int:
-    """Measure what waits for one model, with what is left shown; return how many samples were measured."""
+    """Measure the waiting samples of one model and show the time left; return their number."""
     whose = "" if run.share.size == 1 else f" (process {run.share.rank + 1} of {run.share.size})"
-    there = sum(run.store.is_done(unit.name) for unit in part.units)
+    done = sum(run.store.is_done(unit.name) for unit in part.units)
     if not part.waiting:
-        console.print(f"Nothing to measure{whose}: {there} of {len(part.units)} samples are there.")
+        console.print(f"Nothing to measure{whose}: {done} of {len(part.units)} samples are done.")
         return 0
     with show_step(console, "Estimating"):
         estimates = part.estimate_seconds()
     console.print(
-        f"{len(part.waiting)} of {len(part.units)} samples to measure{whose}, {there} are there; about "
-        f"{format_seconds(sum(estimates))} if the machine stays as busy as it is."
+        f"{len(part.waiting)} of {len(part.units)} samples to measure{whose}, {done} are done; about "
+        f"{format_seconds(sum(estimates))} if the load of the machine stays the same."
     )
     if only_plan:
         return 0
@@ -144,30 +144,13 @@ def _run_model(console: Console, run: Sweep, part: ModelSweep, only_plan: bool) 
     return len(part.waiting)
 
 
-def _print_results(console: Console, folder: Path) -> None:
-    """Print each setting beside the full cache and uniform budgets, and what speaks against reading much into it."""
-    from ..report import collect_results
-    from ..report.tables import summarize_quality
-    from .evaluate import make_comparison_tables
-
-    if not console.is_terminal:
-        # A log has no width to keep to.
-        console.width = 120
-    for task in summarize_quality(collect_results(folder).rows):
-        console.print("")
-        for table in make_comparison_tables(task.comparisons):
-            console.print(table)
-        for doubt in task.doubts:
-            console.print(f"Warning: {doubt}", markup=False, soft_wrap=True)
-
-
 class Remaining:
-    """Estimate the seconds left: the estimate of the rest, times the error of the estimate so far.
+    """Estimate the seconds left: the estimate of the rest, times actual over estimated seconds so far.
 
     Parameters
     ----------
     estimates : list of float
-        Seconds of each step, in their order.
+        Estimated seconds of each step, in order.
     """
 
     def __init__(self, estimates: list[float]) -> None:
@@ -175,7 +158,7 @@ class Remaining:
         self._start, self._done = time.perf_counter(), 0
 
     def advance(self) -> float:
-        """Count one more step as done and return the seconds that are left."""
+        """Count one more step as done and return the seconds left."""
         self._done += 1
         past = sum(self._estimates[: self._done])
         spent = time.perf_counter() - self._start
@@ -190,8 +173,7 @@ def _submit(
     submitted = submit_sweep(config, folder, cluster, jobs, options)
     console.print(
         f"Submitted {len(submitted)} jobs to {cluster}: {', '.join(submitted)}. Their output is in "
-        f"{folder / 'jobs'}; the one that ends last writes the rows, and the same command again goes on with what an "
-        "ended job left.",
+        f"{folder / 'jobs'}. The last job writes the rows. If a job stops early, repeat this command to resume.",
         markup=False,
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""Comparison of settings: paired differences between rows of a task, and the check against guessing."""
+"""Comparison of settings: paired differences between rows of a task, and checks that the task measures the cache."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from .statistics import Estimate, compute_mean
 from .task_runner import BLANK, FULL
 
 Row = Mapping[str, Any]
-_Unit = tuple[Any, ...]
+_Context = tuple[Any, ...]
 
 
 class IdenticalOutputsWarning(UserWarning):
-    """Two settings that keep different shares of the cache gave the same output and likelihood everywhere."""
+    """Warn that two settings keep different shares of the cache but give the same outputs and likelihoods."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One setting on one task.
+    """Hold the results of one setting on one task.
 
     Attributes
     ----------
     task, setting, metric : str
-        Which, and what is measured.
+        Names of the task, the setting and the metric.
     higher_is_better : bool
-        Whether a larger score is a better one.
+        True if a larger score is better.
     score : Estimate
         Mean over contexts, with its interval.
-    to_full, to_uniform : Estimate or None
-        Paired difference of the score to that of the full cache, and of uniform budgets with the same selector and
-        ratio, with their intervals; None for these themselves, or where there is no partner.
+    to_full : Estimate or None
+        Paired difference of the score to the full cache's; None for the full cache itself or without its rows.
+    to_uniform : Estimate or None
+        Paired difference of the score to uniform budgets with the same selector and ratio; None for uniform budgets
+        themselves or without their rows.
     answer_loss : float or None
-        Mean negative log-likelihood of the right answer, nats a token.
+        Mean negative log-likelihood of the right answer, nats per token.
     kept_share : float or None
-        Tokens kept of those of the full cache; bytes, where tokens were not counted.
+        Tokens kept over tokens of the full cache; a share of bytes if tokens were not counted.
     """
 
     task: str
@@ -65,26 +67,26 @@ def compare_settings(
 ) -> list[Comparison]:
     """Compute each setting's mean, and its paired differences to the full cache and to uniform budgets.
 
-    Rows of the same context (several questions compressed with it one by one) count as one.
+    Rows of the same context are averaged first: with question-aware samples a context has several.
 
     Parameters
     ----------
     rows : iterable of mapping
         From :func:`~rankkv.evaluation.evaluate_task`, of any tasks and seeds.
     uniform_of : mapping, optional
-        Setting to the setting with uniform budgets that it is compared with.
+        Maps each setting to its setting with uniform budgets.
     confidence, seed
-        Of the bootstrap intervals over contexts.
+        Level and seed of the bootstrap intervals over contexts.
 
     Returns
     -------
     list of Comparison
-        By task, then ``"full"``, the settings in the order of their rows, and ``"blank"``.
+        Grouped by task: ``"full"``, the settings in the order of their rows, then ``"blank"``.
 
     Raises
     ------
     InputError
-        If two settings that are compared were not run on the same contexts.
+        If two compared settings were not run on the same contexts.
 
     Examples
     --------
@@ -107,36 +109,37 @@ def compare_settings(
                     metric=own[0]["metric"],
                     higher_is_better=own[0]["higher_is_better"],
                     score=compute_mean(list(_average(own, "score").values()), confidence, seed),
-                    to_full=_relate(settings, name, FULL, confidence, seed),
-                    to_uniform=_relate(settings, name, partner, confidence, seed),
-                    answer_loss=_mean_of(own, "answer_loss"),
-                    kept_share=_share(own),
+                    to_full=_compute_difference(settings, name, FULL, confidence, seed),
+                    to_uniform=_compute_difference(settings, name, partner, confidence, seed),
+                    answer_loss=_average_known(own, "answer_loss"),
+                    kept_share=_compute_kept_share(own),
                 )
             )
     return found
 
 
 def check_floor(rows: Iterable[Row], confidence: float = 0.95, seed: int = 0) -> dict[str, Estimate]:
-    """Check that every task can tell a good cache from a bad one: the full cache must do better than guessing.
+    """Check that the full cache does better than guessing on every task.
 
-    Guessing is the score of the same questions after a context without the answers.
+    Guessing is the score of the same questions after a context without the answers.  If the full cache is no better,
+    the task cannot tell a good cache from a bad one.
 
     Parameters
     ----------
     rows : iterable of mapping
-        With those of the settings ``"full"`` and ``"blank"``.
+        Rows of the settings ``"full"`` and ``"blank"``; others are ignored.
     confidence, seed
-        Of the interval of the paired difference, whose bound must be on the right side of zero.
+        Level and seed of the paired difference's interval.  Its lower bound must be above zero.
 
     Returns
     -------
     dict of str to Estimate
-        By task, how much better the full cache is than guessing; tasks without a guess rate are left out.
+        Gain of the full cache over guessing, by task.  Tasks without a guess rate are left out.
 
     Raises
     ------
     FloorError
-        If a task's full cache is not better than guessing, or, where there is no guess rate, never right.
+        If a task's full cache is not better than guessing, or is never right if there is no guess rate.
     """
     margins = {}
     for task, settings in _group(rows).items():
@@ -146,9 +149,9 @@ def check_floor(rows: Iterable[Row], confidence: float = 0.95, seed: int = 0) ->
         mean = fmean(_average(full, "score").values())
         if BLANK not in settings:
             if higher and mean <= 0.0:
-                raise FloorError(_explain(task, mean, "no answer at all is right", len(full)))
+                raise FloorError(_explain_floor(task, mean, "no answer at all is right", len(full)))
             continue
-        difference = compute_mean(_pair(full, settings[BLANK]), confidence, seed)
+        difference = compute_mean(_subtract_paired(full, settings[BLANK]), confidence, seed)
         gain = (
             difference
             if higher
@@ -156,7 +159,9 @@ def check_floor(rows: Iterable[Row], confidence: float = 0.95, seed: int = 0) ->
         )
         if gain.low <= 0.0:
             guess = fmean(_average(settings[BLANK], "score").values())
-            raise FloorError(_explain(task, mean, f"guessing gives {guess:.3f}, a gain of {gain}", len(full)))
+            raise FloorError(
+                _explain_floor(task, mean, f"guessing gives {guess:.3f}, a gain of {gain}", len(full))
+            )
         margins[task] = gain
     return margins
 
@@ -164,28 +169,30 @@ def check_floor(rows: Iterable[Row], confidence: float = 0.95, seed: int = 0) ->
 def find_identical(
     rows: Iterable[Row], settings: Mapping[str, Mapping[str, Any]], warn: bool = True
 ) -> list[tuple[str, str, str]]:
-    """Find settings that differ in the share kept alone, and yet give the same output and likelihood everywhere.
+    """Find settings that differ only in the share kept, but give the same output and likelihood on every sample.
 
-    The usual cause is a cache that is never read, or a prompt shorter than what every layer keeps.
+    The usual cause is a cache that is never read, or a prompt shorter than every layer's budget.
 
     Parameters
     ----------
     rows : iterable of mapping
         From :func:`~rankkv.evaluation.evaluate_task`.
     settings : mapping
-        Name of each setting, and its options.  The full cache counts as one with all kept.
+        Maps each setting's name to its options.  The full cache counts as a setting that keeps everything.
     warn : bool, default True
-        Whether to give an :class:`IdenticalOutputsWarning` for each pair.
+        If True, give an :class:`IdenticalOutputsWarning` for each pair.
 
     Returns
     -------
     list of (str, str, str)
-        Task and the two settings.
+        The task and the two settings of each pair.
     """
     found = []
     for task, by_setting in _group(rows).items():
         seen = {
-            name: [(_unit(row), row["sample"], row.get("output"), row.get("answer_loss")) for row in own]
+            name: [
+                (_get_context(row), row["sample"], row.get("output"), row.get("answer_loss")) for row in own
+            ]
             for name, own in by_setting.items()
             if name == FULL or name in settings
         }
@@ -196,8 +203,8 @@ def find_identical(
                 found.append((task, a, b))
     for task, a, b in found if warn else []:
         warnings.warn(
-            f"task {task!r}: {a} and {b} gave the same outputs and likelihoods on every sample, but are to keep "
-            "different shares of the cache: is the context longer than what every layer keeps, and is the cache read?",
+            f"task {task!r}: {a} and {b} keep different shares of the cache but gave the same outputs and likelihoods "
+            "on every sample: make the context longer than every layer's budget, and check that the cache is read.",
             IdenticalOutputsWarning,
             stacklevel=2,
         )
@@ -205,6 +212,7 @@ def find_identical(
 
 
 def _differ_in_share(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> bool:
+    """Return True if two settings differ in the share kept and in nothing else; None is the full cache."""
     shares = [
         (1.0, None) if one is None else (one.get("compression_ratio"), one.get("budget")) for one in (a, b)
     ]
@@ -217,48 +225,54 @@ def _differ_in_share(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -
 
 
 def _group(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Group rows by task and setting."""
     tasks: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         tasks.setdefault(row["task"], {}).setdefault(row["setting"], []).append(row)
     return tasks
 
 
-def _unit(row: Row) -> _Unit:
+def _get_context(row: Row) -> _Context:
+    """Return what identifies a row's context within its task."""
     return row.get("length"), row.get("seed"), row["index"]
 
 
-def _average(rows: Iterable[Row], column: str) -> dict[_Unit, float]:
+def _average(rows: Iterable[Row], column: str) -> dict[_Context, float]:
     """Return the mean of a column by context."""
-    values: dict[_Unit, list[float]] = {}
+    values: dict[_Context, list[float]] = {}
     for row in rows:
-        values.setdefault(_unit(row), []).append(float(row[column]))
-    return {unit: fmean(found) for unit, found in values.items()}
+        values.setdefault(_get_context(row), []).append(float(row[column]))
+    return {context: fmean(found) for context, found in values.items()}
 
 
-def _relate(
+def _compute_difference(
     settings: Mapping[str, Sequence[Row]], name: str, other: str, confidence: float, seed: int
 ) -> Estimate | None:
+    """Compute the paired difference of a setting's score to another's; None without another."""
     if other == name or other not in settings:
         return None
-    return compute_mean(_pair(settings[name], settings[other]), confidence, seed)
+    return compute_mean(_subtract_paired(settings[name], settings[other]), confidence, seed)
 
 
-def _pair(own: Iterable[Row], other: Iterable[Row]) -> list[float]:
+def _subtract_paired(own: Iterable[Row], other: Iterable[Row]) -> list[float]:
+    """Return the difference of the scores for each context, which both settings must have."""
     a, b = _average(own, "score"), _average(other, "score")
     if set(a) != set(b):
         raise InputError(
             f"two settings have {len(a)} and {len(b)} contexts, {len(set(a) & set(b))} of them the same: a paired "
-            "difference needs the same contexts in both; let the run finish."
+            "difference needs the same contexts in both, so let the run finish."
         )
-    return [a[unit] - b[unit] for unit in a]
+    return [a[context] - b[context] for context in a]
 
 
-def _mean_of(rows: Sequence[Row], column: str) -> float | None:
+def _average_known(rows: Sequence[Row], column: str) -> float | None:
+    """Return the mean of a column over the rows that have it."""
     values = [row[column] for row in rows if row.get(column) is not None]
     return fmean(values) if values else None
 
 
-def _share(rows: Sequence[Row]) -> float | None:
+def _compute_kept_share(rows: Sequence[Row]) -> float | None:
+    """Compute the mean share of tokens kept, or of bytes if the rows count no tokens."""
     kept = (
         ("kept_tokens", "full_tokens") if rows[0].get("full_tokens") else ("cache_bytes", "full_cache_bytes")
     )
@@ -266,9 +280,8 @@ def _share(rows: Sequence[Row]) -> float | None:
     return fmean(shares) if shares else None
 
 
-def _explain(task: str, score: float, why: str, samples: int) -> str:
+def _explain_floor(task: str, score: float, why: str, samples: int) -> str:
     return (
-        f"task {task!r} cannot tell a good cache from a bad one: with the full cache the score is {score:.3f} over "
-        f"{samples} samples, and {why}. Take a larger model, its chat template, an easier task or shorter contexts, or "
-        "more samples."
+        f"task {task!r} cannot tell a good cache from a bad one: the full cache scores {score:.3f} over {samples} "
+        f"samples, and {why}. Use a larger model, its chat template, an easier task, shorter contexts or more samples."
     )

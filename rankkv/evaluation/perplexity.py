@@ -23,13 +23,13 @@ class ContinuationScore:
     Attributes
     ----------
     loss : float
-        Mean negative log-likelihood of the continuation's tokens, nats a token.
+        Mean negative log-likelihood of the continuation's tokens, nats per token.
     divergence : float
-        Mean Kullback-Leibler divergence of the predictions from those with the full cache, nats a token.  In
-        expectation the excess of ``loss`` over the full cache's, if the model's predictions are right, with far
-        less noise.
+        Mean Kullback-Leibler divergence of the predictions from the full cache's, nats per token.  If the text
+        follows the model's own distribution, its expectation is the excess of ``loss`` over the full cache's.  Its
+        noise is far lower.
     kept_tokens : int
-        Tokens of the context kept over all layers.
+        Tokens of the context that are kept, summed over layers.
     cache_bytes : int
         Bytes of the compressed context.
     """
@@ -41,17 +41,17 @@ class ContinuationScore:
 
 
 def compute_continuation_loss(model: Any, cache: Any, continuation_ids: Tensor) -> Tensor:
-    """Compute the negative log-likelihood of each token of a continuation after the first, teacher-forced.
+    """Compute the negative log-likelihood of each token of a continuation but the first, teacher-forced.
 
-    ``loss_t = -log p(x_t | cache, x_0 ... x_(t-1))``.  The first token is left out: the context's own last logits
-    predict it, and no cache is read for them.
+    ``loss_t = -log p(x_t | cache, x_0 ... x_(t-1))``.  The first token is left out, because the prefill predicts it
+    without reading the cache.
 
     Parameters
     ----------
     model : PreTrainedModel
         A causal language model.
     cache : Cache
-        Holds the context; it takes the continuation in (give a ``copy()`` to keep it).
+        Cache of the context.  The continuation is appended to it; pass a ``copy()`` to keep it as it is.
     continuation_ids : Tensor
         ``[1, token]`` int64, at least 2 tokens.
 
@@ -63,7 +63,7 @@ def compute_continuation_loss(model: Any, cache: Any, continuation_ids: Tensor) 
     Raises
     ------
     InputError
-        If the continuation is shorter than 2 tokens, or a batch.
+        If the continuation is shorter than 2 tokens or has several rows.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def compute_continuation_loss(model: Any, cache: Any, continuation_ids: Tensor) 
     torch.Size([9])
     """
     continuation_ids = _check_continuation(continuation_ids)
-    return _pick(predict_tokens(model, cache, continuation_ids), continuation_ids)
+    return _compute_losses(predict_tokens(model, cache, continuation_ids), continuation_ids)
 
 
 def evaluate_continuation(
@@ -87,11 +87,11 @@ def evaluate_continuation(
     Parameters
     ----------
     record : PrefillRecord
-        The context, a single row.
+        Prefill of the context, a single row.
     continuation_ids : Tensor
-        ``[1, token]`` int64.
+        ``[1, token]`` int64, at least 2 tokens.
     settings : mapping
-        Name of each setting, and its options of :class:`~rankkv.RankKVCache`.
+        Maps each setting's name to its options of :class:`~rankkv.RankKVCache`.
 
     Yields
     ------
@@ -112,14 +112,15 @@ def evaluate_continuation(
         layer.keys.nbytes + layer.values.nbytes for layer in full.layers if hasattr(layer, "values")
     )
     reference = predict_tokens(model, full, continuation_ids)
-    loss = float(_pick(reference, continuation_ids).mean())
+    loss = float(_compute_losses(reference, continuation_ids).mean())
     yield "full", ContinuationScore(loss, 0.0, slots, full_bytes)
     probabilities = reference.exp()
     for name, options in settings.items():
         cache = record.build_cache(**options)
         kept, kept_bytes = sum(cache.kept_lengths), cache.cache_bytes()
         predicted = predict_tokens(model, cache, continuation_ids)
-        loss = float(_pick(predicted, continuation_ids).mean())
+        loss = float(_compute_losses(predicted, continuation_ids).mean())
+        # The prediction after the last token has no token to score: leave it out, as in the loss.
         divergence = float((probabilities * (reference - predicted)).sum(-1)[:-1].mean())
         yield name, ContinuationScore(loss, divergence, kept, kept_bytes)
 
@@ -128,23 +129,23 @@ def _check_continuation(continuation_ids: Tensor) -> Tensor:
     continuation_ids = check_input_ids(continuation_ids)
     if continuation_ids.shape[0] != 1 or continuation_ids.shape[1] < 2:
         raise InputError(
-            f"continuation_ids {tuple(continuation_ids.shape)} must be one row of at least 2 tokens: the first is "
-            "predicted by the context alone."
+            f"continuation_ids {tuple(continuation_ids.shape)} must be one row of at least 2 tokens, because the first "
+            "is not scored."
         )
     return continuation_ids
 
 
 def predict_tokens(model: Any, cache: Any, input_ids: Tensor) -> Tensor:
-    """Return log-probabilities after each of some tokens that follow what a cache holds, without gradients.
+    """Compute log-probabilities after each new token that follows a cache, without gradients.
 
     Parameters
     ----------
     model : PreTrainedModel
         A causal language model.
     cache : Cache
-        It takes the tokens in.
+        Cache of the preceding tokens; the new tokens are appended to it.
     input_ids : Tensor
-        ``[1, token]`` int64.
+        New tokens, ``[1, token]`` int64.
 
     Returns
     -------
@@ -158,6 +159,7 @@ def predict_tokens(model: Any, cache: Any, input_ids: Tensor) -> Tensor:
     return output.logits[0].float().log_softmax(dim=-1)
 
 
-def _pick(predicted: Tensor, continuation_ids: Tensor) -> Tensor:
+def _compute_losses(predicted: Tensor, continuation_ids: Tensor) -> Tensor:
+    """Compute the loss of each continuation token but the first from the predictions before it."""
     following = continuation_ids[0, 1:, None].to(predicted.device)
     return -predicted[:-1].gather(-1, following)[:, 0]

@@ -1,4 +1,4 @@
-"""One prefill, many caches: what a context's attention looked like, kept so that any option can be tried on it."""
+"""Record of one prefill, from which compressed caches of any option are cut without running the model again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..selection import Selector
 
 
 class _RecordingCache(AttentionObserver, DynamicCache):
-    """The model's plain cache, which keeps an observation of each full-attention layer besides."""
+    """Extend the model's plain cache by an observation of each full-attention layer."""
 
     layers: list[Any]
 
@@ -42,6 +42,7 @@ class _RecordingCache(AttentionObserver, DynamicCache):
 
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
         output = call.run()
+        # The sizes are placeholders: `PrefillRecord.observe` sets those of each cache.
         with torch.no_grad():
             self.observations[layer_idx] = observe(
                 layer_idx,
@@ -53,8 +54,8 @@ class _RecordingCache(AttentionObserver, DynamicCache):
         return output
 
 
-class _Recalling:
-    """A selector that looks scores up before it computes them."""
+class _MemoizedSelector:
+    """Wrap a selector so that each score is computed once and looked up afterwards."""
 
     def __init__(self, selector: Selector, scores: dict[tuple[Any, ...], Tensor]) -> None:
         self._selector = selector
@@ -64,12 +65,12 @@ class _Recalling:
         return getattr(self._selector, name)
 
     def compute_lasting_scores(self, observation: Observation) -> Tensor:
-        return self._recall("lasting", observation, self._selector.compute_lasting_scores, observation)
+        return self._look_up("lasting", observation, self._selector.compute_lasting_scores, observation)
 
     def refine(self, scores: Tensor, observation: Observation) -> Tensor:
-        return self._recall("refined", observation, self._selector.refine, scores, observation)
+        return self._look_up("refined", observation, self._selector.refine, scores, observation)
 
-    def _recall(
+    def _look_up(
         self, stage: str, observation: Observation, compute: Callable[..., Tensor], *arguments: Any
     ) -> Tensor:
         key = (
@@ -85,18 +86,20 @@ class _Recalling:
 
 
 class PrefillRecord:
-    """A context that was prefilled once, from which compressed caches are cut without running the model again.
+    """Hold a context that was prefilled once, and build compressed caches from it.
 
-    Built by :func:`record_prefill`.  Scores of a selector and window attention are computed once and shared by all
-    caches that need them.
+    :func:`record_prefill` returns one.  Selector scores and window attention are computed once and shared by all
+    caches.
 
     Attributes
     ----------
+    model : PreTrainedModel
+        The model that prefilled the context.
     input_ids, attention_mask : Tensor
         The context, ``[batch, token]``.
     last_logits : Tensor
-        Logits after the context's last token, ``[batch, vocabulary]`` float32: they predict the first token that
-        follows, before any cache is read.
+        Logits after the context's last token, ``[batch, vocabulary]`` float32.  They predict the next token before
+        any cache is read.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class PrefillRecord:
         return self.input_ids.shape[1]
 
     def observe(self, window_size: int, sink_size: int) -> dict[int, Observation]:
-        """Return the observation of each compressible layer for these sizes, by layer index."""
+        """Return the observation of each compressible layer for these sizes in tokens, by layer index."""
         size = (window_size, sink_size)
         if size not in self._windows:
             self._windows[size] = {
@@ -132,7 +135,7 @@ class PrefillRecord:
         return self._windows[size]
 
     def build_full_cache(self) -> DynamicCache:
-        """Build the model's plain cache after the context, to compare with."""
+        """Build the model's plain cache after the context: the reference of all comparisons."""
         full = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         full.layers = copy.deepcopy(self._plain.layers)
         return full
@@ -148,46 +151,46 @@ class PrefillRecord:
         Returns
         -------
         RankKVCache
-            Finished, independent of the record and of other caches.
+            Compressed, and independent of the record and of other caches.
 
         Raises
         ------
         ConfigError
-            With ``prefill`` other than "single": a record holds one whole prefill.
+            If ``prefill`` is not "single": a record holds one whole prefill.
         """
         cache = RankKVCache(self.model, **options)
         config = cache.config
         if config.prefill != "single":
             raise ConfigError(
-                f"prefill={config.prefill!r} cannot be cut from a recorded prefill, which came in one forward; use "
+                f"prefill={config.prefill!r} must be 'single', because a recorded prefill ran in one forward: use "
                 "prefill='single'."
             )
         observations = self.observe(config.window_size, config.sink_size)
-        recalling = cast(Selector, _Recalling(cache.selector, self._scores))
-        return cache.take_prefill(observations, self._plain.layers, recalling)
+        selector = cast(Selector, _MemoizedSelector(cache.selector, self._scores))
+        return cache.take_prefill(observations, self._plain.layers, selector)
 
 
 def record_prefill(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> PrefillRecord:
-    """Prefill a context with the model's plain cache and record what every layer's attention was given.
+    """Prefill a context with the model's plain cache and record the inputs of every layer's attention.
 
-    Memory: queries, keys and values of all layers stay, some three times a plain cache.
+    Memory: the queries, keys and values of all layers stay, about three times a plain cache.
 
     Parameters
     ----------
     model : PreTrainedModel
         A causal language model.
     input_ids, attention_mask : Tensor
-        ``[batch, token]``; padding stands on the left.
+        ``[batch, token]``, padding on the left.
 
     Returns
     -------
     PrefillRecord
-        Caches of any option are cut from it.
+        Builds caches of any option.
 
     Raises
     ------
     InputError
-        If the ids are unusable.
+        If the ids are empty, have a wrong shape, or do not match the mask.
     UnsupportedModelError
         If the model's attention cannot be observed.
 

@@ -1,4 +1,4 @@
-"""Rows of measurements that outlive a kill: one Parquet part per unit of work, and a manifest that describes them."""
+"""Result folders: one Parquet part per finished unit of work, so that a killed run resumes, and a manifest."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _INFLATED = 1000
 
 
 class ResultStore:
-    """A folder of results: ``manifest.json`` and one Parquet part for each finished unit of work.
+    """Keep a folder of results: ``manifest.json`` and one Parquet part per finished unit of work.
 
-    A unit is what one process computes in one go, such as all settings of one text.  Its part appears whole or not at
-    all, so a killed run is resumed with nothing lost or doubled.  A part that cannot be read is renamed (the ending
-    ``.damaged`` is added) with one warning, and its unit is measured again.
+    A unit is the work that one process does at once, such as all settings of one text.  Its part appears whole or
+    not at all.  A killed run therefore resumes with no row lost and none doubled.  A part that cannot be read is
+    renamed with the ending ``.damaged`` and a warning, and its unit is measured again.
 
     Parameters
     ----------
     folder : str or Path
         Created if it does not exist.
     config : mapping
-        Everything that the numbers of the run depend on, JSON-ready.
+        Everything that decides the numbers of the run, JSON-ready.
 
     Raises
     ------
     InputError
-        If the folder holds the results of another config (the message says what differs), or a damaged manifest.
+        If the folder holds results of another config (the message lists the differences), or a damaged manifest.
     OutputError
         If the folder cannot be written.
 
@@ -61,6 +61,7 @@ class ResultStore:
             raise OutputError(
                 f"cannot create {str(self.parts)!r}: {error.strerror}; give a folder that you may write to."
             ) from error
+        # Through JSON, so that a tuple equals the list that the manifest holds.
         self._check_manifest(json.loads(json.dumps(dict(config), sort_keys=True)))
         for part in sorted(self.parts.glob("*.parquet")):
             if not _is_readable(part):
@@ -76,12 +77,12 @@ class ResultStore:
                     f"{key}: {shorten(found.get(key))}, now {shorten(config.get(key))}" for key in differing
                 )
                 raise InputError(
-                    f"{self.folder} holds the results of another run ({listed}): give another folder, or the same "
-                    "options to resume it."
+                    f"{self.folder} holds the results of another run ({listed}): give another folder, or the options "
+                    "of that run to resume it."
                 )
             if any(self.parts.glob("*.parquet")):
                 return
-        # If the run starts over, the environment of the earlier start is no longer true.
+        # No part yet: replace the manifest, because the commit or the machine may have changed since.
         write_text_atomically(path, dump_json({"config": config, "environment": describe_environment()}))
 
     def _path(self, unit: str) -> Path:
@@ -104,11 +105,11 @@ class ResultStore:
             )
 
     def is_done(self, unit: str) -> bool:
-        """Return True if the rows of a unit are there."""
+        """Return True if a unit's rows are written."""
         return self._path(unit).exists()
 
     def write(self, unit: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the rows of one unit of work, all at once.
+        """Write the rows of one unit of work, atomically.
 
         Raises
         ------
@@ -120,7 +121,7 @@ class ResultStore:
         write_rows(self._path(unit), rows)
 
     def read(self) -> list[dict[str, Any]]:
-        """Read the rows of all finished units, in the order of their names.
+        """Read the rows of all finished units, sorted by unit name.
 
         Raises
         ------
@@ -135,7 +136,7 @@ class ResultStore:
         Raises
         ------
         InputError
-            If it is not finished or damaged.
+            If the unit is not finished, or its part is damaged.
         """
         return read_rows([self._path(unit)])
 
@@ -145,19 +146,21 @@ class ResultStore:
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write rows to one Parquet file, which appears whole or not at all, and return its path.
+    """Write rows to one Parquet file, atomically, and return its path.
 
-    A column that some rows lack is null there.
+    If a row lacks a column, its value is null.
 
     Raises
     ------
     OutputError
         If the file cannot be written.
+    MissingDependencyError
+        If pyarrow is not installed.
     """
     pyarrow, parquet = _import_pyarrow()
     path, listed = Path(path), [dict(row) for row in rows]
     columns = dict.fromkeys(key for row in listed for key in row)
-    # Left to itself, pyarrow takes the columns of the first row and drops what other rows have besides.
+    # `Table.from_pylist` would take the columns of the first row and drop all others.
     table = pyarrow.table({key: [row.get(key) for row in listed] for key in columns})
     with replace_atomically(path) as temporary:
         # Checksums let a reader notice a changed number.
@@ -172,12 +175,14 @@ def read_rows(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     ------
     InputError
         If a file is missing or damaged, or a row comes twice.
+    MissingDependencyError
+        If pyarrow is not installed.
     """
     rows: list[dict[str, Any]] = []
     first: dict[str, tuple[Path, int]] = {}
     for path in map(Path, paths):
         if not path.exists():
-            raise InputError(f"{path} does not exist: run the experiment first.")
+            raise InputError(f"{path} does not exist: run the experiment that writes it first.")
         for number, row in enumerate(_read_table(path)):
             # Two measurements never agree in every column, their names and numbers; a copied file does.
             where = first.setdefault(json.dumps(row, sort_keys=True, default=str), (path, number))
@@ -248,7 +253,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return what a reader needs to repeat a measurement: versions, device, threads, commit."""
+    """Return what a reader needs to repeat a measurement: versions, machine, device and commit."""
     import platform
 
     import torch
@@ -266,16 +271,16 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _find_commit() -> str | None:
-    """Return the commit that this code is, with "-dirty" after it if files of it were changed since."""
+    """Return the commit of this code, with "-dirty" if its files changed since; None outside a repository."""
 
-    def ask(*arguments: str) -> str:
+    def run_git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # An installed package may lie inside a repository that is not its own.
-        ask("ls-files", "--error-unmatch", Path(__file__).name)
-        return ask("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+        # An installed package may lie inside another project's repository, which does not track this file.
+        run_git("ls-files", "--error-unmatch", Path(__file__).name)
+        return run_git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -286,6 +291,6 @@ def _import_pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError as error:
         raise MissingDependencyError(
-            "results are written as Parquet, which needs pyarrow: pip install 'rankkv[eval]'."
+            "result files are Parquet and need pyarrow: pip install 'rankkv[eval]'."
         ) from error
     return pyarrow, pyarrow.parquet

@@ -10,9 +10,9 @@ from ..budget.plan import BudgetPlan
 from ..config import RankKVConfig
 from ..selection import get_selector
 
-#: Budgets that every other strategy is compared with.
+#: Strategy that every other strategy is compared with.
 UNIFORM = "uniform"
-#: Names that stand for a combination of options; any other name is a strategy with its own options.
+#: Presets: names that stand for a combination of options.  Any other name is a strategy with its default options.
 NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
     "auto": {},
     "default": {"profile": None},
@@ -24,7 +24,7 @@ NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
 def build_settings(
     ratios: Iterable[float], selectors: Iterable[str] = ("snapkv",), strategies: Iterable[str] = ("auto",)
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Build all combinations, and say which one with uniform budgets each is compared with.
+    """Build all combinations, and name the uniform setting that each is compared with.
 
     Parameters
     ----------
@@ -33,21 +33,23 @@ def build_settings(
     selectors : iterable of str
         Token selection methods.
     strategies : iterable of str
-        Budget strategies; ``"auto"`` is what :class:`~rankkv.RankKVCache` does by itself, ``"default"`` the same
-        without calibration; ``"layers"`` and ``"layers-profile"`` leave the heads of a layer equal, without
-        calibration and with.
+        Budget strategies.  ``"auto"`` is the default of :class:`~rankkv.RankKVCache`, ``"default"`` the same
+        without a profile.  ``"layers"`` (without a profile) and ``"layers-profile"`` (with one) give all heads of
+        a layer the same budget.
 
     Returns
     -------
     settings : dict
-        ``"selector|strategy|ratio"`` to options of :class:`~rankkv.RankKVCache`.
+        Maps ``"selector|strategy|ratio"`` to options of :class:`~rankkv.RankKVCache`.
     uniform_of : dict
-        Each setting's name to that of uniform budgets with the same selector and ratio.
+        Maps each setting's name to the setting with uniform budgets, the same selector and the same ratio.
 
     Raises
     ------
-    ConfigError, UnknownNameError
-        If a ratio lies outside its range, or a name is not registered.
+    ConfigError
+        If a ratio lies outside (0, 1].
+    UnknownNameError
+        If a name is not registered.
 
     Examples
     --------

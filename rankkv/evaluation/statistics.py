@@ -1,4 +1,4 @@
-"""Means with intervals over texts, paired where two methods saw the same ones."""
+"""Statistics over texts: means, ratios and iso-quality shares with bootstrap intervals, paired by text."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from numpy.typing import ArrayLike
 
 from ..errors import InputError
 
-#: Texts drawn anew for one interval.
+#: Bootstrap resamples of the texts for one interval.
 RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over texts with its bootstrap interval.
+    """Hold a mean over texts with its bootstrap interval.
 
     Attributes
     ----------
     mean, low, high : float
         The mean, and the bounds of the interval.
     samples : int
-        Texts behind it.
+        Number of texts.
     """
 
     mean: float
@@ -35,30 +35,30 @@ class Estimate:
         return f"{self:}"
 
     def __format__(self, spec: str) -> str:
-        """Format the three numbers; ``"+"`` gives them signs, for a difference."""
+        """Format mean and interval; ``"+"`` adds signs, for a difference."""
         if spec not in ("", "+"):
             return format(str(self), spec)
         return f"{self.mean:{spec}.3f} [{self.low:{spec}.3f}, {self.high:{spec}.3f}]"
 
 
 def compute_mean(values: ArrayLike, confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """Compute the mean of one number a text and its percentile bootstrap interval over the texts.
+    """Compute the mean of one number per text, with its percentile bootstrap interval.
 
-    Give the differences of two methods on the same texts for a paired interval.
+    For a paired interval, pass the differences of two methods on the same texts.
 
     Parameters
     ----------
     values : array_like
         ``[text]``.
     confidence : float, default 0.95
-        Of the interval.
+        Level of the interval.
     seed : int, default 0
-        Of the texts drawn.
+        Seed of the resamples.
 
     Returns
     -------
     Estimate
-        With a single text, the interval is the value itself.
+        With a single text, or equal values, the interval is the mean itself.
 
     Raises
     ------
@@ -92,6 +92,8 @@ def compute_ratio(
 ) -> Estimate:
     """Compute the ratio of two means over the same texts, with a paired bootstrap interval.
 
+    Resamples whose denominator's mean is not positive are left out of the interval.
+
     Raises
     ------
     InputError
@@ -104,17 +106,18 @@ def compute_ratio(
     """
     a, b = _check(numerator), _check(denominator)
     if len(a) != len(b):
-        raise InputError(f"a ratio of {len(a)} values to {len(b)}: give one value a text in both.")
+        raise InputError(
+            f"the ratio has {len(a)} numerators and {len(b)} denominators: give both for the same texts."
+        )
     if b.mean() <= 0.0:
         raise InputError(
-            f"the denominator's mean {b.mean():.3g} is not positive: there is nothing to relate to."
+            f"the denominator's mean {b.mean():.3g} is not positive: give values with a positive mean."
         )
     draws = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
     means = b[draws].mean(axis=1)
     ratios = a[draws].mean(axis=1)[means > 0.0] / means[means > 0.0]
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(ratios, [tail, 1.0 - tail])
-    return Estimate(float(a.mean() / b.mean()), float(low), float(high), len(a))
+    low, high = _compute_interval(ratios, confidence)
+    return Estimate(float(a.mean() / b.mean()), low, high, len(a))
 
 
 def compute_iso_quality_ratio(
@@ -123,19 +126,19 @@ def compute_iso_quality_ratio(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """Compute the share of the cache at which a method loses no more than a reference does.
+    """Compute the share of the cache at which a method loses as much as a reference.
 
-    Interpolates the mean excess linearly over the logarithm of the share kept, and returns the largest share below
-    which the method is worse; outside the measured shares it is the nearest measured one.
+    The mean excess loss is interpolated linearly over the logarithm of the share kept.  The result is the smallest
+    share from which on the method is no worse than the reference, within the range of the measured shares.
 
     Parameters
     ----------
     excess : mapping
-        Share kept to the method's excess loss, one number a text.
+        Maps each share kept to the method's excess loss, one number per text.
     reference : sequence of float
-        The reference's excess on the same texts, such as that of uniform budgets at 0.2.
+        Excess loss of the reference on the same texts, such as uniform budgets at 0.2.
     confidence, seed
-        Of the paired bootstrap interval over texts.
+        Level and seed of the paired bootstrap interval over texts.
 
     Raises
     ------
@@ -152,10 +155,11 @@ def compute_iso_quality_ratio(
     wanted = _check(reference)
     if len(shares) < 2 or curves.shape[1] != len(wanted):
         raise InputError(
-            f"{len(shares)} shares of {curves.shape[1:]} texts against {len(wanted)} texts: give at least two "
-            "shares, and the same texts everywhere."
+            f"{len(shares)} shares of {curves.shape[1:]} texts against {len(wanted)} texts: give at least two shares "
+            "and the same texts for all."
         )
 
+    # The smallest share from which on the curve stays at or below the target.
     def cross(curve: np.ndarray, target: float) -> float:
         worse = np.nonzero(curve > target)[0]
         if len(worse) == 0:
@@ -168,18 +172,25 @@ def compute_iso_quality_ratio(
 
     draws = np.random.default_rng(seed).integers(0, len(wanted), (RESAMPLES, len(wanted)))
     means, targets = curves[:, draws].mean(axis=-1), wanted[draws].mean(axis=-1)
-    found = [cross(means[:, i], targets[i]) for i in range(RESAMPLES)]
+    found = np.array([cross(means[:, i], targets[i]) for i in range(RESAMPLES)])
+    low, high = _compute_interval(found, confidence)
+    return Estimate(cross(curves.mean(axis=1), float(wanted.mean())), low, high, len(wanted))
+
+
+def _compute_interval(resampled: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Return the percentile interval of resampled statistics."""
     tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(found, [tail, 1.0 - tail])
-    return Estimate(cross(curves.mean(axis=1), float(wanted.mean())), float(low), float(high), len(wanted))
+    low, high = np.quantile(resampled, [tail, 1.0 - tail])
+    return float(low), float(high)
 
 
 def _check(values: ArrayLike) -> np.ndarray:
     numbers = np.asarray(values, dtype=np.float64).ravel()
     if len(numbers) == 0:
-        raise InputError("no values: there is no mean of nothing.")
+        raise InputError("there are no values to average: give one per text.")
     if not np.isfinite(numbers).all():
+        first = int(np.nonzero(~np.isfinite(numbers))[0][0])
         raise InputError(
-            f"value {int(np.nonzero(~np.isfinite(numbers))[0][0])} is not finite: {numbers.tolist()}"
+            f"value {first} is not finite: {numbers[first]}; give a finite number for each text."
         )
     return numbers

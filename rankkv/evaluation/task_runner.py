@@ -1,4 +1,4 @@
-"""Running a task's samples: one prefill for all settings, one row for each sample and setting."""
+"""Task runner: one prefill per sample for all settings, and one row per sample and setting."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from .perplexity import predict_tokens
 from .prefill_record import PrefillRecord, record_prefill
 from .tasks import Prompt, Sample
 
-#: Names of the two settings that every task runs: the whole cache, and the whole cache of a context without the answer.
+#: Settings that every task runs: the full cache, and the full cache of a context without the answers (the guess rate).
 FULL, BLANK = "full", "blank"
 
-#: Tokens a greedy output may have beyond the right answer.
+#: Tokens of a greedy output beyond the length of the right answer.
 EXTRA_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class _Outcome:
+    """Hold the result of one question after one cache; ``predicted`` are log-probabilities, ``[token, vocabulary]``."""
+
     score: float
     loss: float
     output: str
@@ -42,7 +44,9 @@ def evaluate_task(
     *,
     blank: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Score samples with the full cache and every setting; one prefill a sample, one more for its blank context.
+    """Score samples with the full cache and every setting.
+
+    Each sample takes one prefill, and a second one for its blank context.
 
     Parameters
     ----------
@@ -51,14 +55,14 @@ def evaluate_task(
     samples : iterable of Sample
         From :func:`~rankkv.evaluation.tasks.make_samples`.
     settings : mapping
-        Name of each setting, and its options of :class:`~rankkv.RankKVCache`.
+        Maps each setting's name to its options of :class:`~rankkv.RankKVCache`.
     blank : bool, default True
-        Whether to measure the guess rate.
+        If True, also measure the guess rate.
 
     Yields
     ------
     dict
-        As :func:`evaluate_sample`, and the blank context's row after each sample's.
+        The rows of :func:`evaluate_sample`, then the row of the blank context, for each sample.
 
     Raises
     ------
@@ -70,6 +74,7 @@ def evaluate_task(
     for sample in samples:
         record = record_prefill(model, torch.tensor(sample.context_ids)[None])
         yield from evaluate_sample(record, tokenizer, sample, settings)
+        # Free the record before the next prefill: two of them may not fit into memory.
         del record
         if blank and sample.blank_ids is not None:
             yield evaluate_blank(model, tokenizer, sample)
@@ -83,24 +88,28 @@ def evaluate_sample(
     Parameters
     ----------
     record : PrefillRecord
-        Of ``sample.context_ids``.
+        Prefill of ``sample.context_ids``.
     tokenizer
-        Of the model.
+        Tokenizer of the model.
     sample : Sample
-        Its questions are asked of a copy of each cache.
+        Each of its questions gets a copy of the cache.
     settings : mapping
-        Name of each setting, and its options of :class:`~rankkv.RankKVCache`.
+        Maps each setting's name to its options of :class:`~rankkv.RankKVCache`.
 
     Yields
     ------
     dict
-        The same columns for every task, ``"full"`` first: ``task``, ``sample``, ``index``, ``seed``, ``length``
-        (tokens), ``depth``, ``question_aware``, ``questions``, ``setting``, ``metric``, ``higher_is_better``,
-        ``score`` (of the task's metric, mean over questions), ``answer_loss`` (mean negative log-likelihood of the
-        right answer, nats a token), ``divergence`` (mean Kullback-Leibler divergence from the full cache's
-        predictions over the right answer, nats a token; null of a blank context), ``kept_tokens`` and
-        ``full_tokens`` (over all layers), ``cache_bytes`` and ``full_cache_bytes`` (of the context), ``output`` and
-        ``expected`` (text).
+        One row per setting, ``"full"`` first, with the same columns for every task:
+
+        - ``task``, ``sample``, ``index``, ``seed``, ``length`` (tokens), ``depth``, ``question_aware``,
+          ``questions``, ``setting``, ``metric``, ``higher_is_better``;
+        - ``score``: the task's metric, mean over questions;
+        - ``answer_loss``: mean negative log-likelihood of the right answer, nats per token;
+        - ``divergence``: mean Kullback-Leibler divergence from the full cache's predictions over the right answer,
+          nats per token; null for a blank context;
+        - ``kept_tokens`` and ``full_tokens``: tokens of the context, summed over layers;
+        - ``cache_bytes`` and ``full_cache_bytes``: bytes of the context;
+        - ``output`` and ``expected``: text.
 
     Raises
     ------
@@ -110,14 +119,15 @@ def evaluate_sample(
     taken = {FULL, BLANK} & set(settings)
     if taken:
         raise ConfigError(
-            f"a setting is named {sorted(taken)[0]!r}, which every task runs by itself: rename it."
+            f"the setting name {sorted(taken)[0]!r} is reserved for the reference of every task: rename the setting."
         )
-    whole = _measure(record.build_full_cache())
+    whole = _measure_size(record.build_full_cache())
     full = [_ask(record, tokenizer, prompt, record.build_full_cache()) for prompt in sample.prompts]
     yield _make_row(sample, FULL, full, full, whole, whole)
     for name, options in settings.items():
         cache = record.build_cache(**options)
-        size = _measure(cache)
+        size = _measure_size(cache)
+        # The last question may use up the cache itself.
         outcomes = [
             _ask(record, tokenizer, prompt, cache.copy() if number + 1 < len(sample.prompts) else cache)
             for number, prompt in enumerate(sample.prompts)
@@ -126,7 +136,7 @@ def evaluate_sample(
 
 
 def evaluate_blank(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]:
-    """Score a sample's questions after a context without the answers, whole: what is right of that is guessed.
+    """Score a sample's questions after the full cache of its blank context: the guess rate.
 
     Raises
     ------
@@ -134,15 +144,18 @@ def evaluate_blank(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]
         If the sample has no blank context.
     """
     if sample.blank_ids is None:
-        raise ConfigError(f"sample {sample.name} of {sample.task.name!r} has no blank context to guess from.")
+        raise ConfigError(
+            f"sample {sample.name} of {sample.task.name!r} has no blank context, so it has no guess rate: leave "
+            "evaluate_blank out."
+        )
     record = record_prefill(model, torch.tensor(sample.blank_ids)[None])
     outcomes = [_ask(record, tokenizer, prompt, record.build_full_cache()) for prompt in sample.prompts]
-    whole = _measure(record.build_full_cache())
+    whole = _measure_size(record.build_full_cache())
     return _make_row(sample, BLANK, outcomes, None, whole, whole)
 
 
-def _measure(cache: Any) -> tuple[int, int]:
-    """Return slots over all layers, and bytes."""
+def _measure_size(cache: Any) -> tuple[int, int]:
+    """Return a cache's tokens, summed over layers, and its bytes."""
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     if hasattr(cache, "kept_lengths"):
         return sum(cache.kept_lengths), cache.cache_bytes()
@@ -195,16 +208,17 @@ def _compute_divergence(full: _Outcome, other: _Outcome) -> float:
 
 
 def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _Outcome:
-    """Feed question and right answer for the likelihood; where that is not what greedy decoding says, decode."""
+    """Measure the likelihood of the right answer, and decode greedily if greedy decoding gives another one."""
     model = record.model
     follow = torch.tensor(prompt.question_ids + prompt.answer_ids, device=find_input_device(model))[None]
-    # With neither question nor continuation before it, the first token is predicted before any cache is read.
+    # Without a question the prefill predicts the first token of the answer. It is not scored: no cache is read for it.
     first = max(len(prompt.question_ids), 1)
     spare = copy.deepcopy(cache) if prompt.answers else None
     predicted, wanted = predict_tokens(model, cache, follow)[first - 1 : -1], follow[0, first:]
     loss = float(-predicted.gather(-1, wanted[:, None]).mean())
     if spare is None:
         return _Outcome(0.0, loss, "", predicted)
+    # If the right answer is the likeliest token at every step, greedy decoding gives it: no need to decode.
     said_right = bool((predicted.argmax(dim=-1) == wanted).all())
     if said_right and first == 1 and not prompt.question_ids:
         said_right = int(record.last_logits[0].argmax()) == prompt.answer_ids[0]
@@ -214,13 +228,13 @@ def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _
 
 
 def _decode(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> list[int]:
-    """Return the greedy output of the ordinary ``generate()`` after context and question."""
+    """Return the ids that ``generate()`` gives greedily after context and question."""
     model, budget = record.model, len(prompt.answer_ids) + EXTRA_TOKENS
     asked = torch.tensor(prompt.question_ids, dtype=torch.long, device=find_input_device(model))[None]
     given = torch.cat([record.input_ids, asked], dim=1)
     said: list[int] = []
     if asked.shape[1] == 0:
-        # The prefill has predicted this one; generate() needs a token that the cache has not seen.
+        # The prefill predicts the first token. Append it, because generate() needs a token that is not in the cache.
         first = record.last_logits.argmax(dim=-1)
         said = [int(first)]
         given = torch.cat([given, first[None].to(given.device)], dim=1)
@@ -240,9 +254,9 @@ def _decode(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -
 
 
 def compute_recall(output: str, answers: Sequence[str]) -> float:
-    """Compute the share of the answers that stand in an output as whole words, whatever their case.
+    """Compute the share of the answers that an output contains as whole words, ignoring case.
 
-    RULER's ``string_match_all``, but a number inside a longer number does not count.
+    As RULER's ``string_match_all``, except that a number inside a longer number does not count.
 
     Examples
     --------

@@ -42,7 +42,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("generate", "--prompt", "x", "--storage", "int4"), "unknown storage 'int4'"),
         (("generate", "--prompt", "x", "--head-budgets", "head"), "unknown head_budgets 'head'"),
         (("generate", "--prompt", "x", "--protect", "5-9"), "start:stop"),
-        (("generate", "--prompt", "x", "--device-map", "gpu"), "'gpu' names no device"),
+        (("generate", "--prompt", "x", "--device-map", "gpu"), "'gpu' is not a device"),
         (("generate", "--prompt", "x", "--dtype", "float23"), "did you mean 'float32'"),
         (("generate", "--prompt", "x", "--model", "./nowhere"), "no model at './nowhere'"),
         (("analyze", "--prompt", "x", "--aggregation", "means"), "did you mean 'mean'"),

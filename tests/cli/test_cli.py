@@ -245,7 +245,7 @@ def test_stream_never_splits_a_character(embedded):
         (["generate", "--prompt", "a", "--compression-ratio", "1.5"], "outside (0, 1]"),
         (["generate", "--prompt", "a", "--compression-ratio", "nan"], "outside (0, 1]"),
         (["generate", "--prompt", "a", "--selector", "snapvk"], "did you mean 'snapkv'?"),
-        (["generate", "--prompt", "a", "--selector-option", "pooling"], "not of the form name=value"),
+        (["generate", "--prompt", "a", "--selector-option", "pooling"], "must be of the form name=value"),
         (["generate", "--prompt", "a", "--selector-option", "colour=red"], "has no option 'colour'"),
         (["generate", "--prompt", "a", "--strategy", "unifrom"], "did you mean 'uniform'?"),
         (

@@ -115,9 +115,9 @@ def test_a_task_of_the_harness_stands_beside_own_ones(options, tmp_path, python_
             ["--tasks", "neddle"], "unknown task 'neddle'; did you mean 'needle'", marks=pytest.mark.slow
         ),
         (["--tasks", "hellaswag", "--include-path", "nowhere"], "'nowhere' is not a folder"),
-        (["--tasks", ","], "--tasks ',' names nothing"),
+        (["--tasks", ","], "--tasks ',' is an empty list"),
         (["--ratios", "2"], "compression_ratio=2.0 is outside"),
-        (["--ratios", "half"], "'half' is not a number"),
+        (["--ratios", "half"], "'half' must be a number"),
         (["--samples", "0"], "--samples is 0"),
         (["--task-option", "hops=2"], "no task has the option 'hops'"),
         (["--selectors", "snapvk"], "unknown selector 'snapvk'"),

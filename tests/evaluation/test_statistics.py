@@ -72,7 +72,7 @@ def test_iso_quality_stays_within_what_was_measured():
 
 
 def test_refusals():
-    with pytest.raises(InputError, match="no values"):
+    with pytest.raises(InputError, match="no values to average"):
         compute_mean([])
     with pytest.raises(InputError, match="value 1 is not finite"):
         compute_mean([1.0, float("nan")])

@@ -138,7 +138,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(config_file, whole, tmp_pat
 
     done = run([*command, "--json"])
     assert json.loads(done.stdout)["measured"] == 7 - len(first)
-    assert f"{len(first)} are there" in done.stderr
+    assert f"{len(first)} are done" in done.stderr
     assert strip(read_rows([tmp_path / "rows.parquet"])) == strip(whole[1])
     assert {
         path.name: path.stat().st_mtime_ns for path in parts.glob("*.parquet") if path.name in first
@@ -162,7 +162,7 @@ def test_shares_make_the_whole(record, whole, tmp_path):
 def test_the_plan_measures_nothing(config_file, tmp_path):
     result = CliRunner().invoke(app, ["sweep", str(config_file), "--output-dir", str(tmp_path), "--plan"])
     assert result.exit_code == 0
-    assert "7 of 7 samples to measure, 0 are there; about" in result.stderr
+    assert "7 of 7 samples to measure, 0 are done; about" in result.stderr
     assert list((tmp_path / "parts").iterdir()) == []
 
 
@@ -174,11 +174,11 @@ def test_another_sweep_in_the_same_folder_is_refused(record, whole):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--share", "3/2"], "--share is '3/2' but must be of the form 2/4"),
-        (["--jobs", "2"], "--jobs and --submitit-option are for --submitit"),
+        (["--share", "3/2"], "--share is '3/2' but must be number/count, such as 2/4"),
+        (["--jobs", "2"], "--jobs and --submitit-option need --submitit"),
         (["--submitit", "slrum"], "unknown cluster 'slrum'; did you mean 'slurm'"),
         (["--submitit", "local", "--jobs", "0"], "jobs is 0 but must be at least 1"),
-        (["--submitit", "local", "--submitit-option", "colour=1"], "submitit does not take these jobs"),
+        (["--submitit", "local", "--submitit-option", "colour=1"], "submitit refuses these jobs"),
     ],
 )
 def test_bad_options_end_in_one_sentence(config_file, tmp_path, arguments, message):

@@ -232,7 +232,7 @@ def test_a_task_of_ones_own(tokenizer, haystack):
     ("name", "options", "words"),
     [
         ("needle", {"depths": (1.5,)}, r"depths \[1.5\]"),
-        ("needle", {"keys": 2}, "depths are for one needle"),
+        ("needle", {"keys": 2}, "depths need keys=1 and values=1"),
         ("niah_single", {"digits": 1}, "digits=1"),
         ("niah_multikey", {"queries": 9}, "queries=9 must be at most keys=4"),
         ("niah_multikey", {"keys": 0}, "keys=0"),

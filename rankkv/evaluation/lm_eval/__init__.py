@@ -1,1 +1,1 @@
-"""lm-evaluation-harness: a registered model whose requests run on a compressed cache, and its rows."""
+"""lm-evaluation-harness: a model for its registry that compresses the cache of every request, and rows of results."""

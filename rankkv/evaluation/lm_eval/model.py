@@ -1,6 +1,6 @@
-"""Benchmarks of lm-evaluation-harness on a compressed cache: the model ``rankkv`` of its registry.
+"""Model ``rankkv`` of lm-evaluation-harness, which compresses the KV cache of every request.
 
-Importing this module registers the model; it needs the package ``lm-eval``.
+An import of this module registers the model.  It needs the package ``lm-eval``.
 """
 
 from __future__ import annotations
@@ -33,34 +33,33 @@ _OPTIONS = frozenset(item.name for item in fields(RankKVConfig))
 
 @register_model("rankkv")
 class RankKVLM(HFLM):
-    r"""The harness' Hugging Face model with a compressed KV cache in every request.
+    r"""Run the harness' Hugging Face model with a compressed KV cache in every request.
 
-    **Log-likelihood**: the prompt is prefilled, its cache compressed, then the continuation scored from that cache, one
-    request after the other; requests that share a prompt share its prefill.  The prompt's last token is held back and
-    fed after the compression, so every scored token, that of a one-letter answer too, is predicted from the compressed
-    cache.
+    **Log-likelihood**: prefill the prompt, compress its cache, and score the continuation from that cache, one request
+    after the other.  Requests with the same prompt share its prefill.  The prompt's last token is fed after the
+    compression.  Every scored token is then predicted from the compressed cache, even a one-letter answer.
 
-    **Rolling log-likelihood**: the harness' own windows, each scored in blocks of ``rolling_block`` tokens, or of half
-    of the window, if that is less; what stands before a block in its window is prefilled and compressed for it.  The
-    first block of a window has nothing before it and is scored whole.
+    **Rolling log-likelihood**: score each of the harness' windows in blocks of ``rolling_block`` tokens, or of half of
+    the window if that is less.  The tokens before a block in its window are prefilled and compressed for it.  The
+    first block of a window has no tokens before it and is scored without a cache.
 
     **Generation**: ``generate()`` with the compressed cache.
 
-    Question-aware (the default), the whole prompt is compressed, and the question stands in the observation window.
-    Question-agnostic, the context alone is compressed, and the rest of the prompt is fed after that.  The context ends
-    where the last occurrence of the document's field ``context_field`` in the prompt ends, or, without such a field,
-    where the last ``question_separator`` stands (it belongs to the question).
+    If ``question_aware`` (the default), the whole prompt is compressed, and the question stands in the observation
+    window.  Otherwise only the context is compressed, and the rest of the prompt is fed after that.  The context ends
+    with the last occurrence of the document's field ``context_field``.  Without such a field it ends before the last
+    ``question_separator``, which belongs to the question.
 
-    With ``compression_ratio=1.0`` the numbers are those of the harness' own ``hf``.
+    With ``compression_ratio=1.0`` the results equal those of the harness' own ``hf``.
 
     Parameters
     ----------
     pretrained : str or PreTrainedModel, default "embedded"
         Hub id, local folder, a model, or ``"embedded"``.
     question_aware : bool, default True
-        Whether the question is compressed with the context.
+        If True, compress the question with the context.
     question_separator : str, default "\n"
-        Where the question begins if not ``question_aware``; ``\n`` in it stands for the end of a line.
+        Beginning of the question if not ``question_aware``; the two characters ``\n`` stand for a newline.
     context_field : str, optional
         Field of a task's documents that holds the context, such as ``"context"`` in LongBench.
     rolling_block : int, default 512
@@ -70,17 +69,19 @@ class RankKVLM(HFLM):
 
     Raises
     ------
-    ConfigError, UnknownNameError
-        If an option lies outside its range or is not registered.
+    ConfigError
+        If an option lies outside its range.
+    UnknownNameError
+        If a name is not registered.
     InputError
-        While it runs: if a prompt cannot be split into context and question.
+        During a run, if a prompt cannot be split into context and question.
     UnsupportedModelError
-        If it is no causal language model, or its attention cannot be observed.
+        If the model is not a causal language model, or its attention cannot be observed.
 
     Attributes
     ----------
     config_of_cache : RankKVConfig
-        The options of every cache.
+        Options of every cache.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class RankKVLM(HFLM):
         rolling_block: int = 512,
         **options: Any,
     ) -> None:
-        own = {name: _read(options.pop(name)) for name in _OPTIONS & set(options)}
+        own = {name: _parse_none(options.pop(name)) for name in _OPTIONS & set(options)}
         self.config_of_cache = RankKVConfig(**own)
         BudgetPlan.check(self.config_of_cache)
         get_selector(self.config_of_cache.selector)
@@ -111,26 +112,26 @@ class RankKVLM(HFLM):
         super().__init__(pretrained=pretrained, **options)
         if self.backend != "causal":
             raise UnsupportedModelError(
-                "RankKV compresses the cache of causal language models; this one is seq2seq."
+                f"the model's backend is {self.backend!r} but must be causal: use a causal language model."
             )
 
-    # -- what the harness asks for --------------------------------------------------------------------
+    # -- requests of the harness ----------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score continuations of prompts; see the class for what is compressed."""
+        """Score continuations of prompts; the class describes what is compressed."""
         self._split.note(requests)
         answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         self._warn_if_whole()
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts; see the class for what is compressed."""
+        """Score whole texts; the class describes what is compressed."""
         answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         self._warn_if_whole()
         return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate from prompts; see the class for what is compressed."""
+        """Generate from prompts; the class describes what is compressed."""
         self._split.note(requests)
         answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._warn_if_whole()
@@ -149,19 +150,20 @@ class RankKVLM(HFLM):
         for number, (key, context, continuation) in enumerate(requests):
             whole = (context + continuation)[-(self.max_length + 1) :]
             if key is None:
-                # The harness' rolling windows come without strings.
+                # Rolling windows have no strings as their key.
                 answers[number] = self._score_blocks(whole, len(whole) - len(continuation))
                 bar.update()
                 continue
             held = self._split.count(key[0], context, self.tok_encode) - (
                 len(context) + len(continuation) - len(whole)
             )
-            # One token at least is fed after the compression, so that the cache is read for all that is scored.
+            # Feed at least one token after the compression, so that every scored token is predicted from the cache.
             held = max(0, min(held, len(whole) - len(continuation) - 1))
             shared.setdefault(tuple(whole[:held]), []).append((number, whole[held:], continuation))
         for compressed, waiting in shared.items():
             cache = self._compress(compressed)
             for place, (number, fed, continuation) in enumerate(waiting):
+                # Scoring appends to the cache: only the last request may use the cache itself.
                 own = cache if cache is None or place == len(waiting) - 1 else cache.copy()
                 answers[number] = self._score(fed, len(continuation), own)
                 if requests[number][0] is not None:
@@ -171,20 +173,20 @@ class RankKVLM(HFLM):
         return answers
 
     def _score_blocks(self, whole: Sequence[int], start: int) -> tuple[float, bool]:
-        """Score ``whole[start:]`` in blocks, each from the compressed cache of what stands before it."""
+        """Score ``whole[start:]`` in blocks, each from the compressed cache of the tokens before it."""
         total, greedy = 0.0, True
-        # At least two blocks: a single one would never read a compressed cache.
+        # At least two blocks: a single block would never read a compressed cache.
         block = min(self._block, max(1, -(-(len(whole) - start) // 2)))
         for begin in range(start, len(whole), block):
             end = min(begin + block, len(whole))
-            # As above, the last token before the block is fed with it.
+            # The last token before the block is fed with it, as in `_loglikelihood_tokens`.
             cache = self._compress(whole[: begin - 1])
             loss, right = self._score(whole[max(begin - 1, 0) : end], end - begin, cache)
             total, greedy = total + loss, greedy and right
         return total, greedy
 
     def _compress(self, ids: Sequence[int]) -> RankKVCache | None:
-        """Prefill ids and return their compressed cache; None of no ids."""
+        """Prefill ids and return their compressed cache; None if there are no ids."""
         if len(ids) == 0:
             return None
         cache = RankKVCache(self.model, config=self.config_of_cache)
@@ -195,7 +197,7 @@ class RankKVLM(HFLM):
         return cache
 
     def _score(self, fed: Sequence[int], scored: int, cache: RankKVCache | None) -> tuple[float, bool]:
-        """Return the log-likelihood of the last ``scored`` ids fed, and whether greedy decoding says them."""
+        """Return the log-likelihood of the last ``scored`` ids, and True if greedy decoding gives them."""
         ids = torch.tensor(fed, device=self.device)[None]
         options = {} if cache is None else {"use_cache": True, **cache_argument(cache)}
         with torch.no_grad(), self._autocast():
@@ -208,11 +210,12 @@ class RankKVLM(HFLM):
     # -- generation -----------------------------------------------------------------------------------
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Tokenize prompts, and remember whose rows they are."""
+        """Tokenize prompts, and remember them for `_model_generate`, which receives only ids."""
         self._prompts = list(strings)
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        """Generate after a batch of prompts, left-padded; the harness calls this."""
         mask = options.pop("attention_mask")
         if self._split.question_aware:
             cache = RankKVCache(self.model, config=self.config_of_cache)
@@ -234,10 +237,11 @@ class RankKVLM(HFLM):
     def _generate_after(
         self, ids: Tensor, prompt: str, new_tokens: int, stop: list[str], options: Mapping[str, Any]
     ) -> Tensor:
-        """Compress one prompt's context, feed its question, and return what is generated."""
+        """Compress one prompt's context, feed its question, and return the generated ids."""
         whole = self.tok_encode(prompt)
+        # The harness may have cut the beginning of the prompt, so the context is shorter by as much.
         held = self._split.count(prompt, whole, self.tok_encode) - (len(whole) - len(ids))
-        # The question's last token at least is fed after the compression.
+        # Feed at least the last token of the question after the compression.
         cache = self._compress(ids[: max(0, min(held, len(ids) - 1))].tolist())
         given = {} if cache is None else cache_argument(cache)
         output = super()._model_generate(
@@ -250,7 +254,7 @@ class RankKVLM(HFLM):
         )
         return output[0, len(ids) :]
 
-    # -- what it was ----------------------------------------------------------------------------------
+    # -- cache sizes and facts ------------------------------------------------------------------------
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
@@ -268,22 +272,23 @@ class RankKVLM(HFLM):
 
     @property
     def mean_bytes(self) -> tuple[float | None, float | None]:
-        """Mean bytes of the caches so far, compressed and whole; of a generation, with what was generated."""
+        """Mean bytes of the caches so far, compressed and full; generated tokens count too."""
         many = self._caches
         return (self._kept_bytes / many, self._full_bytes / many) if many else (None, None)
 
     def _warn_if_whole(self) -> None:
-        asked = self.config_of_cache
+        """Warn if compression is on but evicted nothing."""
+        config = self.config_of_cache
         if self._kept_bytes == self._full_bytes and (
-            asked.compression_ratio < 1.0 or asked.budget is not None
+            config.compression_ratio < 1.0 or config.budget is not None
         ):
             _LOGGER.warning(
-                "Nothing was evicted from any cache: every prompt, or every context, is shorter than what all layers "
-                "keep, so these numbers are those of the full cache."
+                "Nothing was evicted, because every prompt (or context) is shorter than the budget of all layers: "
+                "these results are those of the full cache; use longer prompts or a lower budget."
             )
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the harness' facts of the model, the options of the cache, and the share of it that was kept."""
+        """Return the harness' facts about the model, the options of the cache, and the share kept."""
         return {
             **super().get_model_info(),
             "rankkv": {
@@ -295,6 +300,6 @@ class RankKVLM(HFLM):
         }
 
 
-def _read(value: Any) -> Any:
-    """Return an option as the command line cannot give it: nothing written as None."""
+def _parse_none(value: Any) -> Any:
+    """Return None for the strings "None", "none" and "null": a command line cannot pass None itself."""
     return None if value in ("None", "none", "null") else value

@@ -1,4 +1,4 @@
-"""Split a benchmark's prompt into its context and its question."""
+"""Splitter of a benchmark's prompt into context and question."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ...errors import ConfigError, InputError
 
 
 class PromptSplit:
-    """Tells context from question in the prompts of lm-evaluation-harness.
+    """Find the end of the context in the prompts of lm-evaluation-harness.
 
     Parameters
     ----------
     question_aware : bool
-        Whether there is nothing to split: the whole prompt is compressed.
+        If True, nothing is split: the whole prompt is compressed.
     separator : str
-        The question begins with the last one in the prompt.
+        The question begins with the last separator of the prompt.
     context_field : str, optional
-        Field of the task's documents; the context ends where its text does.
+        Field of the task's documents.  If given, the context ends with the text of that field instead.
 
     Raises
     ------
@@ -30,7 +30,7 @@ class PromptSplit:
         if not isinstance(question_aware, bool):
             raise ConfigError(f"question_aware={question_aware!r} must be True or False.")
         self.question_aware = question_aware
-        # A command line cannot give the end of a line itself.
+        # A shell cannot easily pass a newline, so "\n" may be given as two characters.
         self._separator = str(separator).replace("\\n", "\n")
         self._field = context_field
         self._ends: dict[str, int] = {}
@@ -44,12 +44,12 @@ class PromptSplit:
         }
 
     def note(self, requests: Iterable[Any]) -> None:
-        """Find where the context of each request's prompt ends.
+        """Find and remember the end of the context in each request's prompt.
 
         Raises
         ------
         InputError
-            If a prompt has no separator, or does not contain its document's field.
+            If a prompt has no separator, or does not contain the text of ``context_field``.
         """
         if not self.question_aware:
             self._ends = {
@@ -57,36 +57,37 @@ class PromptSplit:
             }
 
     def _find_end(self, prompt: str, document: Any) -> int:
-        """Return how many characters of a prompt are its context."""
+        """Return the number of characters of a prompt's context."""
         if self._field is not None and isinstance(document, Mapping):
             context = document.get(self._field)
             if not isinstance(context, str):
                 raise InputError(
-                    f"the task's documents have no text under {self._field!r} (they have "
+                    f"the task's documents have no text under {self._field!r} (their fields: "
                     f"{', '.join(map(str, document))}): name another context_field."
                 )
-            # A task's template may strip what stands in the document.
+            # A task's template may strip the field's text.
             for text in (context, context.strip()):
                 start = prompt.rfind(text)
                 if text and start >= 0:
                     return start + len(text)
             raise InputError(
                 f"the prompt does not contain the text of the field {self._field!r}: name another context_field, or "
-                "leave it out and give question_separator."
+                "give question_separator instead."
             )
         end = prompt.rstrip().rfind(self._separator)
         if end < 1:
             raise InputError(
-                f"a prompt has no {self._separator!r} to tell the question from the context: give question_separator "
-                f"or context_field, or question_aware=True. It begins: {prompt[:80]!r}"
+                f"a prompt contains no question_separator {self._separator!r} (it begins with {prompt[:80]!r}): give "
+                "another question_separator, context_field, or question_aware=True."
             )
         return end
 
     def count(self, prompt: str, ids: Sequence[int], encode: Callable[[str], list[int]]) -> int:
-        """Return how many of a noted prompt's ids are its context; all of them if the question is compressed too."""
+        """Return the number of context tokens of a noted prompt; all of its ids if question-aware."""
         if self.question_aware:
             return len(ids)
         context = encode(prompt[: self._ends[prompt]])
-        # Cut inside a word, the context's last token may differ from the prompt's there: then it is the question's.
+        # The last token of the context alone may differ from the prompt's, if one token spans context and question.
+        # Such a token belongs to the question.
         pairs = enumerate(zip(context, ids, strict=False))
         return next((at for at, (a, b) in pairs if a != b), min(len(context), len(ids)))

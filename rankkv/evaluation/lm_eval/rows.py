@@ -20,12 +20,15 @@ from ...errors import (
 from ..task_runner import BLANK, FULL
 from .model import RankKVLM
 
-#: Packages that are called otherwise than their modules.
+#: Modules whose package has another name.
 _PACKAGES = {"sklearn": "scikit-learn", "bs4": "beautifulsoup4"}
 
 
 def build_task_manager(names: Sequence[str], include_path: str | None = None) -> TaskManager:
-    """Return the harness' task manager; its own tasks, which take long to list, only if the folder has not all."""
+    """Build the harness' task manager, without its own tasks if the folder has all names.
+
+    The harness takes long to list its own tasks.
+    """
     if include_path is not None:
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if all(manager.match_tasks([name]) for name in names):
@@ -35,7 +38,7 @@ def build_task_manager(names: Sequence[str], include_path: str | None = None) ->
 
 @contextmanager
 def shorten_harness_errors(task: str) -> Iterator[None]:
-    """Turn what the harness raises for a missing package or an unreachable data set into one sentence.
+    """Turn the harness' errors about a missing package or data set into errors of one sentence.
 
     Raises
     ------
@@ -55,11 +58,12 @@ def shorten_harness_errors(task: str) -> Iterator[None]:
             f"{task} needs a package that is not installed{remedy} ({_first_line(error)})."
         ) from error
     except (OSError, ValueError) as error:
+        # The data set library says "Couldn't reach" or "Couldn't find". Any other ValueError is a bug: let it through.
         if isinstance(error, ValueError) and "ouldn't" not in str(error):
             raise
         raise SourceUnavailableError(
-            f"the data of {task} cannot be loaded ({_first_line(error)}): check the network and the set's name, or "
-            "give tasks of your own with --include-path."
+            f"the data set of {task} cannot be loaded ({_first_line(error)}): check the network and its name, or "
+            "give your own tasks with --include-path."
         ) from error
 
 
@@ -87,30 +91,30 @@ def evaluate_harness_task(
     name : str
         Task, group or tag of the harness.
     settings : mapping
-        Name of each setting, and its options of :class:`~rankkv.RankKVConfig`.
+        Maps each setting's name to its options of :class:`~rankkv.RankKVConfig`.
     manager : TaskManager
         From :func:`build_task_manager`.
     count : int, optional
-        Documents of each task; None means all.
+        Documents per task; None means all.
     seed : int, default 0
-        Of the harness' few-shot examples.
+        Seed of the harness' few-shot examples.
     **model_options
         More options of :class:`RankKVLM`, such as ``question_aware``.
 
     Yields
     ------
     dict
-        The columns of :func:`~rankkv.evaluation.evaluate_sample`; what the harness does not say is null.  ``score`` is
-        the task's first metric; of a metric that sums over units (perplexities) the mean loss, nats a unit.
-        ``cache_bytes`` is the mean over all requests.  Multiple-choice tasks have rows ``"blank"``: one in the number
-        of choices.
+        The columns of :func:`~rankkv.evaluation.evaluate_sample`; null if the harness does not report a value.
+        ``score`` is the task's first metric.  For a metric that sums over units (perplexities) it is the mean loss,
+        nats per unit.  ``cache_bytes`` is the mean over all requests.  Multiple-choice tasks also have rows
+        ``"blank"``, whose score is 1 / number of choices.
 
     Raises
     ------
     UnknownNameError
         If the harness has no such task.
     InputError
-        If it gives no sample with a metric.
+        If a sample has no metric.
     """
     if not manager.match_tasks([name]):
         raise UnknownNameError.of("task", name, manager.all_tasks)
@@ -138,15 +142,19 @@ def evaluate_harness_task(
 def _list_rows(
     results: Mapping[str, Any], setting: str, seed: int, wrapped: HFLM
 ) -> Iterator[dict[str, Any]]:
+    """Yield a row for each document of each task in the harness' results."""
+    # The harness' own model counts no bytes.
     kept = getattr(wrapped, "mean_bytes", (None, None))
     for task, samples in results["samples"].items():
         choices = results["configs"][task]["output_type"] == "multiple_choice"
-        # Several filters of the same outputs are several entries of a document: the first one counts.
+        # With several output filters a document has several entries: take the first.
         first = {sample["doc_id"]: sample for sample in reversed(samples)}
         for document in sorted(first):
             sample = first[document]
             if not sample.get("metrics"):
-                raise InputError(f"task {task!r} of the harness has no metric of a single sample to compare.")
+                raise InputError(
+                    f"task {task!r} of the harness has no metric per sample: choose a task that has one."
+                )
             metric = sample["metrics"][0]
             score, metric, higher = _read_score(
                 sample[metric], metric, results["higher_is_better"][task].get(metric)
@@ -180,6 +188,8 @@ def _list_rows(
 
 
 def _read_score(value: Any, metric: str, higher: bool | None) -> tuple[float, str, bool]:
+    """Return a sample's score, the metric's name, and True if higher is better."""
+    # Perplexities come as (log-likelihood, number of units).
     if isinstance(value, Sequence) and len(value) == 2:
         return -float(value[0]) / float(value[1]), f"{metric} as nats", False
     return float(value), metric, higher is not False

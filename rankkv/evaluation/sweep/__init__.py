@@ -1,1 +1,1 @@
-"""Sweep: a YAML file of models, tasks and settings goes in, rows and a manifest in a results folder come out."""
+"""Sweeps: a YAML file of models, tasks and settings goes in, a results folder with rows and a manifest comes out."""

@@ -27,7 +27,7 @@ from .yaml_values import (
     take_list,
 )
 
-#: Names that stand for options of the cache; any other name is a budget strategy with its own defaults.
+#: Names that stand for options of the cache.  Any other name is a budget strategy with its default options.
 NAMED_ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
     **NAMED_STRATEGIES,
     "whole": {"strategy": "proportional", "scope": "full", "aggregation": "mean"},
@@ -40,7 +40,7 @@ _TASK_KEYS = ("task", "label", "lengths", "count", "text", "question_aware", "ch
 
 @dataclass(frozen=True)
 class SweepModel:
-    """A model: what :func:`rankkv.load_model` takes."""
+    """Hold the arguments of :func:`rankkv.load_model` for one model."""
 
     name: str
     dtype: str | None = None
@@ -49,7 +49,10 @@ class SweepModel:
 
 @dataclass(frozen=True)
 class SweepTask:
-    """A task with its lengths, number of samples and options; ``text`` is what :func:`rankkv.load_texts` takes."""
+    """Hold one task with its context lengths (tokens), samples per length and options.
+
+    ``text`` is the argument of :func:`rankkv.load_texts`.
+    """
 
     label: str
     task: str
@@ -63,7 +66,7 @@ class SweepTask:
 
 @dataclass(frozen=True)
 class SweepMethod:
-    """Name all options of a cache but the ratio: a selector, an allocation, and other options of the cache."""
+    """Hold all options of a cache but the ratio: a selector, an allocation, and further options."""
 
     name: str
     selector: str
@@ -79,18 +82,18 @@ class SweepMethod:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """All of a sweep: every model on every task with every method at every ratio, for every seed.
+    """Hold a whole sweep: every model on every task with every method at every ratio, for every seed.
 
     Attributes
     ----------
-    models, tasks, methods
-        What is crossed.
+    models, tasks, methods : tuple
+        Models, tasks and methods; all combinations run.
     ratios : tuple of float
         Fractions of the KV cache kept, in (0, 1].
     seeds : tuple of int
-        Each draws its own samples.
+        Seeds; each draws its own samples.
     blank : bool
-        Whether the guess rate is measured, which takes one more prefill a sample.
+        If True, also measure the guess rate, which takes one more prefill per sample.
     """
 
     models: tuple[SweepModel, ...]
@@ -102,44 +105,49 @@ class SweepConfig:
 
     @property
     def setting_count(self) -> int:
-        """Compressed caches that each sample is measured with."""
+        """Number of settings, which is the number of compressed caches per sample."""
         return len(self.methods) * len(self.ratios)
 
     def list_settings(self) -> dict[str, tuple[SweepMethod, float]]:
-        """Return every method at every ratio by a name of its own."""
+        """Return every method with every ratio, by the setting's name."""
         return {
             f"{method.name} @ {ratio:g}": (method, ratio)
             for method, ratio in product(self.methods, self.ratios)
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON types."""
+        """Return all fields as plain JSON types."""
         return asdict(self)
 
 
 def read_sweep_config(path: str | Path) -> SweepConfig:
-    """Read a sweep's YAML file.
+    """Read and check a sweep's YAML file.
 
-    Keys: ``models`` (names, or mappings of ``name``, ``dtype`` and ``device_map``), ``tasks`` (names, or mappings of
-    ``task``, and optionally ``label``, ``lengths``, ``count``, ``text``, ``question_aware``, ``chat`` and options of
-    the task), ``selectors`` and ``allocations``, which are crossed (names, or mappings of ``name`` and options),
-    ``methods`` (mappings of ``name``, ``selector``, ``allocation`` and options of the cache, for what is not crossed),
-    ``ratios``, ``seeds``, ``blank``.
+    ``tasks`` and ``ratios`` are required, and ``methods``, or ``selectors`` with ``allocations``.
+
+    - ``models``: names, or mappings of ``name``, ``dtype`` and ``device_map``; default ``embedded``.
+    - ``tasks``: names, or mappings of ``task`` and optionally ``label``, ``lengths``, ``count``, ``text``,
+      ``question_aware``, ``chat`` and options of the task.
+    - ``selectors`` and ``allocations``: names, or mappings of ``name`` and options; all pairs of both run.
+    - ``methods``: mappings of ``name``, ``selector``, ``allocation`` and options of the cache; they are not crossed.
+    - ``ratios``: fractions of the KV cache kept, in (0, 1].
+    - ``seeds``: integers of at least 0; default 0.
+    - ``blank``: true (the default) to measure the guess rate.
 
     Parameters
     ----------
     path : str or Path
-        The file.
+        The YAML file.
 
     Returns
     -------
     SweepConfig
-        Checked.
+        The checked sweep.
 
     Raises
     ------
     InputError
-        If the file cannot be read or is no YAML.
+        If the file cannot be read or is not YAML.
     ConfigError
         If a key is unknown, missing, doubled or has a value outside its range; the message names key and value.
     MissingDependencyError
@@ -149,12 +157,12 @@ def read_sweep_config(path: str | Path) -> SweepConfig:
     try:
         if path.stat().st_size > SWEEP_LIMIT:
             raise InputError(
-                f"{str(path)!r} has {path.stat().st_size:,} bytes, a sweep has at most {SWEEP_LIMIT:,}: is it the "
-                "right file?"
+                f"{str(path)!r} has {path.stat().st_size:,} bytes but must have at most {SWEEP_LIMIT:,}: give a sweep "
+                "file."
             )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the sweep {str(path)!r}: {error}.") from error
+        raise InputError(f"cannot read the sweep file {str(path)!r}: {error}; give a UTF-8 file.") from error
     try:
         return parse_sweep_config(load_yaml(text, str(path)))
     except ConfigError as error:
@@ -162,7 +170,7 @@ def read_sweep_config(path: str | Path) -> SweepConfig:
 
 
 def parse_sweep_config(record: Any) -> SweepConfig:
-    """Check what a sweep's YAML file holds; see :func:`read_sweep_config`.
+    """Check the content of a sweep's YAML file, described at :func:`read_sweep_config`.
 
     Raises
     ------
@@ -199,8 +207,8 @@ def parse_sweep_config(record: Any) -> SweepConfig:
     ):
         doubled = next((name for name in names if list(names).count(name) > 1), None)
         if doubled is not None:
-            remedy = {"tasks": ": give each a label of its own", "methods": ": give each a name of its own"}
-            raise ConfigError(f"{key} holds {doubled!r} twice{remedy.get(key, '')}.")
+            remedy = {"tasks": "give each a different label", "methods": "give each a different name"}
+            raise ConfigError(f"{key} holds {doubled!r} twice: {remedy.get(key, 'remove one')}.")
     for method, ratio in product(methods, ratios):
         _check_method(method, ratio)
     return config
@@ -218,7 +226,7 @@ def _parse_models(items: Sequence[Any]) -> list[SweepModel]:
         values = {key: check_string(value, f"{where}.{key}") for key, value in given.items()}
         if "name" not in values:
             raise ConfigError(
-                f"{where} is {shorten(item)} but has no name: give a hub id, a folder, a GGUF file or embedded."
+                f"{where} is {shorten(item)} without a name: give a hub id, a folder, a GGUF file or embedded."
             )
         models.append(SweepModel(**values))
     return models
@@ -255,7 +263,7 @@ def _parse_methods(given: Mapping[str, Any]) -> list[SweepMethod]:
     crossed = "selectors" in given or "allocations" in given
     if not crossed and "methods" not in given:
         raise ConfigError(
-            "there is no method: give selectors and allocations, which are crossed, or methods."
+            "the sweep has no method: give selectors and allocations, which are crossed, or methods."
         )
     methods = []
     if crossed:
@@ -266,17 +274,15 @@ def _parse_methods(given: Mapping[str, Any]) -> list[SweepMethod]:
             _parse_named(item, f"allocations[{i}]") for i, item in enumerate(take_list(given, "allocations"))
         ]
         for (selector, selector_options), (allocation, options) in product(selectors, allocations):
-            name, chosen = (
-                _name(selector, selector_options, allocation),
-                _resolve_allocation(allocation, options),
-            )
+            name = _name_method(selector, selector_options, allocation)
+            chosen = _resolve_allocation(allocation, options)
             methods.append(SweepMethod(name, selector, allocation, selector_options, chosen))
     for place, item in enumerate(take_list(given, "methods", [])):
         where = f"methods[{place}]"
         own = dict(check_mapping(item, where))
         selector, selector_options = _parse_named(own.pop("selector", "snapkv"), f"{where}.selector")
         allocation, options = _parse_named(own.pop("allocation", "auto"), f"{where}.allocation")
-        name = own.pop("name", _name(selector, selector_options, allocation))
+        name = own.pop("name", _name_method(selector, selector_options, allocation))
         name = check_string(name, f"{where}.name")
         chosen = {**_resolve_allocation(allocation, options), **own}
         methods.append(SweepMethod(name, selector, allocation, selector_options, chosen))
@@ -292,28 +298,31 @@ def _parse_named(item: Any, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _resolve_allocation(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    # With options of its own a name is free: what it stands for is in the options.
+    """Return the options of the cache that an allocation stands for."""
+    # If the options name a strategy, the allocation's name is only a label.
     if options and ("strategy" in options or name in NAMED_ALLOCATIONS):
         return {**NAMED_ALLOCATIONS.get(name, {}), **options}
     return {**NAMED_ALLOCATIONS.get(name, {"strategy": name}), **options}
 
 
-def _name(selector: str, options: Mapping[str, Any], allocation: str) -> str:
+def _name_method(selector: str, options: Mapping[str, Any], allocation: str) -> str:
+    """Return the default name of a method, such as ``snapkv(kernel_size=7) + uniform``."""
     listed = ", ".join(f"{key}={value}" for key, value in options.items())
     return f"{selector}({listed}) + {allocation}" if listed else f"{selector} + {allocation}"
 
 
 def _check_method(method: SweepMethod, ratio: float) -> None:
+    """Raise a ConfigError if a method cannot run at a ratio."""
     unknown = sorted(set(method.options) - _CACHE_OPTIONS)
     if unknown:
         raise ConfigError(
-            f"the method {method.name!r} has {unknown[0]}={shorten(method.options[unknown[0]])}, which is no option of "
-            f"a cache in a sweep; those are: {', '.join(sorted(_CACHE_OPTIONS))}."
+            f"the method {method.name!r} has the unknown option {unknown[0]}={shorten(method.options[unknown[0]])}; "
+            f"the options in a sweep are: {', '.join(sorted(_CACHE_OPTIONS))}."
         )
     where = f"the method {method.name!r} at ratio {ratio:g}"
     config = explain(where, lambda: RankKVConfig(**method.build_options(ratio)))
     explain(where, BudgetPlan.check, config)
     if config.prefill != "single":
         raise ConfigError(
-            f"{where} has prefill={config.prefill!r}: the prefill is shared, so it must be 'single'."
+            f"{where} has prefill={config.prefill!r} but must have 'single', because all settings share the prefill."
         )

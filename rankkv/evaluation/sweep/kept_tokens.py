@@ -12,32 +12,37 @@ from ...cache.kept_tokens import KeptTokens, analyze_kept_tokens, decode_each_to
 from ...rank.observed_layer import compute_head_ranks
 from ..prefill_record import PrefillRecord
 
-#: Stretches of the prompt, from its beginning to its end, by which it is told where a layer keeps tokens.
+#: Equal stretches of the prompt, at most, whose share of kept tokens is recorded for each layer.
 STRETCHES = 48
 
 
 def describe_kept_tokens(
     record: PrefillRecord, tokenizer: Any, settings: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Describe what every setting keeps of one recorded prompt; nothing of a model that has no layer to compress.
+    """Describe the tokens that every setting keeps of one recorded prompt.
+
+    A model without a compressible layer gives no row.
 
     Parameters
     ----------
     record : PrefillRecord
-        A single row.
+        Prefill of a single prompt.
     tokenizer
-        Of the model; tells the tokens' text.
+        Tokenizer of the model; it decodes each token's text.
     settings : mapping
-        Name of each setting, and its options of :class:`~rankkv.RankKVCache`.
+        Maps each setting's name to its options of :class:`~rankkv.RankKVCache`.
 
     Yields
     ------
     dict
-        ``setting``; ``pieces`` (text), ``token_layers`` and ``token_shares`` (layers with a head that keeps the token;
-        share of all heads that do), one entry a token; ``layer_indices``, ``measure`` (what the strategy measures),
-        ``layer_measures``, ``budgets`` (tokens), ``head_ranks`` (effective rank of each query head's evictable
-        attention), ``head_kept`` (tokens each kv head keeps) and ``stretch_shares`` (share kept of each of up to 48
-        stretches of the prompt), one entry a layer.
+        One row per setting:
+
+        - ``setting``: its name; ``measure``: name of the strategy's measure of a layer;
+        - one entry per token: ``pieces`` (text), ``token_layers`` (layers in which a head keeps the token) and
+          ``token_shares`` (share of all heads that keep it);
+        - one entry per layer: ``layer_indices``, ``layer_measures``, ``budgets`` (tokens), ``head_ranks`` (effective
+          rank of each query head's evictable attention), ``head_kept`` (tokens that each kv head keeps) and
+          ``stretch_shares`` (share kept of each of up to 48 equal stretches of the prompt).
     """
     texts = decode_each_token(tokenizer, record.input_ids[0].tolist())
     for name, options in settings.items():
@@ -63,7 +68,7 @@ def describe_kept_tokens(
 
 
 def _compute_stretch_shares(kept: KeptTokens) -> Tensor:
-    """Compute the share of each stretch of the prompt that a layer keeps, ``[layer, stretch]``."""
+    """Compute the share of each stretch of the prompt that each layer keeps, ``[layer, stretch]``."""
     stretches = min(STRETCHES, kept.tokens)
     stretch_of = torch.arange(kept.tokens) * stretches // kept.tokens
     sums = torch.zeros(len(kept.kv_heads), stretches).index_add_(1, stretch_of, kept.counts.float())

@@ -1,4 +1,4 @@
-"""Sweeps on a cluster: jobs of submitit, each of which is `rankkv sweep` for its share of the samples."""
+"""Sweeps on a cluster: submitit jobs that each run `rankkv sweep` on a share of the samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError, MissingDependencyError, UnknownNameError
 
-#: "local" starts processes of this machine, "debug" runs the jobs one by one in this process.
+#: "local" starts processes on this machine; "debug" runs the jobs one by one in this process.
 CLUSTERS = ("slurm", "local", "debug")
 
 
@@ -25,27 +25,27 @@ def submit_sweep(
     Parameters
     ----------
     config : str or Path
-        YAML file, where the jobs can read it.
+        YAML file, readable by the jobs.
     folder : str or Path
-        Where results go, a folder that all jobs share; what they print goes to ``jobs/`` in it.
+        Results folder, shared by all jobs; their output goes to ``jobs/`` in it.
     cluster : {"slurm", "local", "debug"}
-        An executor of submitit.
+        Executor of submitit.
     jobs : int, default 1
-        How many.
+        Number of jobs.
     options : mapping, optional
         Parameters of the executor, such as ``slurm_partition``, ``gpus_per_node`` or ``timeout_min``.
 
     Returns
     -------
     list of str
-        The jobs' ids.
+        Ids of the jobs.
 
     Raises
     ------
     ConfigError
-        If ``jobs`` is below 1, or the executor knows no such parameter or does not take its value.
+        If ``jobs`` is below 1, or the executor refuses a parameter or its value.
     UnknownNameError
-        If there is no such cluster.
+        If ``cluster`` is not one of the three.
     MissingDependencyError
         If submitit is not installed.
     """
@@ -56,15 +56,13 @@ def submit_sweep(
     try:
         import submitit
     except ImportError as error:
-        raise MissingDependencyError(
-            "jobs are submitted with submitit: pip install 'rankkv[cluster]'."
-        ) from error
+        raise MissingDependencyError("cluster jobs need submitit: pip install 'rankkv[cluster]'.") from error
     folder = Path(folder).absolute()
     try:
         executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
         executor.update_parameters(name="rankkv-sweep", **(options or {}))
     except (AssertionError, NameError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"submitit does not take these jobs for {cluster!r}: {error}") from error
+        raise ConfigError(f"submitit refuses these jobs for the cluster {cluster!r}: {error}") from error
     program = [
         sys.executable,
         "-m",
@@ -82,7 +80,7 @@ def submit_sweep(
             for number in range(1, jobs + 1)
         ]
     if cluster == "debug":
-        # A debug job runs when its result is asked for.
+        # A debug job runs only when its result is read.
         for job in submitted:
             job.result()
     return [str(job.job_id) for job in submitted]

@@ -25,21 +25,22 @@ from ..tasks import Haystack, Sample, get_task, make_samples
 from .config import SweepConfig, SweepModel, SweepTask
 from .kept_tokens import describe_kept_tokens
 
+#: Names in a results folder: all rows, and the kept-token maps.
 ROWS, PORTRAITS = "rows.parquet", "portraits"
-# Long enough that the forward's fixed costs do not hide the costs of a token.
+# Long enough that the forward's fixed cost does not hide the cost per token.
 _PROBE_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One sample of one task for one model: what one prefill is shared by, and what is written at once.
+    """Hold one sample of one task for one model: it takes one prefill and fills one file.
 
     Attributes
     ----------
     name : str
-        Of its file.
+        Name of the file, without its suffix.
     model, task, seed, sample
-        What is measured.
+        The sample, and where it comes from.
     maps_kept_tokens : bool
         True if the tokens that each setting keeps of this prompt are recorded too.
     """
@@ -58,12 +59,12 @@ class Sweep:
     Parameters
     ----------
     config : SweepConfig
-        What is run.
+        The sweep to run.
     folder : str or Path
-        Where results go: ``manifest.json``, ``parts/`` and ``portraits/`` while it runs, ``rows.parquet`` once all is
-        done.
+        Results folder.  A run writes ``manifest.json``, ``parts/`` and kept-token maps in ``portraits/``.
+        :meth:`finish` writes ``rows.parquet``.
     share : ProcessRank, optional
-        Which part of the samples this process runs; by default what the launcher's environment says.
+        Share of the samples that this process runs; the launcher's environment gives the default.
 
     Raises
     ------
@@ -84,12 +85,12 @@ class Sweep:
         self._names: dict[str, list[str]] = {}
 
     def load(self, model: SweepModel) -> ModelSweep:
-        """Load one of the models, make its samples, and find out which are not done.
+        """Load a model, make its samples, and find those that are not done.
 
         Raises
         ------
         RankKVError
-            If the model cannot be loaded, or the samples cannot be made of the text.
+            If the model cannot be loaded, or the samples cannot be made from the text.
         """
         device = find_own_device() or ("cuda" if torch.cuda.is_available() else None)
         loaded, tokenizer = load_model(model.name, model.dtype, model.device_map)
@@ -103,6 +104,7 @@ class Sweep:
         )
 
     def _list_units(self, model: SweepModel, tokenizer: Any) -> list[Unit]:
+        """List the units of a model, those of all processes, in a fixed order."""
         units = []
         haystacks = {name: Haystack(tokenizer, text) for name, text in self._texts.items()}
         prefix = f"m{self.config.models.index(model)}-{_slug(model.name)}"
@@ -136,32 +138,37 @@ class Sweep:
         return units
 
     def finish(self) -> Path | None:
-        """Join all rows if every sample of every model is done, whichever process did it; None if some are not.
+        """Write all rows to one file if every sample of every model is done, by any process.
+
+        Returns
+        -------
+        Path or None
+            The file of rows, or None if a sample is missing.
 
         Raises
         ------
         ConfigError
-            If a model was not loaded, so that its samples are not known.
+            If a model was not loaded, because its samples are not known then.
         """
         missing = [model.name for model in self.config.models if model.name not in self._names]
         if missing:
-            raise ConfigError(f"load {missing[0]!r} before finish(): its samples are not known yet.")
+            raise ConfigError(f"the samples of {missing[0]!r} are not known: call load() before finish().")
         if not all(self.store.is_done(name) for names in self._names.values() for name in names):
             return None
         return self.store.join(self.folder / ROWS)
 
 
 class ModelSweep:
-    """The samples of a sweep for one model that is loaded.
+    """Run the samples of a sweep on one loaded model.
 
     Attributes
     ----------
     model : PreTrainedModel
-        On its device.
+        The model, on its device.
     units : list of Unit
-        All of this model, of every process.
+        All units of this model, those of other processes included.
     waiting : list of Unit
-        Those of this process that are not done.
+        Units of this process that are not done.
     """
 
     def __init__(
@@ -175,39 +182,41 @@ class ModelSweep:
         }
 
     def estimate_seconds(self) -> list[float]:
-        """Estimate from a short probe how long each waiting unit takes, ``[unit]`` seconds."""
+        """Estimate the seconds of each waiting unit from a short probe."""
         if not self.waiting:
             return []
         prefill, build, step = self._probe(self.waiting[0].sample.context_ids[:_PROBE_TOKENS])
         return [self._estimate_unit(unit, prefill, build, step) for unit in self.waiting]
 
     def _estimate_unit(self, unit: Unit, prefill: float, build: float, step: float) -> float:
+        """Estimate the seconds of a unit from the three costs of :meth:`_probe`."""
         sample = unit.sample
-        asked = 0.0
+        asking = 0.0
         for prompt in sample.prompts:
             follow = len(prompt.question_ids) + len(prompt.answer_ids)
-            asked += max(step, follow * prefill)
+            asking += max(step, follow * prefill)
             if prompt.answers:
-                # As if every answer were wrong, and so decoded.
-                asked += step * (len(prompt.answer_ids) + EXTRA_TOKENS)
+                # Upper bound: as if every answer were wrong, and therefore decoded.
+                asking += step * (len(prompt.answer_ids) + EXTRA_TOKENS)
         length, caches = len(sample.context_ids), len(self._settings) + 1
         blank = self._sweep.config.blank and sample.blank_ids is not None
+        # The kept-token map builds each compressed cache a second time.
         mapping = build * length * len(self._settings) if unit.maps_kept_tokens else 0.0
-        return (1 + blank) * length * prefill + caches * (build * length + asked) + blank * asked + mapping
+        return (1 + blank) * length * prefill + caches * (build * length + asking) + blank * asking + mapping
 
     def _probe(self, token_ids: Sequence[int]) -> tuple[float, float, float]:
-        """Return seconds a prefilled token, a token of a cache that is built, and a forward of one token."""
+        """Return the seconds per prefilled token, per token of a built cache, and per decode step."""
         ids = torch.tensor(token_ids)[None]
-        record_prefill(self.model, ids)  # the first forward pays for what later ones find ready
+        record_prefill(self.model, ids)  # warm-up: the first forward is slower
         seconds, record = _time(lambda: record_prefill(self.model, ids))
-        # The first few stand for all: with many methods a probe of each would take longer than it tells.
+        # Build about four settings for all: with many methods a probe of each would take too long.
         tried = list(self._options.values())[:: max(1, len(self._options) // 4)]
         building = sum(_time(lambda options=options: record.build_cache(**options))[0] for options in tried)
         stepping, _ = _time(lambda: _forward(record, ids[:, :1]))
         return seconds / ids.shape[1], building / len(tried) / ids.shape[1], stepping
 
     def run(self) -> Iterator[Unit]:
-        """Measure the waiting units one by one, each written before it is yielded."""
+        """Measure the waiting units one by one; each is written before it is yielded."""
         for unit in self.waiting:
             started = time.perf_counter()
             rows = self._measure(unit)
@@ -216,22 +225,25 @@ class ModelSweep:
             yield unit
 
     def _measure(self, unit: Unit) -> list[dict[str, Any]]:
+        """Return the rows of a unit; write its kept-token map if it has one."""
         sample = unit.sample
         record = record_prefill(self.model, torch.tensor(sample.context_ids)[None])
         found = list(evaluate_sample(record, self._tokenizer, sample, self._options))
         if unit.maps_kept_tokens:
             kept_maps = describe_kept_tokens(record, self._tokenizer, self._options)
-            # Before the unit counts as done, so that a kill in between loses nothing.
+            # Write the map before the unit counts as done, so that a kill in between does not lose it.
             write_rows(
                 self._sweep.folder / PORTRAITS / f"{unit.name}.parquet",
-                [{**self._name(unit, row["setting"]), **row} for row in kept_maps],
+                [{**self._describe(unit, row["setting"]), **row} for row in kept_maps],
             )
+        # Free the record before the next prefill: two of them may not fit into memory.
         del record
         if self._sweep.config.blank and sample.blank_ids is not None:
             found.append(evaluate_blank(self.model, self._tokenizer, sample))
-        return [{**self._name(unit, row["setting"]), **row} for row in found]
+        return [{**self._describe(unit, row["setting"]), **row} for row in found]
 
-    def _name(self, unit: Unit, setting: str) -> dict[str, Any]:
+    def _describe(self, unit: Unit, setting: str) -> dict[str, Any]:
+        """Return the columns that say where a row comes from."""
         method, ratio = self._settings.get(setting, (None, 1.0))
         return {
             "model": unit.model.name,
@@ -244,6 +256,7 @@ class ModelSweep:
 
 
 def _forward(record: PrefillRecord, ids: torch.Tensor) -> None:
+    """Run one forward after the full cache of a record."""
     with torch.no_grad():
         record.model(
             input_ids=ids.to(find_input_device(record.model)),
@@ -253,7 +266,7 @@ def _forward(record: PrefillRecord, ids: torch.Tensor) -> None:
 
 
 def _time(call: Any) -> tuple[float, Any]:
-    """Return how long a call took, its kernels included, and what it returned."""
+    """Return the seconds that a call took, GPU work included, and its result."""
     started = time.perf_counter()
     value = call()
     if torch.cuda.is_available():
@@ -262,10 +275,16 @@ def _time(call: Any) -> tuple[float, Any]:
 
 
 def _slug(name: str) -> str:
-    """Return a short form of a name that is safe in a file's name; what it loses, the number before it tells."""
+    """Return a short form of a name that is safe in a file name.
+
+    Two names may give the same form; the number before it in a unit's name keeps them apart.
+    """
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[-40:] or "unnamed"
 
 
 def count_samples(config: SweepConfig) -> Mapping[str, int]:
-    """Return the samples of each task for one model; more where several questions are compressed one by one."""
+    """Return the number of contexts per task for one model.
+
+    A question-aware task with several questions per context has more samples than that.
+    """
     return {task.label: len(task.lengths) * task.count * len(config.seeds) for task in config.tasks}

@@ -1,4 +1,4 @@
-"""Values of a YAML file, checked so that every error says where the value stands and what it must be."""
+"""Checks of values from a YAML file; each error names the value, its place in the file and what it must be."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ _REASON = 300
 
 
 def load_yaml(text: str, path: str) -> Any:
-    """Return the value of a YAML text; merge keys ``<<`` are supported.
+    """Parse a YAML text; merge keys ``<<`` are supported.
 
     Parameters
     ----------
     text : str
         YAML of at most 1,048,576 characters and, with all aliases written out, 100,000 values.
     path : str
-        Path of the file, for errors.
+        Path of the file, for error messages.
 
     Raises
     ------
     InputError
-        If it is not YAML, is too large, or nested too deeply.
+        If the text is not YAML, is too large, or nested too deeply.
     ConfigError
-        If a key comes twice.
+        If a mapping has a key twice.
+    MissingDependencyError
+        If PyYAML is not installed.
     """
     try:
         import yaml
     except ImportError as error:
-        raise MissingDependencyError("a sweep is read with PyYAML: pip install 'rankkv[eval]'.") from error
+        raise MissingDependencyError("a sweep file needs PyYAML: pip install 'rankkv[eval]'.") from error
     if len(text) > _MOST_CHARACTERS:
         raise InputError(
-            f"{path} has {len(text):,} characters, a sweep has at most {_MOST_CHARACTERS:,}: is it the right file?"
+            f"{path} has {len(text):,} characters but must have at most {_MOST_CHARACTERS:,}: give a sweep file."
         )
     try:
         loader = yaml.SafeLoader(text)
@@ -56,11 +58,11 @@ def load_yaml(text: str, path: str) -> Any:
     # PyYAML raises ValueError, KeyError and others for values that do not fit their tag, such as a 13th month.
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:_REASON]
-        raise InputError(f"{path} is no YAML: {reason}.") from error
+        raise InputError(f"{path} is not valid YAML: {reason}.") from error
 
 
 def _check_nodes(root: Any, loader: Any, path: str) -> None:
-    """Check parsed YAML before it is built: no key twice, no value inside itself, not too many values."""
+    """Check parsed YAML before its values are built: no doubled key, no cycle, not too many values."""
     import yaml
 
     # Values below each node, aliases written out; None while the node is being counted.
@@ -94,7 +96,7 @@ def _check_nodes(root: Any, loader: Any, path: str) -> None:
 
 
 def _check_keys(node: Any, loader: Any) -> None:
-    """Raise ConfigError if a mapping has a key twice: YAML would keep the last one."""
+    """Raise a ConfigError if a mapping has a key twice; PyYAML would silently keep the last."""
     import yaml
 
     found = set()
@@ -104,13 +106,13 @@ def _check_keys(node: Any, loader: Any) -> None:
         value = "<<" if key.tag == _MERGE else loader.construct_object(key)
         if value in found:
             raise ConfigError(
-                f"line {node.start_mark.line + 1} begins a mapping that has {shorten(value)} twice."
+                f"the mapping at line {node.start_mark.line + 1} has {shorten(value)} twice: remove one."
             )
         found.add(value)
 
 
 def explain(where: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a call returns; an error of it says where in the file its cause stands."""
+    """Return the result of a call; an error it raises becomes a ConfigError that begins with ``where``."""
     try:
         return call(*arguments)
     except (RankKVError, TypeError) as error:
@@ -118,12 +120,12 @@ def explain(where: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def check_mapping(value: Any, where: str, known: Sequence[str] | None = None) -> Mapping[str, Any]:
-    """Return a mapping of names, of the known ones only where they are given.
+    """Return a mapping with strings as keys, only the known ones if ``known`` is given.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{where} is {shorten(value)} but must be a mapping of names to values.")
@@ -136,12 +138,12 @@ def check_mapping(value: Any, where: str, known: Sequence[str] | None = None) ->
 def take_list(
     given: Mapping[str, Any], key: str, default: list[Any] | None = None, where: str = ""
 ) -> list[Any]:
-    """Return the list under a key; it may be empty only if an empty one is the default.
+    """Return the list under a key, or the default; it may be empty only if the default is empty.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where`` and the key.
     """
     value = given.get(key, default)
     if value is None and key not in given:
@@ -152,12 +154,12 @@ def take_list(
 
 
 def check_string(value: Any, where: str) -> str:
-    """Return a text that is not empty.
+    """Return a string that is not blank.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{where} is {shorten(value)} but must be a text that is not empty.")
@@ -165,12 +167,12 @@ def check_string(value: Any, where: str) -> str:
 
 
 def check_integer(value: Any, where: str, least: int, most: int = 10**9) -> int:
-    """Return an integer between two bounds.
+    """Return an integer from ``least`` to ``most``.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{where} is {shorten(value)} but must be an integer of at least {least}.")
@@ -185,7 +187,7 @@ def check_ratio(value: Any, where: str) -> float:
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise ConfigError(
@@ -195,12 +197,12 @@ def check_ratio(value: Any, where: str) -> float:
 
 
 def check_bool(value: Any, where: str) -> bool:
-    """Return true or false.
+    """Return a boolean.
 
     Raises
     ------
     ConfigError
-        If it is anything else; the message says where.
+        If the value is anything else; the message begins with ``where``.
     """
     if not isinstance(value, bool):
         raise ConfigError(f"{where} is {shorten(value)} but must be true or false.")

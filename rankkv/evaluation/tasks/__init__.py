@@ -1,4 +1,4 @@
-"""Tasks that need no download: one function makes a task's samples, one registry line names it."""
+"""Registry of the evaluation tasks, which need no download: name to a function that makes samples."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _BUILT_IN = frozenset(TASKS)
 
 
 def get_task(name: str | Task) -> Task:
-    """Return a task by name, or the task given.
+    """Return the task of a name; a :class:`Task` is returned as it is.
 
     Raises
     ------
@@ -64,12 +64,12 @@ def get_task(name: str | Task) -> Task:
 
 
 def register_task(task: Task) -> Task:
-    """Add a task to the registry, so that its name works wherever a task is named.
+    """Add a task to the registry, so that its name works like a built-in one.
 
     Raises
     ------
     ConfigError
-        If it is no task, or its name is taken or no Python name.
+        If ``task`` is not a :class:`Task`, or its name is taken or not a Python name.
 
     Examples
     --------
@@ -80,18 +80,18 @@ def register_task(task: Task) -> Task:
     >>> unregister_task("nothing")
     """
     if not isinstance(task, Task):
-        raise ConfigError(f"{task!r} is no Task: build one around your function.")
+        raise ConfigError(f"{task!r} must be a Task: wrap your function in Task(name, make, metric, source).")
     add_entry(TASKS, "task", task.name, task)
     return task
 
 
 def unregister_task(name: str) -> None:
-    """Take a task out of the registry that :func:`register_task` put there.
+    """Remove a task that :func:`register_task` added.
 
     Raises
     ------
     UnknownNameError
-        If no task of that name was registered.
+        If no such task was added; built-in tasks cannot be removed.
     """
     remove_entry(TASKS, "task", name, _BUILT_IN)
 

@@ -1,4 +1,4 @@
-"""Parts of a task: questions, samples, and the haystack that contexts are cut from."""
+"""Parts of a task: its questions, its drafts of samples, and the text that contexts are cut from."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ...errors import InputError
 
 @dataclass(frozen=True)
 class Question:
-    """One thing asked of a context.
+    """Hold one question about a context, with its answers.
 
     Attributes
     ----------
     text : str
-        Follows the context.
+        The question, which follows the context.
     lead : str
-        Begins the answer, so that a model without a chat template completes it too.
+        Beginning of the answer, so that a model without a chat template can complete it.
     answers : tuple of str
-        What a right answer contains, in any order.
+        Strings that a right answer contains, in any order.
     said : str
-        The right answer as it would follow ``lead``, whose likelihood is measured.
+        The right answer as it follows ``lead``; its likelihood is measured.
     """
 
     text: str
@@ -35,20 +35,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Draft:
-    """Hold the parts of a sample before the prompt's frame is put around them: the result of a task's function.
+    """Hold the parts of one sample, without the chat template: a task's function returns it.
 
     Attributes
     ----------
     context : list of int
-        Token ids that are compressed.
+        Token ids to compress.
     questions : sequence of Question
-        Asked one by one; for a plain continuation there is none, and ``continuation`` is scored.
+        Asked one by one.  If there are none, ``continuation`` is scored instead.
     blank : list of int, optional
-        A context of the same kind without the answers: what is right of it is guessed.
+        Token ids of a similar context without the answers.  Right answers after it are guesses.
     continuation : list of int
         Token ids that follow the context.
     depth : float, optional
-        Where the fact stands, 0 for the beginning and 1 for the end.
+        Position of the hidden fact in [0, 1]: 0 is the beginning, 1 the end.
     """
 
     context: list[int]
@@ -60,21 +60,21 @@ class Draft:
 
 @dataclass(frozen=True)
 class Task:
-    """One task: a function that makes samples, how they are scored, and where the task comes from.
+    """Define a task: the function that makes its samples, their metric and its source.
 
     Parameters
     ----------
     name : str
         Key in :data:`rankkv.evaluation.tasks.TASKS`.
     make : callable
-        ``make(haystack, place, **options)`` returns a :class:`Draft`; all chance comes from ``place.draw``.
+        ``make(haystack, place, **options)`` returns a :class:`Draft`.  All random numbers come from ``place.draw``.
     metric : {"recall", "loss"}
-        ``"recall"``: share of the answers that the greedy output contains; ``"loss"``: mean negative log-likelihood
-        of what follows, nats a token.
+        ``"recall"``: share of the answers that the greedy output contains.  ``"loss"``: mean negative log-likelihood
+        of the continuation, nats per token.
     source : str
         Paper or definition.
     defaults : mapping
-        Options bound in the registry, which a caller may override.
+        Values of ``make``'s options for this task; a caller may override them.
     """
 
     name: str
@@ -91,12 +91,14 @@ class Task:
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Identify one sample: its number, its length and its own random seed.
+    """Identify one sample: its number, its length and its own random generator.
 
     Attributes
     ----------
-    index, count : int
-        The sample's number of how many of this length.
+    index : int
+        The sample's number among those of its length, from 0.
+    count : int
+        Samples of this length.
     length : int
         Tokens of the context.
     draw : random.Random
@@ -110,14 +112,14 @@ class SampleSpec:
 
 
 class Haystack:
-    """Tokens of any text, from which contexts of an exact length are cut.
+    """Tokenize a text once, and cut contexts of an exact length from it.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        Of the model that is measured.
+        Tokenizer of the measured model.
     text : str
-        Any text; what is hidden in it must not stand in it already.
+        Any text that does not contain the hidden facts already.
     """
 
     def __init__(self, tokenizer: Any, text: str) -> None:
@@ -127,7 +129,8 @@ class Haystack:
 
     @cached_property
     def sentence_ends(self) -> frozenset[int]:
-        """Ids of the tokens behind which a sentence or a line is over."""
+        """Ids of the tokens that end a sentence or a line."""
+        # Decode each distinct id once: a text repeats most of its tokens.
         distinct = sorted(set(self.ids))
         texts = self.tokenizer.batch_decode([[token] for token in distinct])
         return frozenset(
@@ -141,33 +144,33 @@ class Haystack:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def check_room(self, tokens: int) -> None:
-        """Raise an InputError if the text has fewer tokens than are wanted."""
+        """Raise an InputError if a context of that many tokens cannot be cut from the text."""
         if len(self.ids) < tokens or tokens < 1:
             raise InputError(
-                f"a context of {tokens} tokens is wanted, but the haystack has {len(self.ids)}: give a length of at "
-                "least 1 token, and a text that is longer."
+                f"a context of {tokens} tokens must have from 1 to {len(self.ids)} tokens, the length of the haystack: "
+                "give another length or a longer text."
             )
 
     def cut(self, tokens: int, place: SampleSpec) -> list[int]:
-        """Return so many tokens from a place of the text drawn by chance."""
+        """Return ``tokens`` consecutive ids from a random position of the text."""
         self.check_room(tokens)
         start = place.draw.randint(0, len(self.ids) - tokens)
         return self.ids[start : start + tokens]
 
     def hide(self, facts: Iterable[tuple[str, float]], place: SampleSpec) -> list[int]:
-        """Hide facts in a stretch of the text, in the order of their depths, at ends of sentences.
+        """Insert facts into a random stretch of the text, at ends of sentences near their depths.
 
         Parameters
         ----------
         facts : iterable of (str, float)
-            Each with its depth, 0 for the beginning and 1 for the end.
+            Each fact with its depth in [0, 1]: 0 is the beginning, 1 the end.
         place : SampleSpec
-            ``place.length`` tokens come out, whatever the facts' own length.
+            Gives the length of the result, facts included, and the random generator.
 
         Returns
         -------
         list of int
-            Token ids.
+            ``place.length`` token ids.
 
         Raises
         ------
@@ -178,8 +181,8 @@ class Haystack:
         room = place.length - sum(len(ids) for _, ids in encoded)
         if room < 1:
             raise InputError(
-                f"a context of {place.length} tokens has no room for facts of {place.length - room} and anything "
-                "around them: give a longer one."
+                f"a context of {place.length} tokens must be longer than its facts, which have {place.length - room}: "
+                "give a longer context."
             )
         hay = self.cut(room, place)
         spots = sorted(
@@ -193,7 +196,7 @@ class Haystack:
         return context + hay[before:]
 
     def _find_break(self, hay: Sequence[int], wanted: int) -> int:
-        """Return the end of a sentence within 24 tokens of the wanted position, or that position itself."""
+        """Return the nearest end of a sentence within 24 tokens, or the wanted position itself."""
         if 0 < wanted < len(hay):
             for spot in sorted(
                 range(max(1, wanted - 24), min(len(hay), wanted + 25)), key=lambda at: abs(at - wanted)

@@ -1,4 +1,4 @@
-"""Needles in a haystack: one fact or several, with facts of other names around them."""
+"""Needle tasks: access codes hidden in a long text, some of them asked for."""
 
 from __future__ import annotations
 
@@ -32,35 +32,40 @@ def make_needles(
 ) -> Draft:
     """Hide access codes in a text and ask for some of them.
 
-    ``keys`` places have ``values`` codes each; ``queries`` of the places are asked for.  Single needle: 1, 1, 1;
-    multi-key: many keys, one asked; multi-value: one key with many values; multi-query: all of many keys in one
-    question.  The blank context keeps the codes of the places that are not asked for.
+    ``keys`` rooms have ``values`` codes each, and ``queries`` of the rooms are asked about.
+
+    - single needle: 1 key, 1 value, 1 query;
+    - multi-key: many keys, 1 query;
+    - multi-value: 1 key with many values;
+    - multi-query: many keys, all in one question.
+
+    The blank context keeps the codes of the rooms that no question asks about.
 
     Parameters
     ----------
     haystack : Haystack
         Any text without access codes.
     place : SampleSpec
-        Which sample.
+        The sample to make.
     keys : int, default 1
-        Places with codes.
+        Rooms with codes.
     values : int, default 1
-        Codes of each place.
+        Codes of each room.
     queries : int, default 1
-        Places asked for, at most ``keys``.
+        Rooms that are asked about, at most ``keys``.
     together : bool, default True
-        Whether one question asks for all; otherwise each has its own, over the one compressed context.
+        If True, one question asks for all codes.  If False, each room has its own question to the same compressed
+        context.
     digits : int, default 5
-        Of a code.
+        Digits of a code.
     depths : sequence of float, optional
-        Where a single needle stands, taken in turn from sample to sample; without it all needles stand at depths
-        drawn by chance.
+        Depths in [0, 1] of a single needle, taken in turn from sample to sample.  By default all depths are random.
 
     Raises
     ------
     ConfigError
-        If a number is below 1, ``queries`` above ``keys``, ``digits`` below 2, a depth outside [0, 1], or depths are
-        given for several needles.
+        If a number is below 1, ``queries`` is above ``keys``, ``digits`` is below 2, a depth lies outside [0, 1], or
+        depths are given for several needles.
     InputError
         If the context is too short for the needles, or the text for the context.
 
@@ -78,11 +83,12 @@ def make_needles(
         at = [depths[place.index % len(depths)]]
     else:
         at = [draw.random() for _ in codes]
-    # Asked in the order in which the codes stand, so that the likeliest order of several is one that the text shows.
+    # Expect the codes in the order of the text: a model that copies them keeps that order.
     order = sorted(range(len(codes)), key=at.__getitem__)
     owners = [name for name in names for _ in range(values)]
     facts = [(NEEDLE.format(place=owners[number], code=codes[number]), at[number]) for number in order]
     asked = names[:queries]
+    # The same generator state cuts both contexts from about the same part of the text.
     state = draw.getstate()
     context = haystack.hide(facts, place)
     draw.setstate(state)
@@ -113,7 +119,7 @@ def _join(words: Sequence[str]) -> str:
 def _draw_places(count: int, draw: random.Random) -> list[str]:
     known = [f"the {colour} {room}" for colour in _COLOURS for room in _ROOMS]
     if count > len(known):
-        raise ConfigError(f"keys={count} must be at most {len(known)}, the names there are.")
+        raise ConfigError(f"keys={count} must be at most {len(known)}, the number of room names.")
     return draw.sample(known, count)
 
 
@@ -129,13 +135,17 @@ def _check(keys: int, values: int, queries: int, digits: int, depths: Sequence[f
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1.")
     if queries > keys:
-        raise ConfigError(f"queries={queries} must be at most keys={keys}: nothing else has a code.")
+        raise ConfigError(f"queries={queries} must be at most keys={keys}, the number of rooms with a code.")
     if digits < 2 or 9**digits < 2 * keys * values:
         raise ConfigError(
-            f"digits={digits} must be at least 2 and leave more codes than the {keys * values} that are drawn: a short "
-            "one is guessed too often."
+            f"digits={digits} must be at least 2 and allow twice the {keys * values} codes that are drawn: raise "
+            "digits, because short codes are guessed too often."
         )
     if depths is not None and (keys > 1 or values > 1):
-        raise ConfigError(f"depths are for one needle, but there are keys={keys} and values={values}.")
+        raise ConfigError(
+            f"depths need keys=1 and values=1, but keys={keys} and values={values}: leave depths out."
+        )
     if depths is not None and not (depths and all(0.0 <= depth <= 1.0 for depth in depths)):
-        raise ConfigError(f"depths {list(depths)} must lie in [0, 1], from the beginning to the end.")
+        raise ConfigError(
+            f"depths {list(depths)} must be one number or more in [0, 1]: 0 is the beginning, 1 the end."
+        )

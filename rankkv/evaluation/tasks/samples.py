@@ -1,4 +1,4 @@
-"""Samples of a task: seeds, lengths, and the prompt's frame around context and question."""
+"""Samples of a task: contexts and questions as token ids, with or without a chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import ConfigError, InputError
 from .base import Draft, Haystack, Question, SampleSpec, Task
 
-#: Stands for the context while a chat template is filled, to find what comes before and after it.
+#: Placeholders in a chat template: they show which text stands before the context and after the question.
 _CONTEXT_MARK, _QUESTION_MARK = "\u27e6context\u27e7", "\u27e6question\u27e7"
 
 
@@ -22,11 +22,11 @@ class Prompt:
     Attributes
     ----------
     question_ids : tuple of int
-        Fed before the answer; empty where the question is compressed with the context, or there is none.
+        Fed before the answer.  Empty if the question is compressed with the context, or there is none.
     answer_ids : tuple of int
-        Teacher-forced for the likelihood.
+        The right answer; its likelihood is measured with teacher forcing.
     answers : tuple of str
-        Looked for in the greedy output; empty for a plain continuation.
+        Strings to find in the greedy output; empty for a plain continuation.
     """
 
     question_ids: tuple[int, ...]
@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One context to compress, and what is asked of it.
+    """Hold one context to compress, and the questions about it.
 
     Attributes
     ----------
@@ -44,18 +44,22 @@ class Sample:
         The task.
     name : str
         Unique among the samples of a task and seed, such as ``"1024-003"``.
-    index, length, seed : int
-        Number among those of its length, tokens of the context asked for, and the seed.
+    index : int
+        Number among the samples of its length, from 0.
+    length : int
+        Tokens of the context, without the chat template.
+    seed : int
+        Seed of the sample.
     context_ids : tuple of int
-        What is prefilled and compressed; with ``question_aware`` it ends with the question.
+        Token ids to prefill and compress; with ``question_aware`` they end with the question.
     blank_ids : tuple of int or None
         The same without the answer, for the guess rate.
     prompts : tuple of Prompt
-        Asked one by one of the one compressed context.
+        Questions, each asked after the same compressed context.
     question_aware : bool
-        Whether the question is compressed with the context.
+        True if the question is compressed with the context.
     depth : float or None
-        Where a single fact stands.
+        Position of a single hidden fact in [0, 1].
     """
 
     task: Task
@@ -89,34 +93,34 @@ def make_samples(
     task : Task
         From :func:`~rankkv.evaluation.tasks.get_task`.
     tokenizer : PreTrainedTokenizerBase
-        Of the model that is measured.
+        Tokenizer of the measured model.
     haystack : str or Haystack
-        Any text; a Haystack is tokenized once for several tasks.
+        Any text.  Pass a :class:`Haystack` to tokenize it once for several tasks.
     lengths : sequence of int, default (1024,)
-        Tokens of the contexts, the frame around them not counted.
+        Tokens of the contexts, without the chat template.
     count : int, default 20
         Samples of each length.
     seed : int, default 0
-        Of everything that is drawn.
+        Seed of all random choices.
     question_aware : bool, default False
-        Whether the question is part of what is compressed, so that it stands in the observation window: one sample
-        for each question.  Otherwise the context alone is compressed and the question comes after.
+        If True, the question is compressed with the context, so it stands in the observation window, and each
+        question is a sample of its own.  If False, only the context is compressed and the question follows.
     chat : bool, default False
-        Whether context and question stand in the tokenizer's chat template, the beginning of the answer after it.
+        If True, use the tokenizer's chat template.  The beginning of the answer stands after it.
     **options
-        Of the task.
+        Options of the task.
 
     Returns
     -------
     list of Sample
-        ``count`` for each length; more where questions are compressed one by one.
+        ``count`` per length; more if ``question_aware`` and a context has several questions.
 
     Raises
     ------
     ConfigError
         If a number is below 1, the task has no such option, or the tokenizer has no chat template.
     InputError
-        If the haystack is too short, or an answer of one token would be predicted before any cache is read.
+        If the haystack is too short, or ``question_aware`` and an answer is one token, which no cache predicts.
 
     Examples
     --------
@@ -129,7 +133,7 @@ def make_samples(
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     if count < 1 or not lengths or min(lengths) < 1:
-        raise ConfigError(f"count={count} and lengths={list(lengths)} must be at least 1.")
+        raise ConfigError(f"count={count} and each of lengths={list(lengths)} must be at least 1.")
     _check_options(task, options)
     if not isinstance(haystack, Haystack):
         haystack = Haystack(tokenizer, haystack)
@@ -157,14 +161,14 @@ def make_samples(
 
 
 def _compress_questions(sample: Sample) -> Iterator[Sample]:
-    """Yield the sample with each question moved behind its context."""
+    """Yield one sample per question, with the question appended to the context."""
     for number, prompt in enumerate(sample.prompts):
         question = prompt.question_ids
         if len(prompt.answer_ids) < 2:
             raise InputError(
-                f"the answer of sample {sample.name} of {sample.task.name!r} is one token, which the prefill itself "
-                "predicts when the question is compressed with the context: no cache would be read. Take "
-                "question_aware=False, or a longer answer."
+                f"the answer of sample {sample.name} of {sample.task.name!r} is one token, but question_aware=True "
+                "needs at least 2, because the prefill predicts the first without the cache: use "
+                "question_aware=False or a longer answer."
             )
         yield replace(
             sample,
@@ -176,7 +180,7 @@ def _compress_questions(sample: Sample) -> Iterator[Sample]:
 
 
 def list_options(task: Task) -> dict[str, Any]:
-    """Return a task's options and their defaults.
+    """List a task's options with their defaults.
 
     Examples
     --------
@@ -197,24 +201,31 @@ def _check_options(task: Task, given: dict[str, Any]) -> None:
     if unknown:
         listed = ", ".join(known) or "none"
         raise ConfigError(
-            f"the task {task.name!r} has no option {', '.join(unknown)}; its options: {listed}."
+            f"the task {task.name!r} has no option {', '.join(unknown)}; its options are: {listed}."
         )
 
 
 class _Frame:
-    """Return the texts before a context and between question and answer."""
+    """Put the text around context and question: a chat template, or the tokenizer's special tokens.
+
+    Attributes
+    ----------
+    before : list of int
+        Token ids before the context.
+    """
 
     def __init__(self, haystack: Haystack, chat: bool) -> None:
         self._haystack, self._chat = haystack, chat
         tokenizer = haystack.tokenizer
         if not chat:
+            # Without a template only special tokens, such as BOS, stand before the context. Find them around an "a".
             plain, framed = haystack.encode("a"), list(tokenizer("a", verbose=False)["input_ids"])
             starts = [at for at in range(len(framed)) if framed[at : at + len(plain)] == plain]
             self.before, self._after = framed[: starts[0]] if starts else [], ""
             return
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
-                "the tokenizer has no chat template: leave chat out, or take an instruction-tuned model."
+                "chat=True needs a tokenizer with a chat template: leave chat out, or use an instruction-tuned model."
             )
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": _CONTEXT_MARK + _QUESTION_MARK}],
@@ -224,12 +235,13 @@ class _Frame:
         before, mark, self._after = text.partition(_CONTEXT_MARK + _QUESTION_MARK)
         if not mark:
             raise InputError(
-                "the chat template changes the text it is given, so the context cannot be told from it."
+                "the chat template changes the text of the message, so the context cannot be found in it: leave chat "
+                "out."
             )
         self.before = haystack.encode(before)
 
     def build_prompts(self, draft: Draft) -> Iterator[Prompt]:
-        """Yield the questions of a draft in tokens, or its continuation."""
+        """Yield a draft's questions as token ids, or its continuation if it has no question."""
         if not draft.questions:
             yield Prompt((), tuple(draft.continuation), ())
         for question in draft.questions:
@@ -239,6 +251,6 @@ class _Frame:
         lead = self._after + question.lead.lstrip() if self._chat else question.lead
         asked = self._haystack.encode(question.text + lead)
         whole = self._haystack.encode(question.text + lead + question.said)
-        # A tokenizer may join the end of the question and the beginning of the answer: then that is answered too.
+        # A token may span the end of the question and the beginning of the answer: it belongs to the answer.
         same = next((at for at, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(asked))
         return Prompt(tuple(whole[:same]), tuple(whole[same:]), question.answers)

@@ -1,4 +1,4 @@
-"""Variable tracking: which names hold a value, over several assignments far apart."""
+"""Variable tracking task: chains of assignments, far apart in a long text."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ def make_tracking(
 ) -> Draft:
     """Hide chains of assignments in a text and ask which variables hold the first chain's value.
 
-    A chain gives a variable a number, and ``hops`` times a new variable the one before.  In the blank context the
-    same variables stand in the same places, but each holds a number of its own, so naming any of them is a guess.
+    A chain assigns a number to a variable.  Each of its ``hops`` further assignments copies the previous variable
+    into a new one.  The blank context has the same variables in the same places, but each holds a different number.
+    To name any of them is then a guess.
 
     Parameters
     ----------
     haystack : Haystack
         Any text.
     place : SampleSpec
-        Which sample.
+        The sample to make.
     chains : int, default 2
-        Chains; the first is asked for.
+        Number of chains; the question is about the first.
     hops : int, default 4
-        Assignments that follow the first of a chain.
+        Assignments of a chain after its first.
     digits : int, default 5
-        Of a number.
+        Digits of a number.
 
     Raises
     ------
     ConfigError
-        If a number is below 1, or there are more variables than three letters name.
+        If an option is below 1, or there are more variables than names of three letters or than numbers.
     InputError
         If the context is too short for the assignments, or the text for the context.
 
     References
     ----------
-    C.-P. Hsieh et al., arXiv:2404.06654, section 3 (variable tracking); there one chain is the default, and an
-    example is solved before the question.
+    C.-P. Hsieh et al., arXiv:2404.06654, section 3 (variable tracking).  The paper's default is one chain, and its
+    prompt shows a solved example before the question.
     """
     for name, value in (("chains", chains), ("hops", hops), ("digits", digits)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1.")
     if chains * (hops + 1) > 1000 or 9**digits < 2 * chains * (hops + 1):
         raise ConfigError(
-            f"chains={chains} of {hops + 1} variables are more than the names, or the numbers of {digits} digits, "
-            "allow: lower chains or hops."
+            f"chains={chains} of {hops + 1} variables each must give at most 1000 variables, and half of the numbers "
+            f"of digits={digits} at most: lower chains or hops, or raise digits."
         )
     draw = place.draw
     names: dict[str, None] = {}
@@ -65,7 +66,7 @@ def make_tracking(
     state = draw.getstate()
     context = haystack.hide(facts, place)
     draw.setstate(state)
-    # The number that is asked for is nowhere in the blank one.
+    # The blank context must not contain the number in the question.
     unlinked[0] = (f" VAR {variables[0]} = {numbers[0][::-1]}0.", unlinked[0][1])
     blank = haystack.hide(unlinked, place)
     linked = tuple(variables[: hops + 1])

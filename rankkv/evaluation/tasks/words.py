@@ -1,4 +1,4 @@
-"""Aggregation: which words of a long list come most often."""
+"""Word counting tasks: find the most frequent words of a long list."""
 
 from __future__ import annotations
 
@@ -14,58 +14,61 @@ from .base import Draft, Haystack, Question, SampleSpec
 def make_common_words(
     haystack: Haystack, place: SampleSpec, *, common: int = 10, repeats: int = 30, contrast: int = 10
 ) -> Draft:
-    """List words of the text, a few of them often and all others seldom, and ask for the frequent ones.
+    """List words of the text, a few often and all others seldom, and ask for the frequent ones.
 
-    The frequent words come ``repeats`` times, or as often as fills half of the context, the others a ``contrast``-th
-    of that, but at least once.  In the blank context all words, those asked for included, come equally often.
+    A frequent word comes ``repeats`` times, or less if the frequent words would fill more than half of the context.
+    Any other word comes ``1 / contrast`` times as often, but at least once.  In the blank context all words come
+    equally often.
 
     Parameters
     ----------
     haystack : Haystack
-        Words are drawn from it.
+        Source of the words.
     place : SampleSpec
-        Which sample.
+        The sample to make.
     common : int, default 10
-        Words asked for.
+        Number of frequent words; the question asks for them.
     repeats : int, default 30
-        Most times that each of them comes.
+        Upper bound of a frequent word's count.
     contrast : int, default 10
-        How many times more often than any other word.
+        Count of a frequent word over the count of any other word.
 
     Raises
     ------
     ConfigError
-        If a number is below 1, or ``contrast`` below 2.
+        If ``common`` or ``repeats`` is below 1, or ``contrast`` below 2.
     InputError
         If the context is too short for a contrast, or the text has too few words.
 
     References
     ----------
-    C.-P. Hsieh et al., arXiv:2404.06654, section 3 (common words extraction); there an example is solved first.
+    C.-P. Hsieh et al., arXiv:2404.06654, section 3 (common words extraction).  The paper's prompt shows a solved
+    example first.
     """
     if common < 1 or repeats < 1 or contrast < 2:
         raise ConfigError(
-            f"common={common} and repeats={repeats} must be at least 1, contrast={contrast} at least 2."
+            f"common={common} and repeats={repeats} must be at least 1, and contrast={contrast} at least 2."
         )
     draw = place.draw
     words = _draw_words(haystack, draw)
     if not words:
-        raise InputError("the haystack has no word of 4 to 10 lower-case letters to list: give another text.")
-    # Measured, since numbers and words make more or fewer tokens with each tokenizer: first roughly, then at size.
+        raise InputError("the haystack has no word of 4 to 10 lower-case letters: give another text.")
+    # Tokens per listed word depend on the tokenizer. Measure them on 64 words, then on a list of about full size.
     fit = 64
     for _ in range(2):
         fit = int(0.98 * place.length * fit / len(haystack.encode(_number(draw.choices(words, k=fit))))) or 1
     often = min(repeats, fit // (2 * common))
     if often < 2:
         raise InputError(
-            f"a context of {place.length} tokens lists about {fit} words, too few for {common} that come more often "
-            "than the others: give a longer one, or lower common."
+            f"a context of {place.length} tokens holds about {fit} words, so common={common} words with "
+            f"repeats={repeats} cannot come twice each in half of it: give a longer context, lower common, or raise "
+            "repeats."
         )
     seldom = max(1, often // contrast)
     rest = (fit - often * common) // seldom
     if len(words) < common + rest:
         raise InputError(
-            f"the haystack has {len(words)} different words of 4 to 10 letters, but {common + rest} are needed: give "
+            f"the haystack has {len(words)} different words of 4 to 10 letters and must have {common + rest}: give "
             "more text."
         )
     asked, others = words[:common], words[common : common + rest]
@@ -77,38 +80,38 @@ def make_common_words(
 def make_frequent_words(
     haystack: Haystack, place: SampleSpec, *, frequent: int = 3, exponent: float = 2.0, kinds: int = 40
 ) -> Draft:
-    """List made-up words whose counts fall as a power of their place, and ask for the most frequent ones.
+    """List made-up words whose counts follow a power law, and ask for the most frequent ones.
 
-    The k-th word comes in proportion to ``k ** -exponent`` and at least once, until the context is full.
+    The k-th word's count is proportional to ``k ** -exponent``, at least 1, and the counts fill the context.
 
     Parameters
     ----------
     haystack : Haystack
-        Gives the tokenizer only.
+        Only its tokenizer is used.
     place : SampleSpec
-        Which sample.
+        The sample to make.
     frequent : int, default 3
-        Words asked for.
+        Number of words that the question asks for.
     exponent : float, default 2.0
-        Of the power law.
+        Exponent of the power law.
     kinds : int, default 40
-        Different words.
+        Number of different words.
 
     Raises
     ------
     ConfigError
-        If a number is not positive, or ``frequent`` not below ``kinds``.
+        If a number is not positive, or ``frequent`` is not below ``kinds``.
     InputError
         If the context is too short for ``kinds`` words.
 
     References
     ----------
-    C.-P. Hsieh et al., arXiv:2404.06654, section 3 (frequent words extraction); there the first word of the law is
-    noise, and its number of kinds grows with the length.
+    C.-P. Hsieh et al., arXiv:2404.06654, section 3 (frequent words extraction).  In the paper the most frequent word
+    is noise, and the number of different words grows with the length.
     """
     if not 0 < frequent < kinds or exponent <= 0.0:
         raise ConfigError(
-            f"frequent={frequent} must be positive and below kinds={kinds}, and exponent={exponent} positive."
+            f"frequent={frequent} must lie between 0 and kinds={kinds}, and exponent={exponent} must be positive."
         )
     draw = place.draw
     made: dict[str, None] = {}
@@ -117,17 +120,17 @@ def make_frequent_words(
     words = list(made)
     listed = words
     for _ in range(3):
-        # Words make more or fewer tokens, and the frequent ones weigh most: measured as they will be listed.
+        # Tokens per word differ, and frequent words weigh most. Measure the list itself, and repeat: it changes.
         fit = int(0.98 * place.length * len(listed) / len(haystack.encode(" ".join(listed))))
         if fit < 3 * kinds:
             raise InputError(
-                f"a context of {place.length} tokens holds about {fit} made-up words, too few for kinds={kinds}: give "
-                "a longer one, or fewer kinds."
+                f"a context of {place.length} tokens holds about {fit} made-up words, but kinds={kinds} need "
+                f"{3 * kinds}: give a longer context, or lower kinds."
             )
         scale = (fit - kinds) / sum(rank**-exponent for rank in range(1, kinds + 1))
         counts = [1 + int(scale * rank**-exponent) for rank in range(1, kinds + 1)]
         listed = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
-    # All kinds together have another mean length than the frequent ones.
+    # The blank list has each word equally often, so its mean length per word differs: measure it again.
     room = int(0.98 * place.length * kinds / len(haystack.encode(" ".join(words))))
     even = _spread_evenly(words, room, draw)
     return _list_words(haystack, place, listed, even, words[:frequent], " ".join)
@@ -141,10 +144,11 @@ def _list_words(
     asked: Sequence[str],
     join: Callable[[Sequence[str]], str],
 ) -> Draft:
+    """Shuffle both lists of words, cut them to the context's length, and ask for the frequent words."""
     contexts = []
     for words in (listed, even):
         place.draw.shuffle(words)
-        # The lengths above are estimates, kept a little low: what is still too long is cut at a word.
+        # The number of words is an estimate, 2 % low. Drop whole words if the list is still too long.
         while len(ids := haystack.encode(join(words))) > place.length:
             words = words[: len(words) - max(1, (len(ids) - place.length) // 8)]
         contexts.append(ids)
@@ -168,8 +172,8 @@ def _check_order(words: Sequence[str], asked: Sequence[str], length: int) -> Non
     others = max((count for word, count in counts.items() if word not in asked), default=0)
     if min(counts[word] for word in asked) <= others:
         raise InputError(
-            f"a context of {length} tokens is too short for the words asked for to come more often than all others: "
-            "give a longer one."
+            f"a context of {length} tokens is too short: the words in question must come more often than all others; "
+            "give a longer context."
         )
 
 
