@@ -20,6 +20,8 @@ from .layer import ROW_TENSORS
 HEADER_LIMIT = 64 * 2**20
 # Largest count of tokens: a bound on numbers that nothing else in the file bounds.
 _MOST_TOKENS = 2**40
+# Largest number of a tensor: the square of a larger one is infinite. Rotary frequencies are about 1 at most.
+_LARGEST, _LARGEST_FREQUENCY = 1e18, 1e3
 _NAMES = re.compile(
     rf"(0|[1-9]\d{{0,5}})\.({'|'.join(ROW_TENSORS)}|buffer\.query|buffer\.query_valid|epoch\.\d{{1,9}}\.\d{{1,13}})"
 )
@@ -282,8 +284,7 @@ class SavedCheck:
                 raise self.fail(
                     f"'{index}.running_scores' has {scores.shape[2]} slots, it must have {kept} to {width}"
                 )
-            if bool(scores.isnan().any()):
-                raise self.fail(f"'{index}.running_scores' holds NaN")
+            self._check_finite(f"{index}.running_scores", scores)
         if moments is not None:
             self._expect(f"{index}.query_moments", moments, _FLOATS, (self.rows, None, dim + 1, dim + 1))
             self._check_heads(f"{index}.query_moments", moments, heads)
@@ -350,17 +351,20 @@ class SavedCheck:
             self._expect(f"{index}.{name}", own[name], _FLOATS, (None,))
             if not 0 < 2 * len(own[name]) <= dim:
                 raise self.fail(f"'{index}.{name}' has {len(own[name])} frequencies for keys of {dim}")
-            self._check_finite(f"{index}.{name}", own[name])
+            self._check_finite(f"{index}.{name}", own[name], most=_LARGEST_FREQUENCY)
 
     def _check_heads(self, name: str, tensor: Tensor, heads: int) -> None:
         if not tensor.shape[1] or tensor.shape[1] % heads:
             raise self.fail(f"'{name}' has {tensor.shape[1]} query heads for {heads} key/value heads")
 
-    def _check_finite(self, name: str, tensor: Tensor, used: Tensor | None = None) -> None:
-        """Raise if a number is NaN or infinite, where ``used`` is True or not given."""
-        finite = tensor.isfinite()
-        if not bool((finite if used is None else finite | ~used[..., None]).all()):
-            raise self.fail(f"'{name}' holds NaN or infinite numbers")
+    def _check_finite(
+        self, name: str, tensor: Tensor, used: Tensor | None = None, most: float = _LARGEST
+    ) -> None:
+        """Raise if a number is NaN, infinite or above ``most``, where ``used`` is True or not given."""
+        # 1e18 is infinite in float16, so both are needed.
+        fits = tensor.isfinite() & (tensor.abs().float() <= most)
+        if not bool((fits if used is None else fits | ~used[..., None]).all()):
+            raise self.fail(f"'{name}' holds NaN or infinite numbers, or some above {most:g}")
 
     def _expect(
         self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[Any, ...]
