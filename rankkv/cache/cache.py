@@ -375,32 +375,34 @@ class RankKVCache(AttentionObserver, DynamicCache):
         Raises
         ------
         CacheStateError
-            If the prefill is not complete, or a layer holds something other than keys and values.
+            If the prefill is not complete, a layer holds something other than keys and values, or a number is not
+            finite.
+        OutputError
+            If the file cannot be written.
         """
         self._check_usable()
         return saving.save_cache(self, path, self._owner.get())
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> RankKVCache:
-        """Read a cache that :meth:`save` wrote, for the same model.
+        """Read a cache that :meth:`save` wrote, for the same model with the same adapters in use.
+
+        The whole file is checked before anything is built from it.
 
         Raises
         ------
         InputError
-            If the file is missing, is not a saved cache, or belongs to another model.
+            If the file is missing, is damaged, or belongs to another model, dtype or adapter.
         """
-        header = saving.read_cache_header(path)
-        saving.check_model(header, model, path)
+        saved = saving.read_cache(path, model)
         try:
-            cache = cls(model, config=saving.restore_config(header))
-            dtype = model.get_input_embeddings().weight.dtype
-            saving.restore_state(cache, path, header, find_layer_devices(model), dtype)
+            cache = cls(model, config=saved.config)
+            saving.restore_state(cache, saved, find_layer_devices(model))
             cache._restore_offset()
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(
-                f"{path} describes a cache that this version of RankKV cannot build ({str(error)[:200]}); save it."
+                f"{path} describes a cache that this version of RankKV cannot build ({str(error)[:200]}): save it "
+                "again."
             ) from error
         return cache
 

@@ -56,10 +56,11 @@ def replace_atomically(path: str | Path) -> Iterator[Path]:
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _create_beside(target)
+        mode = (target if target.exists() else temporary).stat().st_mode & 0o7777
         yield temporary
         _flush_to_disk(temporary)
-        if target.exists():
-            os.chmod(temporary, target.stat().st_mode & 0o7777)
+        # Some writers, such as safetensors, put a file of their own mode in its place.
+        os.chmod(temporary, mode)
         os.replace(temporary, target)
     except OSError as error:
         if isinstance(error, OutputError):

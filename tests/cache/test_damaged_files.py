@@ -7,6 +7,7 @@ import json
 import os
 import random
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rankkv import RankKVCache, compress
-from rankkv.errors import InputError, OutputError, RankKVError
+from rankkv.errors import CacheStateError, InputError, OutputError, RankKVError
 from rankkv.models.compat import cache_argument
 
 PROMPT = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(1))
@@ -61,15 +62,15 @@ def test_a_file_as_it_was_written_loads(model, saved, tmp_path):
     [
         (
             lambda header, tensors: tensors.update({"1.keys": tensors["1.keys"].to(torch.int32)}),
-            "1.keys must be float",
+            "'1.keys' is int32",
         ),
         (
             lambda header, tensors: tensors["1.keys"].flatten()[:1].fill_(float("nan")),
-            "1.keys must be finite",
+            "'1.keys' holds NaN",
         ),
         (
             lambda header, tensors: tensors["2.values"].flatten()[:1].fill_(float("inf")),
-            "2.values must be finite",
+            "'2.values' holds NaN or infinite",
         ),
         (lambda header, tensors: tensors.update({"9.keys": tensors["1.keys"].clone()}), "a tensor '9.keys'"),
         (
@@ -77,31 +78,46 @@ def test_a_file_as_it_was_written_loads(model, saved, tmp_path):
             "a tensor '-1.keys'",
         ),
         (lambda header, tensors: tensors.update({"0.update": torch.zeros(1)}), "a tensor '0.update'"),
-        (lambda header, tensors: tensors.pop("0.values"), "0.keys and 0.values must be present"),
-        (lambda header, tensors: tensors.update({"0.keys": tensors["0.keys"][..., :-1].clone()}), "head_dim"),
+        (lambda header, tensors: tensors.pop("0.values"), "the tensor '0.values' is missing"),
+        (
+            lambda header, tensors: tensors.update({"0.keys": tensors["0.keys"][..., :-1].clone()}),
+            "'0.keys' is",
+        ),
         (
             lambda header, tensors: tensors.update({"0.keys": tensors["0.keys"][:, :, 1:].clone()}),
-            "0.values must be",
+            "'0.values' is",
         ),
         (
-            lambda header, tensors: header["layers"][0].update(seen=300_000_000),
-            "layers[0].seen must be an integer",
+            lambda header, tensors: [record.update(seen=300_000_000) for record in header["layers"]],
+            "but has seen 300000000",
         ),
-        (lambda header, tensors: header["layers"][0].update(seen=91), "0.keys must be"),
-        (lambda header, tensors: header["layers"][0].update(update=1), "layers[0] must be an object of"),
-        (lambda header, tensors: header["layers"].pop(), "layers must be a list of the model's 3 layers"),
+        (lambda header, tensors: header["layers"][0].update(seen=91), "layer 1 has seen 90 tokens"),
+        (
+            lambda header, tensors: header["layers"][0].update(update=1),
+            "layer 0 has the unknown entry 'update'",
+        ),
+        (
+            lambda header, tensors: header["layers"].pop(),
+            "it has 2 compressed of 2 layers, the model has 3 of 3",
+        ),
         (
             lambda header, tensors: header["flow"].update(row_start=[-1]),
-            "flow.row_start must be an integer from 0",
+            "row_start is -1, it must be an integer from 0",
         ),
-        (lambda header, tensors: header["flow"].update(compressed=False), "flow.compressed must be absent"),
+        (
+            lambda header, tensors: header["flow"].update(compressed=False),
+            "its flow has the unknown entry 'compressed'",
+        ),
         (
             lambda header, tensors: header["plans"][0].update(budgets=[1]),
-            "plans[0].budgets must be one per layer",
+            "budgets is [1], it must be a list of 3 entries",
         ),
-        (lambda header, tensors: header["plans"][0].update(length="x"), "plans[0].length must be an integer"),
+        (
+            lambda header, tensors: header["plans"][0].update(length="x"),
+            "the length of a plan is 'x', it must be an integer",
+        ),
         (lambda header, tensors: header.update(format="rankkv-cache-9"), "holds no RankKV cache of format"),
-        (lambda header, tensors: header.pop("options"), "cannot build"),
+        (lambda header, tensors: header.pop("options"), "options is None"),
         (lambda header, tensors: header["options"].update(merging="values"), "an option that is gone"),
     ],
 )
@@ -172,29 +188,33 @@ def test_a_cache_knows_the_adapter_it_was_made_with(tiny_llama, tmp_path):
     path = compress(wrapped, PROMPT, compression_ratio=0.4).save(tmp_path / "cache.safetensors")
     assert RankKVCache.load(path, wrapped).seen_tokens == 90
     wrapped.set_adapter("b")
-    with pytest.raises(InputError, match="adapters: file a, here b"):
+    with pytest.raises(
+        InputError, match=r"saved with adapter 'a' of LlamaForCausalLM .*, loaded with adapter 'b'"
+    ):
         RankKVCache.load(path, wrapped)
     wrapped.set_adapter("a")
-    with wrapped.disable_adapter(), pytest.raises(InputError, match="adapters: file a, here none"):
+    with (
+        wrapped.disable_adapter(),
+        pytest.raises(InputError, match=r"with adapter 'a' of .*, loaded with no adapter"),
+    ):
         RankKVCache.load(path, wrapped)
-    wrapped.merge_adapter()
-    with pytest.raises(InputError, match="adapters: file a, here merged a"):
-        RankKVCache.load(path, wrapped)
-    wrapped.unmerge_adapter()
     wrapped.add_adapter("idle", peft.LoraConfig(**options))
     wrapped.set_adapter("a")
     assert RankKVCache.load(path, wrapped).seen_tokens == 90
+    wrapped.merge_adapter()
+    with pytest.raises(InputError, match=r"with adapter 'a' of .*, loaded with merged adapter 'a'"):
+        RankKVCache.load(path, wrapped)
 
 
 def test_another_dtype_and_another_rope_are_named(tiny_llama, tmp_path):
     model = tiny_llama(3, eos_token_id=None)
     path = compress(model, PROMPT, compression_ratio=0.4).save(tmp_path / "cache.safetensors")
-    with pytest.raises(InputError, match="dtype: file float32, here bfloat16"):
+    with pytest.raises(InputError, match=r"float32\), loaded with .*bfloat16\)"):
         RankKVCache.load(path, tiny_llama(3, eos_token_id=None).to(torch.bfloat16))
     other = tiny_llama(
         3, eos_token_id=None, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     )
-    with pytest.raises(InputError, match="rope: file default, here linear"):
+    with pytest.raises(InputError, match=r"saved with rope default .*, loaded with rope linear"):
         RankKVCache.load(path, other)
 
 
@@ -214,3 +234,39 @@ def test_a_place_that_cannot_be_written_is_one_sentence(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         compress(model, PROMPT, compression_ratio=0.4).save(tmp_path / "file" / "cache.safetensors")
+
+
+def test_a_changed_bit_in_a_key_is_noticed(model, tmp_path):
+    path = compress(model, PROMPT, compression_ratio=0.4).save(tmp_path / "cache.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="its digest differs"):
+        RankKVCache.load(path, model)
+
+
+def test_a_cache_that_holds_nan_is_not_saved(model, tmp_path):
+    cache = compress(model, PROMPT, compression_ratio=0.4, head_budgets=None)
+    cache.layers[1].keys[0, 0, 0, 0] = float("nan")
+    with pytest.raises(CacheStateError, match=r"cannot be saved: '1\.keys' holds NaN"):
+        cache.save(tmp_path / "cache.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_offset_holes_and_prompt_return(model, tmp_path):
+    cache = compress(model, PROMPT.repeat(2, 1), compression_ratio=0.4)
+    cache._schedule.position_offset, cache._schedule.holes = torch.tensor([-3, 5]), [0, 2]
+    loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), model)
+    assert torch.equal(loaded._schedule.position_offset, torch.tensor([-3, 5]))
+    assert loaded._schedule.holes == [0, 2]
+    assert torch.equal(loaded.prompt_ids, cache.prompt_ids)
+
+
+def test_a_file_of_the_first_format_is_refused_where_adapters_are(tmp_path):
+    from rankkv import load_model
+
+    peft = pytest.importorskip("peft")
+    folder = Path(__file__).resolve().parents[1] / "data" / "written_before"
+    wrapped = peft.get_peft_model(load_model(folder / "model")[0], peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="did not note the adapters in use"):
+        RankKVCache.load(folder / "default.safetensors", wrapped)

@@ -108,3 +108,54 @@ def test_the_shipped_example_has_three_methods_three_ratios_two_tasks():
     assert (len(config.methods), len(config.ratios), len(config.tasks)) == (3, 3, 2)
     assert {task.text for task in config.tasks} == {"python-docs"}
     assert [model.name for model in config.models] == ["embedded"]
+
+
+MERGED = """
+tasks:
+  - &short {task: needle, lengths: [512], count: 3}
+  - <<: *short
+    label: long
+    lengths: [1024]
+selectors: [snapkv]
+allocations: [uniform]
+ratios: [0.1]
+"""
+
+
+def test_merge_keys_are_supported(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(MERGED)
+    tasks = read_sweep_config(path).tasks
+    assert [(task.label, task.lengths, task.count) for task in tasks] == [
+        ("needle", (512,), 3),
+        ("long", (1024,), 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 50_000, "nested too deeply"),
+        ("a: &a [*a]", "a value inside itself"),
+        ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" if i else "a0: &a0 [1]" for i in range(12)),
+         "more than 100,000 values"),
+        ("a: 2001-99-99", "is no YAML"),
+        ("a: !!int x", "is no YAML"),
+        ("a: " + "x" * 2**21, "characters, a sweep has at most"),
+    ],
+    ids=["deep", "loop", "aliases", "date", "tag", "long"],
+)  # fmt: skip
+def test_yaml_that_cannot_be_built_is_one_sentence(tmp_path, text, message):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_sweep_config(path)
+    assert len(str(caught.value)) < 600
+
+
+def test_an_error_does_not_repeat_the_whole_file(tmp_path):
+    path = tmp_path / "prose.yaml"
+    path.write_text("word " * 10_000)
+    with pytest.raises(ConfigError) as caught:
+        read_sweep_config(path)
+    assert len(str(caught.value)) < 400

