@@ -322,7 +322,7 @@ def test_a_profile_of_other_heads_is_refused(model, keep, counts):
     profile = make_profile(model, gains=[(0.1,) * counts])
     with pytest.raises(ProfileError, match=f"has {counts} heads for a layer with 2 key/value heads"):
         oracles.prefill(model, PROMPT, **{**keep, "profile": profile})
-    with pytest.raises(ProfileError, match="the file is damaged"):
+    with pytest.raises(ProfileError, match="it is damaged"):
         make_profile(model, gains=[()])
 
 
