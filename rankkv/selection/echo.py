@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..observe.observation import Observation
+from .expected_attention import compute_expected_attention
 from .scoring import check_integer_option, compute_output_norms, without_padding
 
 #: Ways to join the query heads of a group.
@@ -21,8 +22,9 @@ def score_echo(
     group: str = "sum",
     value_norms: bool = True,
     own_keys: bool = True,
+    expected: float = 10.0,
 ) -> Tensor:
-    """Score each key by the most that any query of its chunk looks it up, turned behind the prompt.
+    """Score each key by the most that a query of its chunk pays it, once turned to a position behind the prompt.
 
     A method that replays the context sends each token through the model again, at a position behind the prompt.  Its
     query there is nearly its query of the first pass, turned on by ``D`` positions.  Rotary embeddings add up, so
@@ -31,10 +33,12 @@ def score_echo(
 
     ``p^g_i = softmax over [k_j for a <= j < b | R(D) k_j for a <= j <= i | the sinks if a > 0] of s (R(D) q^g_i) k``
 
-    ``score_j = sum over the heads g of the group of (max over i of p^g_ij) ||W^g v_j||_2``
+    ``score_j = sum over the heads g of the group of (max over i of p^g_ij + expected * e^g_j) ||W^g v_j||_2``
 
     The first part is not causal: a replayed token sees the whole chunk.  The second part stands for the keys that a
-    replay would add itself.  ``W^g`` holds the rows of the output projection that belong to head g.
+    replay would add itself.  ``e^g_j`` is the expected attention of future queries, as in ``expected_attention``.
+    Lookups keep single facts; expected attention keeps what any text that goes on attends to.  ``W^g`` holds the rows
+    of the output projection that belong to head g.
 
     Queries that come after the first forward also score all other keys, by their plain attention.
 
@@ -52,6 +56,8 @@ def score_echo(
         Multiply by ``||W^g v_j||_2``; by ``||v_j||_2`` if no output projection is found.
     own_keys : bool, default True
         Use the second part of the softmax.
+    expected : float, default 10
+        Number of expected queries that weigh as much as one lookup; 0 leaves expected attention out.
 
     Returns
     -------
@@ -83,7 +89,7 @@ def score_echo(
     >>> str(get_selector("echo", chunk_size=128))
     'echo(chunk_size=128)'
     """
-    _check(chunk_size, gap, group, value_norms, own_keys)
+    _check(chunk_size, gap, group, value_norms, own_keys, expected)
     if observation.position_bias is not None:
         raise UnsupportedModelError(
             f"layer {observation.layer_idx} adds a position bias to its attention, so its queries cannot be turned to "
@@ -94,6 +100,8 @@ def score_echo(
         for weights in observation.attention_blocks():
             most = weights.amax(dim=-2)
             torch.maximum(lookups[..., : most.shape[-1]], most, out=lookups[..., : most.shape[-1]])
+    if expected:
+        lookups.add_(compute_expected_attention(observation), alpha=expected)
     if value_norms:
         lookups = lookups * compute_output_norms(observation)
     batch, heads, keys = lookups.shape
@@ -160,7 +168,9 @@ def _turn_back(observation: Observation, keys: Tensor, gap: int) -> Tensor:
     return observation.rotation.turn(keys, -shift.view(-1, 1, 1, 1) * frequencies)
 
 
-def _check(chunk_size: object, gap: object, group: object, value_norms: object, own_keys: object) -> None:
+def _check(
+    chunk_size: object, gap: object, group: object, value_norms: object, own_keys: object, expected: object
+) -> None:
     check_integer_option("echo", "chunk_size", chunk_size, 1)
     check_integer_option("echo", "gap", gap, 0)
     if group not in GROUPS:
@@ -168,3 +178,5 @@ def _check(chunk_size: object, gap: object, group: object, value_norms: object, 
     for name, value in (("value_norms", value_norms), ("own_keys", own_keys)):
         if not isinstance(value, bool):
             raise ConfigError(f"{name}={value!r} of selector 'echo' must be True or False.")
+    if isinstance(expected, bool) or not isinstance(expected, int | float) or not 0 <= expected <= 1e6:
+        raise ConfigError(f"expected={expected!r} of selector 'echo' must be a number in [0, 1e6].")

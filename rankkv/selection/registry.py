@@ -74,6 +74,7 @@ SELECTORS: dict[str, Selector] = {
             "this project",
             "O(chunk x queries + keys x head_dim)",
             step="max",
+            past_queries="unturned",
             turns=True,
             whole_prompt=True,
             comparable=True,

@@ -85,7 +85,7 @@ def replay_scores(model, inputs, chunk_size, gap, sinks=4):
 
 @pytest.mark.parametrize(("chunk_size", "gap"), [(32, 8), (40, 3), (512, 8)])
 def test_the_scores_are_those_of_queries_placed_behind_the_prompt(model, ids, chunk_size, gap):
-    selector = get_selector("echo", chunk_size=chunk_size, gap=gap)
+    selector = get_selector("echo", chunk_size=chunk_size, gap=gap, expected=0)
     for inputs, observation in zip(read_inputs(model, ids), observe_turning(model, ids), strict=True):
         with torch.no_grad():
             expected = replay_scores(model, inputs, chunk_size, gap)
@@ -110,7 +110,7 @@ def test_a_remainder_below_half_a_chunk_joins_the_chunk_before():
 
 
 @pytest.mark.parametrize(
-    "options", [{"group": "max"}, {"value_norms": False}, {"own_keys": False}, {"gap": 900}]
+    "options", [{"group": "max"}, {"value_norms": False}, {"own_keys": False}, {"gap": 900}, {"expected": 0}]
 )
 def test_every_option_changes_the_scores(model, ids, options):
     observation = observe_turning(model, ids)[1]
@@ -119,7 +119,15 @@ def test_every_option_changes_the_scores(model, ids, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"chunk_size": 0}, {"chunk_size": 2.5}, {"gap": -1}, {"group": "mean"}, {"own_keys": 1}]
+    "options",
+    [
+        {"chunk_size": 0},
+        {"chunk_size": 2.5},
+        {"gap": -1},
+        {"group": "mean"},
+        {"own_keys": 1},
+        {"expected": -1},
+    ],
 )
 def test_an_option_out_of_range_is_refused(model, ids, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
