@@ -146,7 +146,7 @@ def draw_echo() -> str:
     words = ["the", "code", "of", "the", "red", "door", "is", "48", "213", "."]
     most = [0.1, 0.35, 0.05, 0.05, 0.5, 0.45, 0.3, 0.95, 0.9, 0.1]
     looks = [(6, 7), (7, 8), (4, 5)]
-    left, wide, top, low = 20, 68, 62, 236
+    left, wide, top, low = 20, 68, 62, 170
     parts = [
         _text(20, 28, "keys of one chunk, where the prompt has them", font_weight="600"),
         _text(
@@ -171,17 +171,19 @@ def draw_echo() -> str:
     for query, key in looks:
         start, stop = (left + place * wide + (wide - 8) / 2 for place in (query, key))
         parts.append(
-            f'<path d="M{start:g} {low} C{start:g} {low - 70} {stop:g} {top + 100} {stop:g} {top + 34}" fill="none" '
+            f'<path d="M{start:g} {low} C{start:g} {low - 40} {stop:g} {top + 74} {stop:g} {top + 34}" fill="none" '
             f'stroke="{COLOURS["sinks"]}" stroke-width="2"/>'
         )
         parts.append(
             f'<path d="M{stop - 5:g} {top + 41} l5 -8 l5 8" fill="none" stroke="{COLOURS["sinks"]}" stroke-width="2"/>'
         )
-    parts.append(_text(20, 150, "“is” asks what follows: it finds 48, then 48 finds 213", font_size=12))
-    parts.append(_text(20, 170, "numbers: the most that any query pays a key (drawn by hand)", font_size=12))
-    parts.append(_text(20, 190, "blue: what stays", font_size=12))
+    parts.append(_text(20, low + 90, "“is” asks what follows: it finds 48, then 48 finds 213", font_size=12))
+    parts.append(
+        _text(20, low + 110, "numbers: the most that any query pays a key (drawn by hand)", font_size=12)
+    )
+    parts.append(_text(20, low + 130, "blue: what stays", font_size=12))
     return _frame(
-        720, low + 84, "Echo: queries turned behind the prompt look back at the keys of their chunk", parts
+        720, low + 146, "Echo: queries turned behind the prompt look back at the keys of their chunk", parts
     )
 
 
