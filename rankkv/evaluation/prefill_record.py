@@ -13,6 +13,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..cache.cache import RankKVCache
 from ..cache.prefill import check_input_ids, run_prefill
+from ..cache.resolve import choose_for_questions
+from ..config import RankKVConfig
 from ..errors import ConfigError
 from ..models.placement import find_input_device
 from ..observe import hook
@@ -158,7 +160,10 @@ class PrefillRecord:
         ConfigError
             If ``prefill`` is not "single": a record holds one whole prefill.
         """
-        cache = RankKVCache(self.model, **options)
+        config = options["config"] if set(options) == {"config"} else RankKVConfig(**options)
+        config, remarks = choose_for_questions(config, self.model)
+        cache = RankKVCache(self.model, config=config)
+        cache.remarks += remarks
         config = cache.config
         if config.prefill != "single":
             raise ConfigError(
