@@ -19,6 +19,8 @@ SELECTORS = {
     "lava": "LAVa",
     "criticalkv": "CriticalKV",
     "chunkkv": "ChunkKV",
+    "kvzip": "KVzip",
+    "kvzip_plus": "KVzip+",
     "random": "Random tokens",
 }
 BUDGETS = {
