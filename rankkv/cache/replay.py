@@ -70,7 +70,9 @@ class ReplayPrompt:
         """Return the ids for a tokenizer, with the end of its chat template's user turn if it has a template."""
         if isinstance(tokenizer, ReplayPrompt):
             return tokenizer
-        return cls(*(tuple(encode_plain(tokenizer, text)) for text in (_FIRST, _LATER, find_turn_end(tokenizer))))
+        return cls(
+            *(tuple(encode_plain(tokenizer, text)) for text in (_FIRST, _LATER, find_turn_end(tokenizer)))
+        )
 
     def build(self, chunk: Sequence[int], previous: Sequence[int] = ()) -> list[int]:
         """Return the ids of one replay: instruction, beginning of the answer, and the chunk to repeat."""
@@ -118,8 +120,13 @@ class ReplayPlan:
         limit = find_position_limit(model.config.get_text_config(decoder=True))
         if limit is None or needed <= limit:
             return
-        says = f"the replay of a prompt of {length} tokens reaches position {needed}, and the model has {limit}"
-        if any(isinstance(module, nn.Embedding) and _POSITIONS.search(name) for name, module in model.named_modules()):
+        says = (
+            f"the replay of a prompt of {length} tokens reaches position {needed}, and the model has {limit}"
+        )
+        if any(
+            isinstance(module, nn.Embedding) and _POSITIONS.search(name)
+            for name, module in model.named_modules()
+        ):
             raise InputError(
                 f"{says}: shorten the prompt, or give selector {selector.name!r} a smaller chunk_size."
             )
@@ -290,7 +297,14 @@ def replay_prompt(
 
                 def take(layer_idx: int, call: AttentionCall, start: int = start, stop: int = stop) -> None:
                     found = _score_chunk(
-                        layer_idx, call, layers, selector, sink_size, (padding, start, stop, length), hidden_of, shards
+                        layer_idx,
+                        call,
+                        layers,
+                        selector,
+                        sink_size,
+                        (padding, start, stop, length),
+                        hidden_of,
+                        shards,
                     )
                     whole = scores.setdefault(
                         layer_idx, found.new_zeros((len(row_start), found.shape[1], length))
@@ -403,8 +417,7 @@ def _run(model: Any, cache: _ReplayCache, ids: Tensor, padding: int, length: int
         mask = torch.ones(ids.shape[0], length + ids.shape[1], dtype=torch.long, device=device)
         mask[:, :padding] = 0
         options["attention_mask"] = mask
-    # A model that keeps an offset for its images computes positions itself.
-    if accepts_argument(model, "position_ids") and find_offset_owner(model) is None:
+    if accepts_argument(model, "position_ids"):
         first = length - padding
         positions = torch.arange(first, first + ids.shape[1], device=device)
         options["position_ids"] = positions.expand(ids.shape)
@@ -416,7 +429,9 @@ def _raise_sinks(scores: Mapping[int, Tensor], row_start: Sequence[int], sink_si
     """Give the sinks of each row a score above all others, in every layer the same."""
     if not sink_size or not scores:
         return
-    highest = torch.stack([layer.nan_to_num().amax(dim=(1, 2)).cpu() for layer in scores.values()]).amax(dim=0)
+    highest = torch.stack([layer.nan_to_num().amax(dim=(1, 2)).cpu() for layer in scores.values()]).amax(
+        dim=0
+    )
     for row, (start, top) in enumerate(zip(row_start, highest.tolist(), strict=True)):
         for layer in scores.values():
             layer[row, :, start : start + sink_size] = top + 1.0
