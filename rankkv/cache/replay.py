@@ -152,7 +152,8 @@ def check_replay(config: RankKVConfig, selector: Selector, model: Any, plan: Rep
     if plan is None:
         raise ConfigError(
             f"selector {name!r} repeats the prompt in a second pass, so a cache alone cannot use it: call "
-            f"rankkv.compress(model, input_ids, tokenizer=tokenizer, selector={name!r}), and give its cache to generate()."
+            f"rankkv.compress(model, input_ids, tokenizer=tokenizer, selector={name!r}), and give its cache to "
+            "generate()."
         )
     check_integer_option(name, "chunk_size", selector.replay_chunk, _LEAST_CHUNK)
     wanted = {"prefill": "single", "decode": "grow", "recompress_turns": False, "scope": None}
@@ -285,42 +286,86 @@ def replay_prompt(
     Rows of the same length run together, others one after the other.  So each row is repeated as if it were alone.  In
     memory at a time: the keys and values of one layer once more, and attention of a chunk to itself in blocks.
     """
-    length = plan.input_ids.shape[1]
-    scores: dict[int, Tensor] = {}
     groups: dict[int, list[int]] = {}
     for row, start in enumerate(row_start):
         groups.setdefault(start, []).append(row)
-    with _keep_offset(model), _watch_hidden(model) as hidden_of:
+    length, scores = plan.input_ids.shape[1], dict[int, Tensor]()
+    with _keep_offset(model), _watch_hidden(model) as find_hidden:
         for padding, rows in groups.items():
             for start in range(padding, length, selector.replay_chunk):
                 stop = min(start + selector.replay_chunk, length)
-
-                def take(layer_idx: int, call: AttentionCall, start: int = start, stop: int = stop) -> None:
-                    found = _score_chunk(
-                        layer_idx,
-                        call,
-                        layers,
-                        selector,
-                        sink_size,
-                        (padding, start, stop, length),
-                        hidden_of,
-                        shards,
-                    )
-                    whole = scores.setdefault(
-                        layer_idx, found.new_zeros((len(row_start), found.shape[1], length))
-                    )
-                    whole[rows, :, start:stop] = found
-
+                places = _Places(padding, start, stop, length, sink_size)
                 ids = [
                     plan.prompt.build(row[start:stop], row[padding:start])
                     for row in plan.input_ids[rows].tolist()
                 ]
+                take = _Scorer(layers, selector, places, find_hidden, shards)
                 cache = _ReplayCache(model, layers, layer_indices, rows, take)
                 hook.watch_for(cache, model)
                 _run(model, cache, torch.tensor(ids), padding, length)
                 hook.check_not_pending(cache)
+                for index, found in take.found.items():
+                    empty = found.new_zeros((len(row_start), found.shape[1], length))
+                    scores.setdefault(index, empty)[rows, :, start:stop] = found
     _raise_sinks(scores, row_start, sink_size)
     return scores
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Places of one chunk, ``start:stop``, in rows that begin with padding and end at ``length``."""
+
+    padding: int
+    start: int
+    stop: int
+    length: int
+    sink_size: int
+
+    @property
+    def sinks(self) -> int:
+        """Number of sinks before the chunk; the first chunk holds the sinks itself."""
+        return min(self.sink_size, self.start - self.padding)
+
+    def list_keys(self, steps: int, device: torch.device) -> Tensor:
+        """List the keys of the softmax: sinks, chunk, and the replay's own ``steps`` keys."""
+        parts = (
+            (self.padding, self.padding + self.sinks),
+            (self.start, self.stop),
+            (self.length, self.length + steps),
+        )
+        return torch.cat([torch.arange(*part, device=device) for part in parts])
+
+
+class _Scorer:
+    """Score the cached keys of one chunk, layer by layer, as the replay's attention calls come."""
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        selector: Selector,
+        places: _Places,
+        find_hidden: Callable[[nn.Module], Tensor | None],
+        shards: HeadShards | None,
+    ) -> None:
+        self._layers, self._selector, self._places = layers, selector, places
+        self._find_hidden, self._shards = find_hidden, shards
+        #: Scores of the chunk's keys, ``[row, kv_head, key]`` float32, by layer.
+        self.found: dict[int, Tensor] = {}
+
+    def __call__(self, layer_idx: int, call: AttentionCall) -> None:
+        places = self._places
+        observation = observe(
+            layer_idx,
+            *call.arguments,
+            kv_heads=self._layers[layer_idx].keys.shape[1],
+            window_size=call.steps,
+            sink_size=places.sink_size,
+            row_start=[places.padding] * call.query.shape[0],
+            shards=self._shards,
+        ).take_keys(places.list_keys(call.steps, call.key.device))
+        observation.hidden = self._find_hidden(call.module)
+        scores = self._selector.compute_lasting_scores(observation)
+        self.found[layer_idx] = scores[..., places.sinks : places.sinks + places.stop - places.start].float()
 
 
 class Replay:
@@ -366,44 +411,6 @@ class Replay:
         plan = replace(self._plan, input_ids=ids.repeat_interleave(len(row_start) // len(ids), dim=0))
         how = self._selector, sink_size, self._shards
         return replay_prompt(self._owner.get(), layers, self._layer_indices, plan, row_start, *how)
-
-
-def _score_chunk(
-    layer_idx: int,
-    call: AttentionCall,
-    layers: Sequence[Any],
-    selector: Selector,
-    sink_size: int,
-    places: tuple[int, int, int, int],
-    hidden_of: Callable[[nn.Module], Tensor | None],
-    shards: HeadShards | None,
-) -> Tensor:
-    """Score the cached keys of one chunk in one layer, ``[row, kv_head, key]``.
-
-    ``places`` are the number of padding tokens, the first and the last place of the chunk, and the prompt's length.
-    """
-    padding, start, stop, length = places
-    observation = observe(
-        layer_idx,
-        *call.arguments,
-        kv_heads=layers[layer_idx].keys.shape[1],
-        window_size=call.steps,
-        sink_size=sink_size,
-        row_start=[padding] * call.query.shape[0],
-        shards=shards,
-    )
-    sinks = min(sink_size, start - padding)
-    device = call.key.device
-    index = torch.cat(
-        [
-            torch.arange(padding, padding + sinks, device=device),
-            torch.arange(start, stop, device=device),
-            torch.arange(length, length + call.steps, device=device),
-        ]
-    )
-    observation = observation.take_keys(index)
-    observation.hidden = hidden_of(call.module)
-    return selector.compute_lasting_scores(observation)[..., sinks : sinks + stop - start].float()
 
 
 def _run(model: Any, cache: _ReplayCache, ids: Tensor, padding: int, length: int) -> None:

@@ -102,8 +102,8 @@ class CompressionSchedule:
         """Compress a prompt that came in chunks, or waits for a replay, before its first one-token step."""
         if self.awaits_replay and steps > 1:
             raise CacheStateError(
-                f"selector {self.selector.name!r} scores a prompt that comes in one forward, and {steps} tokens came after "
-                f"{layer.seen}: leave prefill_chunk_size out, or call finish() after the prompt."
+                f"selector {self.selector.name!r} scores a prompt that comes in one forward, and {steps} tokens came "
+                f"after {layer.seen}: leave prefill_chunk_size out, or call finish() after the prompt."
             )
         if self.deferred and not self.recording and steps == 1 and layer.seen:
             self._compress_deferred(layers)
@@ -162,8 +162,8 @@ class CompressionSchedule:
         plain = config.decode == "grow" and config.prefill == "single" and not config.recompress_turns
         if any(holes) and self.selector.replays:
             raise InputError(
-                f"attention_mask hides {max(holes)} tokens inside a row, and selector {self.selector.name!r} repeats whole "
-                "rows: leave these tokens out and pad on the left."
+                f"attention_mask hides {max(holes)} tokens inside a row, and selector {self.selector.name!r} repeats "
+                "whole rows: leave these tokens out and pad on the left."
             )
         if any(holes) and not (plain and config.positions == "original"):
             row = next(i for i, count in enumerate(holes) if count)

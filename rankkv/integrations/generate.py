@@ -346,7 +346,8 @@ def _choose_cache(
         return RankKVCache(model, config=config)
     if input_ids is None:
         raise InputError(
-            f"selector {str(config.selector)!r} repeats the token ids of the prompt, and none are given: give input_ids."
+            f"selector {str(config.selector)!r} repeats the token ids of the prompt, and none are given: give "
+            "input_ids."
         )
     media = [name for name in arguments if _MEDIA.match(name) and arguments[name] is not None]
     tokenizer = arguments.get("tokenizer")

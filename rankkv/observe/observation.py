@@ -315,6 +315,7 @@ class Observation:
             query_valid=self.query_valid[:, rows],
             attention_mask=pick(self.attention_mask),
             position_bias=pick(self.position_bias),
+            hidden=None if self.hidden is None else self.hidden[:, rows],
         )
 
     def take_keys(self, index: Tensor) -> Observation:
@@ -360,6 +361,7 @@ class Observation:
             attention_mask=pick(self.attention_mask),
             position_bias=pick(self.position_bias),
             past_moments=None if self.past_moments is None else self.past_moments[row : row + 1],
+            hidden=None if self.hidden is None else self.hidden[row : row + 1, queries],
         )
 
     def take_group(self, row: int, key_head: int) -> Observation:
