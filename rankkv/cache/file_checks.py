@@ -112,7 +112,8 @@ class SavedCheck:
         offset = flow.get("position_offset")
         if offset is not None and (not isinstance(offset, list) or len(offset) not in (1, self.rows)):
             raise self.fail(f"position_offset is {shorten(offset)}, it must be a list of {self.rows} numbers")
-        for value in offset or ():
+        for row in offset or ():
+            value = row[0] if isinstance(row, list) and len(row) == 1 else row
             self._integer("position_offset", value, -_MOST_TOKENS, _MOST_TOKENS)
         unknown = sorted(set(flow) - {"row_start", "compressed_at", "streaming", "holes", "position_offset"})
         if unknown:

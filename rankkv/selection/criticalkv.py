@@ -95,32 +95,13 @@ def compute_value_norms(observation: Observation, projection: bool) -> Tensor:
     Tensor
         ``[batch, kv_head, key]`` float32: the mean over the query heads of a group.
     """
-    return observation.compute_group_mean(compute_head_value_norms(observation, projection))
-
-
-def compute_head_value_norms(observation: Observation, projection: bool = True, order: int = 1) -> Tensor:
-    """Compute the norm of each value for each query head, projected by the head's part of the output projection.
-
-    Parameters
-    ----------
-    observation : Observation
-        The layer's values ``[batch, kv_head, key, head_dim]``, and its attention module.
-    projection : bool, default True
-        See :func:`refine_criticalkv`.
-    order : int, default 1
-        1 for the L1 norm, 2 for the L2 norm.
-
-    Returns
-    -------
-    Tensor
-        ``[batch, head, key]`` float32; ``[batch, kv_head, key]`` if nothing is projected.
-    """
     values, heads = observation.values, observation.query.shape[1]
     width = heads * values.shape[-1]
     parts = 1 if observation.shards is None else observation.shards.size
     found = find_output_projection(observation.module, width, parts) if projection else None
     if found is None:
-        return _compute_norms(values, order)
+        norms = values.float().abs().sum(dim=-1)
+        return observation.compute_group_mean(norms)
     matrices = compute_projection_matrix(found, width, values, parts).view(heads, values.shape[-1], -1)
     # Blocks of tokens bound the memory: each projected value is hidden_size wide.
     rows = max(1, BLOCK_ELEMENTS // (values.shape[0] * matrices.shape[-1]))
@@ -129,14 +110,8 @@ def compute_head_value_norms(observation: Observation, projection: bool = True, 
         value = values[:, head * values.shape[1] // heads]
         for start in range(0, values.shape[-2], rows):
             outputs = value[:, start : start + rows] @ matrices[head]
-            norms[:, head, start : start + rows] = _compute_norms(outputs, order)
-    return norms
-
-
-def _compute_norms(vectors: Tensor, order: int) -> Tensor:
-    """Compute the L1 or L2 norms of vectors, ``[..., dim]``, in float32."""
-    vectors = vectors.float()
-    return vectors.abs().sum(dim=-1) if order == 1 else vectors.norm(dim=-1)
+            norms[:, head, start : start + rows] = outputs.float().abs().sum(dim=-1)
+    return observation.compute_group_mean(norms)
 
 
 def _check(epsilon: object, first_stage_ratio: object, projection: object) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..observe.observation import Observation
-from .criticalkv import compute_head_value_norms
+from .scoring import compute_output_norms
 
 #: Tokens that one replay repeats.
 CHUNK_TOKENS = 2048
@@ -35,9 +35,10 @@ def score_kvzip(observation: Observation, chunk_size: int = CHUNK_TOKENS) -> Ten
     Notes
     -----
     The model runs over the prompt twice, so the prompt must be known before: use ``rankkv.compress(model, ids,
-    tokenizer=tokenizer)``, the pipeline or ``custom_generate``. Sinks get the highest score. In kvpress the newest
-    token is kept only if it scores high enough; here it is always kept. kvpress repeats the context without the
-    beginning that a chat template writes before it, so that beginning scores 0; here the whole prompt is repeated.
+    tokenizer=tokenizer)``, the pipeline or ``custom_generate``. Sinks get the highest score, as in kvpress. There are
+    two differences to kvpress. It protects no newest tokens; here every head keeps some (16 with strategy ``"global"``,
+    else ``recent_fraction`` of the budget, at least one). It repeats the context without the text that a chat template
+    writes before it, so that text scores 0; here the whole prompt is repeated.
 
     References
     ----------
@@ -101,8 +102,7 @@ def score_kvzip_plus(observation: Observation, chunk_size: int = CHUNK_TOKENS) -
         seen = top[..., : weights.shape[-1]]
         torch.maximum(seen, (weights * rows).amax(dim=-2), out=seen)
     # The norms do not depend on the query, so they may be multiplied after its maximum.
-    norms = compute_head_value_norms(observation, order=2)
-    return _take_group_maximum(observation, top * norms.repeat_interleave(heads // norms.shape[1], dim=1))
+    return _take_group_maximum(observation, top * compute_output_norms(observation))
 
 
 def _take_group_maximum(observation: Observation, per_head: Tensor) -> Tensor:
