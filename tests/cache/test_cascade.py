@@ -43,7 +43,11 @@ MEASURED = [name for name, strategy in STRATEGIES.items() if strategy.measure is
 
 # The one decides how much a layer keeps and the other what: each is crossed with a few of the other kind.
 PAIRS = sorted(
-    {*((name, "snapkv") for name in MEASURED), *(("power", name) for name in oracles.ONE_PASS), ("cake", "h2o")}
+    {
+        *((name, "snapkv") for name in MEASURED),
+        *(("power", name) for name in oracles.ONE_PASS),
+        ("cake", "h2o"),
+    }
 )
 
 

@@ -93,7 +93,9 @@ def score_by_plain_forwards(model, ids, name):
         sinks = min(4, start)
         columns = [*range(sinks), *range(start, start + len(chunk)), *range(length, length + len(repeated))]
         # Linear layers have no attention weights, and some models leave them out.
-        by_layer = zip(sorted(modules) if len(attentions) == len(modules) else range(99), attentions, strict=False)
+        by_layer = zip(
+            sorted(modules) if len(attentions) == len(modules) else range(99), attentions, strict=False
+        )
         for index, weights in by_layer:
             seen = weights[0, :, length:][..., columns]
             seen = seen / seen.sum(dim=-1, keepdim=True)
@@ -183,7 +185,9 @@ def test_every_strategy_frees_what_it_evicts(model, name, options):
 
 def test_at_ratio_one_nothing_changes(model):
     plain = oracles.generate(model, LONG)
-    ours = oracles.generate(model, LONG, build_cache(model, LONG, PROMPT, compression_ratio=1.0, selector="kvzip"))
+    ours = oracles.generate(
+        model, LONG, build_cache(model, LONG, PROMPT, compression_ratio=1.0, selector="kvzip")
+    )
     assert ours.equal(plain)
 
 
@@ -223,12 +227,23 @@ def test_a_wrapper_refines_the_scores_of_the_replay(model):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_custom_generate_and_generate_keep_what_compress_keeps(model, beams):
     options = {"compression_ratio": 0.3, "min_budget": 3, "selector": small("kvzip"), "strategy": "uniform"}
-    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8, "num_beams": beams}
+    greedy = {
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "max_new_tokens": 8,
+        "num_beams": beams,
+    }
     ids, mask = oracles.left_pad([LONG, SHORT])
     cache = build_cache(model, ids, PROMPT, **options)
     expected = model.generate(ids, attention_mask=mask, **greedy, **cache_argument(cache))
     by_function = model.generate(
-        ids, attention_mask=mask, custom_generate=custom_generate, replay_tokenizer=PROMPT, **options, **greedy
+        ids,
+        attention_mask=mask,
+        custom_generate=custom_generate,
+        replay_tokenizer=PROMPT,
+        **options,
+        **greedy,
     )
     by_module = generate(model, ids, attention_mask=mask, tokenizer=PROMPT, **options, **greedy)
     assert by_function.equal(expected)
@@ -314,7 +329,9 @@ def test_the_instruction_is_the_methods(embedded):
     _, tokenizer = embedded
     prompt = ReplayPrompt.of(tokenizer)
     assert tokenizer.decode(prompt.first) == "\n\nRepeat the previous context exactly."
-    assert tokenizer.decode(prompt.later).startswith("\n\nRepeat the part of the previous context exactly, start")
+    assert tokenizer.decode(prompt.later).startswith(
+        "\n\nRepeat the part of the previous context exactly, start"
+    )
     assert tokenizer.decode(prompt.answer) == "<|im_end|>\n<|im_start|>assistant\n"
     plain = copy.copy(tokenizer)
     plain.chat_template = None
@@ -365,7 +382,9 @@ def test_images_are_refused(model):
 def test_another_prompt_is_refused(model):
     cache = build_cache(model, LONG, PROMPT, selector="kvzip")
     oracles.forward(model, cache, SHORT)
-    with pytest.raises(CacheStateError, match=r"built for a prompt of shape \(1, 70\) and has seen one of shape \(1, 41\)"):
+    with pytest.raises(
+        CacheStateError, match=r"built for a prompt of shape \(1, 70\) and has seen one of shape \(1, 41\)"
+    ):
         cache.finish()
 
 
@@ -381,7 +400,9 @@ def test_a_prompt_in_parts_and_a_mask_with_holes_are_refused(model):
 
 
 def test_positions_beyond_the_models_own_are_told(tiny_llama):
-    learned = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=100)).eval()
+    learned = GPT2LMHeadModel(
+        GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=100)
+    ).eval()
     with pytest.raises(InputError, match="reaches position 114, and the model has 100"):
         squeeze(learned, LONG)
     assert squeeze(learned, SHORT).seen_tokens == 41
