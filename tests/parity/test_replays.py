@@ -23,7 +23,7 @@ KEPT = (0.5, 0.25)
 #: kvpress' option for each selector.
 METHODS = {"kvzip": False, "kvzip_plus": True}
 NEWEST_KEPT = "the newest token is always kept"
-NEWEST_GLOBAL = "every head keeps its 16 newest tokens"
+NEWEST_GLOBAL = "every head keeps its 16 newest tokens, and a layer a whole number of tokens per head"
 #: A template that writes nothing before the context: kvpress does not repeat that part, and RankKV does.
 TEMPLATE = "{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -80,12 +80,19 @@ def mark_kept(cache: Any, shape: torch.Size) -> Tensor:
     return kept
 
 
-def pick(scores: Tensor, count: int, newest: int) -> Tensor:
-    """Mark the ``count`` highest scores of each row, its newest tokens first of all."""
+def pick(scores: Tensor, counts: list[int], newest: int) -> Tensor:
+    """Mark the highest scores of each layer, ``counts`` over all its heads, each head's newest tokens first."""
+    ranked = raise_newest(scores, newest)
+    kept = torch.zeros_like(ranked, dtype=torch.bool)
+    for layer, count in enumerate(counts):
+        kept[layer].view(-1)[ranked[layer].flatten().topk(count).indices] = True
+    return kept
+
+
+def raise_newest(scores: Tensor, newest: int) -> Tensor:
     ranked = scores.clone()
     ranked[..., -newest:] = float("inf")
-    best = ranked.flatten(1).topk(count).indices
-    return torch.zeros(ranked.flatten(1).shape, dtype=torch.bool).scatter_(1, best, True).view(scores.shape)
+    return ranked
 
 
 def differ(ours: Tensor, theirs: Tensor, scores: Tensor) -> str:
@@ -122,19 +129,21 @@ def compare(model: Any, ids: Tensor, tokenizer: Any, name: str, chunk: int, tall
             cache = compress(model, ids, tokenizer=prompt, budget=kept, head_floor=0.0, **options)
             ours = mark_kept(cache, scores.shape)
             assert int(ours.sum()) == int(theirs.sum()) == kept * shape[0] * shape[1]
-            groups = scores if layerwise else scores.view(1, -1, length)
-            count = kept * (groups.shape[1])
-            stated = pick(groups, count, newest).view(scores.shape)
+            counts = [budget * shape[1] for budget in cache.budgets]
+            ranked = raise_newest(scores, newest)
+            if not layerwise:
+                best = ranked.flatten().topk(kept * shape[0] * shape[1]).indices
+                wanted = torch.bincount(best // (shape[1] * length), minlength=shape[0]).tolist()
+                assert all(abs(a - b) < shape[1] for a, b in zip(counts, wanted, strict=True)), name
+            stated = pick(scores, counts, newest)
             label = f"{name}, {'each layer' if layerwise else 'all layers'}"
             remark = NEWEST_KEPT if layerwise else NEWEST_GLOBAL
             spans = [slice(i, i + 1) for i in range(shape[0])] if layerwise else [slice(None)]
             for span in spans:
                 verdict = differ(ours[span], theirs[span], scores[span])
-                if verdict == "different":
-                    ranked = scores[span].clone()
-                    ranked[..., -newest:] = float("inf")
-                    if differ(ours[span], stated[span], ranked) != "different":
-                        verdict = "stated"
+                as_stated = [differ(ours[i], stated[i], ranked[i]) for i in range(shape[0])[span]]
+                if verdict == "different" and "different" not in as_stated:
+                    verdict = "stated"
                 for own, other in zip(ours[span].flatten(0, 1), theirs[span].flatten(0, 1), strict=True):
                     tally(label, "equal" if own.equal(other) else verdict, remark)
                 if verdict == "different":
