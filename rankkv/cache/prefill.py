@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import RankKVConfig
+from ..config import AUTO_SELECTOR, RankKVConfig
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..models.compat import accepts_argument, cache_argument
 from ..models.placement import find_input_device
 from ..selection import get_selector
 from .cache import RankKVCache
 from .replay import ReplayPlan, ReplayPrompt
+from .resolve import choose_for_questions
 
 #: Inputs of a model's forward that say nothing beyond the ids.
 _TEXT_INPUTS = {"position_ids", "token_type_ids", "logits_to_keep", "use_cache"}
@@ -45,7 +46,8 @@ def compress(
         instruction to the model; :class:`~rankkv.cache.replay.ReplayPrompt` gives that instruction as token ids.
     **options
         ``config=``, or options of :class:`~rankkv.RankKVConfig`.
-        Also further inputs of the model, such as ``pixel_values`` from a processor.
+        Also further inputs of the model, such as ``pixel_values`` from a processor.  Questions come later here, so
+        ``selector="auto"`` is ``"echo"`` where the model allows it; ``summary()`` says where it does not.
 
     Returns
     -------
@@ -77,7 +79,14 @@ def compress(
     for name in model_inputs:
         if not accepts_argument(model, name):
             raise UnknownNameError.of("option", name, names)
-    cache = build_cache(model, input_ids, tokenizer, model_inputs, **options)
+    config = options.pop("config", None)
+    if config is not None and options:
+        raise ConfigError(
+            "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
+        )
+    config, remarks = choose_for_questions(config or RankKVConfig(**options), model)
+    cache = build_cache(model, input_ids, tokenizer, model_inputs, config=config)
+    cache.remarks += remarks
     run_prefill(model, cache, input_ids, attention_mask, model_inputs)
     cache.prompt_ids = input_ids.cpu()
     return cache.finish()
@@ -113,7 +122,7 @@ def build_cache(
         If it does, and the prompt is not in the ids alone.
     """
     config = options.get("config")
-    selector = get_selector(options.get("selector", "snapkv") if config is None else config.selector)
+    selector = get_selector(options.get("selector", AUTO_SELECTOR) if config is None else config.selector)
     if not selector.replays:
         return RankKVCache(model, **options)
     if tokenizer is None:
