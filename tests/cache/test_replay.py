@@ -229,9 +229,9 @@ def test_custom_generate_and_generate_keep_what_compress_keeps(model, beams):
     options = {"compression_ratio": 0.3, "min_budget": 3, "selector": small("kvzip"), "strategy": "uniform"}
     greedy = {
         "do_sample": False,
-        "eos_token_id": None,
         "pad_token_id": 0,
         "max_new_tokens": 8,
+        "min_new_tokens": 8,
         "num_beams": beams,
     }
     ids, mask = oracles.left_pad([LONG, SHORT])
@@ -250,14 +250,16 @@ def test_custom_generate_and_generate_keep_what_compress_keeps(model, beams):
     assert by_module.equal(expected)
     compressed = squeeze(model, ids, mask, strategy="uniform")
     assert cache.budgets_per_row[::beams] == compressed.budgets_per_row
-    plain = model.generate(ids, attention_mask=mask, **{**greedy, "num_beams": 1, "max_new_tokens": 1})
+    plain = model.generate(
+        ids, attention_mask=mask, **{**greedy, "num_beams": 1, "max_new_tokens": 1, "min_new_tokens": 1}
+    )
     if beams == 1:
         assert expected[:, ids.shape[1]].equal(plain[:, -1])
         # What follows the first token is what follows it after compress().
         continued = model.generate(
             expected[:, : ids.shape[1] + 1],
             attention_mask=torch.cat([mask, mask[:, -1:]], dim=1),
-            **{**greedy, "max_new_tokens": 7},
+            **{**greedy, "max_new_tokens": 7, "min_new_tokens": 7},
             **cache_argument(compressed),
         )
         assert continued.equal(expected)
