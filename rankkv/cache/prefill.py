@@ -43,7 +43,7 @@ def compress(
         ``[batch, token]``, 0 at padding (on the left).
     tokenizer : PreTrainedTokenizerBase or ReplayPrompt, optional
         The model's tokenizer.  Selectors that replay the context (``"kvzip"``, ``"kvzip_plus"``) need it for their
-        instruction to the model; :class:`~rankkv.cache.replay.ReplayPrompt` gives that instruction as token ids.
+        instruction to the model; :class:`~rankkv.cache.ReplayPrompt` gives that instruction as token ids.
     **options
         ``config=``, or options of :class:`~rankkv.RankKVConfig`.
         Also further inputs of the model, such as ``pixel_values`` from a processor.  Questions come later here, so
@@ -128,7 +128,7 @@ def build_cache(
     if tokenizer is None:
         raise ConfigError(
             f"selector {selector.name!r} asks the model to repeat the prompt, and needs the tokenizer for that: give "
-            "tokenizer=tokenizer, or a rankkv.cache.replay.ReplayPrompt with the ids of the instruction."
+            "tokenizer=tokenizer, or a rankkv.cache.ReplayPrompt with the ids of the instruction."
         )
     others = sorted(name for name in model_inputs if name not in _TEXT_INPUTS)
     if others:
