@@ -141,7 +141,53 @@ def draw_budgets() -> str:
     return _frame(760, bottom + 16, "Budget of each layer in the recorded demo", parts)
 
 
-PICTURES = {"flow": draw_flow, "scopes": draw_scopes, "budgets": draw_budgets}
+def draw_echo() -> str:
+    """Draw the queries of a chunk, turned behind the prompt, that look back at its keys."""
+    words = ["the", "code", "of", "the", "red", "door", "is", "48", "213", "."]
+    most = [0.1, 0.35, 0.05, 0.05, 0.5, 0.45, 0.3, 0.95, 0.9, 0.1]
+    looks = [(6, 7), (7, 8), (4, 5)]
+    left, wide, top, low = 20, 68, 62, 170
+    parts = [
+        _text(20, 28, "keys of one chunk, where the prompt has them", font_weight="600"),
+        _text(
+            20,
+            low + 62,
+            "queries of the same tokens, turned to positions behind the prompt",
+            font_weight="600",
+        ),
+    ]
+    for place, word in enumerate(words):
+        x = left + place * wide
+        kept = most[place] >= 0.3
+        parts.append(_box(x, top, wide - 8, 30, COLOURS["evictable" if kept else "gone"]))
+        parts.append(
+            _text(x + (wide - 8) / 2, top + 20, word, text_anchor="middle", fill=GROUND if kept else INK)
+        )
+        parts.append(_box(x, low, wide - 8, 30, PALE, LINE))
+        parts.append(_text(x + (wide - 8) / 2, low + 20, word, text_anchor="middle"))
+        parts.append(
+            _text(x + (wide - 8) / 2, top - 8, f"{most[place]:.2f}", text_anchor="middle", font_size=11)
+        )
+    for query, key in looks:
+        start, stop = (left + place * wide + (wide - 8) / 2 for place in (query, key))
+        parts.append(
+            f'<path d="M{start:g} {low} C{start:g} {low - 40} {stop:g} {top + 74} {stop:g} {top + 34}" fill="none" '
+            f'stroke="{COLOURS["sinks"]}" stroke-width="2"/>'
+        )
+        parts.append(
+            f'<path d="M{stop - 5:g} {top + 41} l5 -8 l5 8" fill="none" stroke="{COLOURS["sinks"]}" stroke-width="2"/>'
+        )
+    parts.append(_text(20, low + 90, "“is” asks what follows: it finds 48, then 48 finds 213", font_size=12))
+    parts.append(
+        _text(20, low + 110, "numbers: the most that any query pays a key (drawn by hand)", font_size=12)
+    )
+    parts.append(_text(20, low + 130, "blue: what stays", font_size=12))
+    return _frame(
+        720, low + 146, "Echo: queries turned behind the prompt look back at the keys of their chunk", parts
+    )
+
+
+PICTURES = {"echo": draw_echo, "flow": draw_flow, "scopes": draw_scopes, "budgets": draw_budgets}
 
 
 def draw_all() -> dict[str, str]:
