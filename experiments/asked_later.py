@@ -43,6 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "h2o global": {"selector": "h2o", "strategy": "global"},
     "expected default": {"selector": "expected_attention", **NAMED_STRATEGIES["default"]},
     "expected global": {"selector": "expected_attention", "strategy": "global"},
+    "kvzip": {"selector": "kvzip"},
+    "kvzip plus": {"selector": "kvzip_plus"},
     "echo": {"selector": "echo"},
     "echo default": {"selector": "echo", **NAMED_STRATEGIES["default"]},
     "echo profile": {"selector": "echo", **NAMED_STRATEGIES["auto"], "head_budgets": "profile"},
@@ -122,6 +124,7 @@ def score_answer(model: Any, cache: Any, prompt: Any, first_logits: Any = None) 
 
 def score_context(
     model: Any,
+    tokenizer: Any,
     kind: str,
     index: int,
     ids: Any,
@@ -140,7 +143,7 @@ def score_context(
         return {"method": method, "ratio": float(ratio or 1.0)}
 
     if arguments.continuation > 1:
-        record = record_prefill(model, ids[:, : arguments.context])
+        record = record_prefill(model, ids[:, : arguments.context], tokenizer=tokenizer)
         scores = evaluate_continuation(record, ids[:, arguments.context :], cells)
         _, full = next(scores)
         yield {**name_cell("full"), "task": "continuation", "loss": full.loss, "right": 0.0, "divergence": 0.0,
@@ -156,7 +159,7 @@ def score_context(
             }
     for task, made in samples.items():
         for sample in made:
-            record = record_prefill(model, torch.tensor(sample.context_ids)[None])
+            record = record_prefill(model, torch.tensor(sample.context_ids)[None], tokenizer=tokenizer)
             for cell in ("full", *cells):
                 cache = record.build_full_cache() if cell == "full" else record.build_cache(**cells[cell])
                 kept_bytes = None if cell == "full" else cache.cache_bytes()
@@ -243,7 +246,7 @@ def run(arguments: argparse.Namespace) -> str:
             )
             for task in arguments.tasks
         }
-        rows = score_context(model, kind, index, ids, samples, arguments)
+        rows = score_context(model, tokenizer, kind, index, ids, samples, arguments)
         store.write(unit, [{"kind": kind, "text": unit, "first_token": start, **row} for row in rows])
     return finish(store, arguments, summarize, lambda rows, folder: None)
 

@@ -85,7 +85,9 @@ def score_context(
         return {"selector": selector, "strategy": strategy, "ratio": float(ratio)}
 
     context = ids[:, : arguments.context]
-    scores = evaluate_continuation(record_prefill(model, context), ids[:, arguments.context :], cells)
+    scores = evaluate_continuation(
+        record_prefill(model, context, tokenizer=tokenizer), ids[:, arguments.context :], cells
+    )
     _, full = next(scores)
     for cell, score in scores:
         yield {

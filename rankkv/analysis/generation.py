@@ -70,6 +70,9 @@ def analyze_generation(
     )
     steps = len(clock.arrivals) - 1
     ours = isinstance(cache, RankKVCache)
+    if ours:
+        # An answer of one token leaves a prompt that waits for its replay uncompressed.
+        cache.finish()
     return GenerationRecord(
         token_ids=output[0, input_ids.shape[1] :].tolist(),
         prompt_tokens=input_ids.shape[1],
@@ -96,7 +99,8 @@ class GenerationRecord:
     ttft_seconds : float
         Time to first token: the prefill, including compression.
     tpot_seconds : float
-        Time per output token after the first; 0.0 if only one token was generated.
+        Time per output token after the first; 0.0 if only one token was generated.  A selector that replays the
+        prompt does so after the first token, and its seconds count here.
     cache_bytes, full_cache_bytes : int
         Bytes of keys and values at the end, and the bytes of an uncompressed cache after the same tokens.
     kept_lengths : list of int

@@ -3,5 +3,6 @@
 from .cache import RankKVCache
 from .kept_tokens import analyze_kept_tokens
 from .prefill import compress
+from .replay import ReplayPrompt
 
-__all__ = ["RankKVCache", "analyze_kept_tokens", "compress"]
+__all__ = ["RankKVCache", "ReplayPrompt", "analyze_kept_tokens", "compress"]

@@ -31,6 +31,7 @@ from .head_budget_layer import HeadBudgetLayer
 from .layer import RankKVLayer, SlotMap, StoredLayer, release_hidden
 from .masks import StepMask, project_mask
 from .owner import Owner
+from .replay import Replay, ReplayPlan, check_replay
 from .report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
 from .resolve import check_methods, resolve_options
 from .schedule import CompressionSchedule
@@ -79,6 +80,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
     """
 
     layers: list[Any]
+    #: The prompt this cache is for, if its selector replays it.
+    _replay_plan: ReplayPlan | None = None
 
     def __init__(
         self,
@@ -121,6 +124,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         #: Sentences on what was decided for the user; `summary` tells them.
         self.remarks: list[str] = []
         check_methods(config)
+        if self.selector.replays:
+            check_replay(config, self.selector, model, self._replay_plan)
         text_config = model.config.get_text_config(decoder=True)
         super().__init__(config=text_config)
         self.layer_indices = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
@@ -143,8 +148,31 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self._awaited: int | None = None
         #: Token ids of the prompt, ``[batch, token]`` on the CPU, where they are known.
         self.prompt_ids: Tensor | None = None
+        if self.selector.replays and self._replay_plan is not None:
+            replay = Replay(self._owner, self._replay_plan, self.selector, self.layer_indices, shards)
+            self._schedule.replay = replay
         self._watch(model)
         warn_if_dropped(model)
+
+    @classmethod
+    def for_prompt(cls, model: Any, plan: ReplayPlan, **options: Any) -> RankKVCache:
+        """Build an empty cache for one known prompt, which a selector may replay after its prefill.
+
+        :func:`rankkv.cache.prefill.build_cache` is the way to call this.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The model the cache is for.
+        plan : ReplayPlan
+            The prompt.
+        **options
+            As for the class.
+        """
+        cache = cls.__new__(cls)
+        cache._replay_plan = plan
+        cache.__init__(model, **options)  # type: ignore[misc]
+        return cache
 
     def _find_rotations(self, model: Any, config: RankKVConfig) -> dict[int, LayerRotation | None]:
         if config.positions == "packed":
@@ -405,7 +433,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         """
         saved = saving.read_cache(path, model)
         try:
-            cache = cls(model, config=saved.config)
+            # A saved cache is compressed already, so nothing is left to replay.
+            cache = cls.for_prompt(model, ReplayPlan.nothing(), config=saved.config)
             saving.restore_state(cache, saved, find_layer_devices(model))
             cache._restore_offset()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
@@ -485,6 +514,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens (a rejected draft), then compress the prompt if it had to wait for that."""
+        self._schedule.settle(self.layers)
         super().crop(tokens_to_remove)
         self._schedule.after_crop(self.layers)
 
@@ -517,16 +547,19 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row the state and budgets of row ``beam_idx``."""
+        self._schedule.settle(self.layers)
         super().reorder_cache(beam_idx)
         self._schedule.pick_rows(indices=beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row and its budgets ``repeats`` times."""
+        self._schedule.settle(self.layers)
         super().batch_repeat_interleave(repeats)
         self._schedule.pick_rows(repeats=repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows ``indices`` and their budgets."""
+        self._schedule.settle(self.layers)
         super().batch_select_indices(indices)
         if self.prompt_ids is not None and len(self.prompt_ids) == len(self._schedule.row_start or []):
             self.prompt_ids = self.prompt_ids[indices.cpu()]

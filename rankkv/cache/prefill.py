@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
@@ -10,16 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import RankKVConfig
+from ..config import AUTO_SELECTOR, RankKVConfig
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..models.compat import accepts_argument, cache_argument
 from ..models.placement import find_input_device
+from ..selection import get_selector
 from .cache import RankKVCache
+from .replay import ReplayPlan, ReplayPrompt
 from .resolve import choose_for_questions
+
+#: Inputs of a model's forward that say nothing beyond the ids.
+_TEXT_INPUTS = {"position_ids", "token_type_ids", "logits_to_keep", "use_cache"}
 
 
 def compress(
-    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> RankKVCache:
     """Prefill a context once and return its compressed cache, ready for many questions.
 
@@ -31,6 +41,9 @@ def compress(
         ``[batch, token]`` or ``[token]``: the context.
     attention_mask : Tensor, optional
         ``[batch, token]``, 0 at padding (on the left).
+    tokenizer : PreTrainedTokenizerBase or ReplayPrompt, optional
+        The model's tokenizer.  Selectors that replay the context (``"kvzip"``, ``"kvzip_plus"``) need it for their
+        instruction to the model; :class:`~rankkv.cache.ReplayPrompt` gives that instruction as token ids.
     **options
         ``config=``, or options of :class:`~rankkv.RankKVConfig`.
         Also further inputs of the model, such as ``pixel_values`` from a processor.  Questions come later here, so
@@ -45,7 +58,9 @@ def compress(
     Raises
     ------
     InputError
-        If the context is empty.
+        If the context is empty, or holds images and the selector replays it.
+    ConfigError
+        If the selector replays the context and no tokenizer is given.
     RankKVError
         As :class:`~rankkv.RankKVCache`.
 
@@ -70,11 +85,58 @@ def compress(
             "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
         )
     config, remarks = choose_for_questions(config or RankKVConfig(**options), model)
-    cache = RankKVCache(model, config=config)
+    cache = build_cache(model, input_ids, tokenizer, model_inputs, config=config)
     cache.remarks += remarks
     run_prefill(model, cache, input_ids, attention_mask, model_inputs)
     cache.prompt_ids = input_ids.cpu()
     return cache.finish()
+
+
+def build_cache(
+    model: Any,
+    input_ids: Tensor,
+    tokenizer: Any = None,
+    model_inputs: Iterable[str] = (),
+    **options: Any,
+) -> RankKVCache:
+    """Build the empty cache for a prompt that is known before its prefill, as a replay needs it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    input_ids : Tensor
+        ``[batch, token]``: the prompt.
+    tokenizer : PreTrainedTokenizerBase or ReplayPrompt, optional
+        See :func:`compress`.
+    model_inputs : iterable of str
+        Names of the model's inputs beside the ids.
+    **options
+        As for :class:`~rankkv.RankKVCache`.
+
+    Raises
+    ------
+    ConfigError
+        If the selector replays the prompt and no tokenizer is given.
+    InputError
+        If it does, and the prompt is not in the ids alone.
+    """
+    config = options.get("config")
+    selector = get_selector(options.get("selector", AUTO_SELECTOR) if config is None else config.selector)
+    if not selector.replays:
+        return RankKVCache(model, **options)
+    if tokenizer is None:
+        raise ConfigError(
+            f"selector {selector.name!r} asks the model to repeat the prompt, and needs the tokenizer for that: give "
+            "tokenizer=tokenizer, or a rankkv.cache.ReplayPrompt with the ids of the instruction."
+        )
+    others = sorted(name for name in model_inputs if name not in _TEXT_INPUTS)
+    if others:
+        raise InputError(
+            f"selector {selector.name!r} repeats token ids, and {others[0]} is not made of them: use another selector "
+            "for this prompt."
+        )
+    return RankKVCache.for_prompt(model, ReplayPlan(input_ids.cpu(), ReplayPrompt.of(tokenizer)), **options)
 
 
 def check_same_prompt(cache: Any, input_ids: Tensor, *over_all: Tensor | None) -> None:

@@ -23,6 +23,7 @@ from ..observe.rotary import LayerRotation
 from ..selection import Selector
 from .compressor import Compressor
 from .layer import RankKVLayer
+from .replay import Replay
 
 # Queries held beyond the observation window while a draft may still be rejected.
 _DRAFT_QUERIES = 256
@@ -60,6 +61,8 @@ class CompressionSchedule:
         self.selector = selector
         self.layer_indices = layer_indices
         self.compressor = Compressor(config, selector, layer_indices)
+        #: Scores the prompt by a replay; set by the cache if the selector needs it.
+        self.replay: Replay | None = None
         # Held-out measures need several windows: one selects, another one tests.
         windows = get_strategy(config.resolve_strategy()[0]).windows
         if config.head_budgets == "distortion":
@@ -77,8 +80,10 @@ class CompressionSchedule:
         self.compressed = False
         #: Tokens seen at the last finished round.
         self.compressed_at = 0
-        #: True if compression waits for the last chunk of the prompt, or for the first draft to be verified.
-        self.deferred = self.config.prefill == "chunked"
+        #: True if compression waits for the last chunk of the prompt, the first draft, or a replay of the prompt.
+        self.deferred = self.config.prefill == "chunked" or self.selector.replays
+        # Observations of the prompt's last queries, by layer, while compression waits for a replay.
+        self._unscored: dict[int, Observation] = {}
         #: True if drafts may be removed again (assisted decoding).
         self.recording = False
         #: True while chunks of the prompt are compressed as they come.
@@ -96,7 +101,12 @@ class CompressionSchedule:
         return self.compressor.config
 
     def before_update(self, layers: list[Any], layer: RankKVLayer, steps: int) -> None:
-        """Compress a prompt that came in chunks before its first one-token step."""
+        """Compress a prompt that came in chunks, or waits for a replay, before its first one-token step."""
+        if self.awaits_replay and steps > 1:
+            raise CacheStateError(
+                f"selector {self.selector.name!r} scores a prompt that comes in one forward, and {steps} tokens came "
+                f"after {layer.seen}: leave prefill_chunk_size out, or call finish() after the prompt."
+            )
         if self.deferred and not self.recording and steps == 1 and layer.seen:
             self._compress_deferred(layers)
 
@@ -119,12 +129,15 @@ class CompressionSchedule:
             slot_valid=layer.compute_head_valid(),
             seen=layer.seen,
             row_start=self.row_start,
-            more_to_come=self.deferred or self.streaming,
+            more_to_come=(self.deferred and not self.selector.replays) or self.streaming,
             shards=self.shards,
         )
         observation = self._add_past(layer, observation)
         last = layer_idx == self.layer_indices[-1]
-        if self.deferred:
+        if self.deferred and self.selector.replays:
+            kept = min(self.window_queries, steps)
+            self._unscored[layer_idx] = observation.take_queries(slice(steps - kept, steps))
+        elif self.deferred:
             spare = _DRAFT_QUERIES if self.recording else 0
             capacity = _ALL_QUERIES if self.selector.whole_prompt else self.window_queries + spare
             self._push_queries(layer, observation, capacity, spare)
@@ -151,6 +164,11 @@ class CompressionSchedule:
         holes = [n - real for n, real in zip(observation.lengths, observation.available, strict=True)]
         config = self.config
         plain = config.decode == "grow" and config.prefill == "single" and not config.recompress_turns
+        if any(holes) and self.selector.replays:
+            raise InputError(
+                f"attention_mask hides {max(holes)} tokens inside a row, and selector {self.selector.name!r} repeats "
+                "whole rows: leave these tokens out and pad on the left."
+            )
         if any(holes) and not (plain and config.positions == "original"):
             row = next(i for i, count in enumerate(holes) if count)
             raise InputError(
@@ -226,6 +244,11 @@ class CompressionSchedule:
         ConfigError
             If an option evicts tokens that a rejected draft would need back.
         """
+        if not self.compressed and self.selector.replays:
+            raise ConfigError(
+                f"selector {self.selector.name!r} scores the prompt alone, and assisted decoding drafts behind it: "
+                "compress() the prompt first, and give its cache to generate()."
+            )
         if not self.can_take_back:
             raise ConfigError(
                 f"decode={self.config.decode!r} with prefill={self.config.prefill!r} and "
@@ -234,6 +257,16 @@ class CompressionSchedule:
             )
         self.recording = True
         self.deferred = self.deferred or not self.compressed
+
+    @property
+    def awaits_replay(self) -> bool:
+        """True between the prefill of a prompt and its replay."""
+        return self.deferred and self.selector.replays and self.row_start is not None
+
+    def settle(self, layers: list[Any]) -> None:
+        """Replay and compress a waiting prompt now, before its rows change."""
+        if self.awaits_replay:
+            self._compress_deferred(layers)
 
     @property
     def can_take_back(self) -> bool:
@@ -271,6 +304,7 @@ class CompressionSchedule:
             compressor.selector = own
         if self.layer_indices:
             self.row_start = observations[self.layer_indices[0]].row_start
+            self.deferred = False
             self._end_round(layers)
 
     def copy(self) -> CompressionSchedule:
@@ -278,6 +312,7 @@ class CompressionSchedule:
         copied = copy.copy(self)
         copied.compressor = copy.copy(self.compressor)
         copied.row_start = None if self.row_start is None else list(self.row_start)
+        copied._unscored = dict(self._unscored)
         return copied
 
     def pick_rows(self, repeats: int = 1, indices: Tensor | None = None) -> None:
@@ -300,12 +335,28 @@ class CompressionSchedule:
         if self.row_start is not None:
             seen = layers[self.layer_indices[0]].seen
             check_rows([seen - start for start in self.row_start])
+        # Before anything changes: a replay that fails can be run again.
+        replayed = self._replay(layers) if self.selector.replays else {}
         self.deferred = False
         with torch.no_grad():
             for index in self.layer_indices:
                 layer = layers[index]
-                self.compressor.add_layer(layers, self._observe_queries(layer, layer.keys, layer.values))
+                if index in replayed:
+                    # Taken out one by one, so that a layer's evicted tokens are freed as it shrinks.
+                    observation = self._unscored.pop(index)
+                    observation.replayed = replayed.pop(index)
+                else:
+                    observation = self._observe_queries(layer, layer.keys, layer.values)
+                self.compressor.add_layer(layers, observation)
         self._end_round(layers)
+
+    def _replay(self, layers: list[Any]) -> dict[int, Tensor]:
+        """Score the waiting prompt by a replay, ``[batch, kv_head, key]`` for each layer."""
+        if self.replay is None or self.row_start is None:
+            raise CacheStateError(
+                f"selector {self.selector.name!r} has no prompt to repeat: build a new cache with rankkv.compress()."
+            )
+        return self.replay.run(layers, self.row_start, self.config.sink_size)
 
     def _end_round(self, layers: list[Any], last: bool = True) -> None:
         """Mark the cache as compressed if the layer just compressed is the last one of the round."""

@@ -129,7 +129,7 @@ def generate(
 
     with show_step(console, f"Loading {model}"):
         from ..analysis.generation import analyze_generation
-        from ..cache.cache import RankKVCache
+        from ..cache.prefill import build_cache
         from ..config import RankKVConfig
         from ..models.loading import load_model
         from ..models.placement import find_input_device
@@ -148,7 +148,7 @@ def generate(
             f"more than the {context:,} the model was made for.",
             soft_wrap=True,
         )
-    cache = RankKVCache(language_model, config=config)
+    cache = build_cache(language_model, input_ids, tokenizer, config=config)
     step_name = f"Prefilling {input_ids.shape[1]:,} tokens"
     with show_step(console, step_name) as step, watch_layers(language_model, step.advance) as stop_watching:
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..cache.cache import RankKVCache
-from ..cache.prefill import check_input_ids, run_prefill
+from ..cache.prefill import build_cache, check_input_ids, run_prefill
+from ..cache.replay import ReplayPlan, ReplayPrompt, replay_prompt
 from ..cache.resolve import choose_for_questions
 from ..config import RankKVConfig
 from ..errors import ConfigError
@@ -102,6 +103,8 @@ class PrefillRecord:
     last_logits : Tensor
         Logits after the context's last token, ``[batch, vocabulary]`` float32.  They predict the next token before
         any cache is read.
+    tokenizer : PreTrainedTokenizerBase, ReplayPrompt or None
+        What selectors that replay the context need, see :func:`rankkv.compress`.
     """
 
     def __init__(
@@ -111,8 +114,10 @@ class PrefillRecord:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         last_logits: Tensor,
+        tokenizer: Any = None,
     ) -> None:
         self.model = model
+        self.tokenizer = tokenizer
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self.last_logits = last_logits
@@ -120,6 +125,7 @@ class PrefillRecord:
         self._plain = cache
         self._windows: dict[tuple[int, int], dict[int, Observation]] = {}
         self._scores: dict[tuple[Any, ...], Tensor] = {}
+        self._replays: dict[tuple[str, int], dict[int, Tensor]] = {}
 
     @property
     def length(self) -> int:
@@ -162,7 +168,7 @@ class PrefillRecord:
         """
         config = options["config"] if set(options) == {"config"} else RankKVConfig(**options)
         config, remarks = choose_for_questions(config, self.model)
-        cache = RankKVCache(self.model, config=config)
+        cache = build_cache(self.model, self.input_ids, self.tokenizer, config=config)
         cache.remarks += remarks
         config = cache.config
         if config.prefill != "single":
@@ -171,11 +177,29 @@ class PrefillRecord:
                 "prefill='single'."
             )
         observations = self.observe(config.window_size, config.sink_size)
+        if cache.selector.replays:
+            observations = self._replay(cache.selector, observations, config.sink_size)
         selector = cast(Selector, _MemoizedSelector(cache.selector, self._scores))
         return cache.take_prefill(observations, self._plain.layers, selector)
 
+    def _replay(
+        self, selector: Selector, observations: dict[int, Observation], sink_size: int
+    ) -> dict[int, Observation]:
+        """Return the observations with the scores of a replay; a selector replays once for each number of sinks."""
+        key = (str(selector), sink_size)
+        if key not in self._replays and observations:
+            plan = ReplayPlan(self.input_ids.cpu(), ReplayPrompt.of(self.tokenizer))
+            first = next(iter(observations.values()))
+            self._replays[key] = replay_prompt(
+                self.model, self._plain.layers, list(observations), plan, first.row_start, selector, sink_size
+            )
+        scores = self._replays.get(key, {})
+        return {index: replace(one, replayed=scores[index]) for index, one in observations.items()}
 
-def record_prefill(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> PrefillRecord:
+
+def record_prefill(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, tokenizer: Any = None
+) -> PrefillRecord:
     """Prefill a context with the model's plain cache and record the inputs of every layer's attention.
 
     Memory: the queries, keys and values of all layers stay, about three times a plain cache.
@@ -186,6 +210,8 @@ def record_prefill(model: Any, input_ids: Tensor, attention_mask: Tensor | None 
         A causal language model.
     input_ids, attention_mask : Tensor
         ``[batch, token]``, padding on the left.
+    tokenizer : PreTrainedTokenizerBase or ReplayPrompt, optional
+        Needed by selectors that replay the context, see :func:`rankkv.compress`.
 
     Returns
     -------
@@ -214,4 +240,4 @@ def record_prefill(model: Any, input_ids: Tensor, attention_mask: Tensor | None 
     hook.watch_for(cache, model)
     last_logits = run_prefill(model, cache, input_ids, attention_mask).float()
     hook.check_not_pending(cache)
-    return PrefillRecord(model, cache, input_ids, attention_mask, last_logits)
+    return PrefillRecord(model, cache, input_ids, attention_mask, last_logits, tokenizer)

@@ -72,7 +72,7 @@ def evaluate_task(
         As :class:`~rankkv.RankKVCache`.
     """
     for sample in samples:
-        record = record_prefill(model, torch.tensor(sample.context_ids)[None])
+        record = record_prefill(model, torch.tensor(sample.context_ids)[None], tokenizer=tokenizer)
         yield from evaluate_sample(record, tokenizer, sample, settings)
         # Free the record before the next prefill: two of them may not fit into memory.
         del record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers.generation import GenerationMixin
 
 from .._version import __version__
 from ..cache.cache import RankKVCache
-from ..cache.prefill import check_same_prompt
+from ..cache.prefill import build_cache, check_same_prompt
 from ..cache.saving import restore_selector, serialize_selector
 from ..config import RankKVConfig, complete_options
 from ..errors import CacheStateError, ConfigError, InputError
@@ -25,6 +26,8 @@ from ..utils.files import write_text_atomically
 
 _OPTIONS = {item.name: item for item in fields(RankKVConfig)}
 _CACHE_NAMES = ("cache", "past_key_values")
+# Inputs of a model that hold a prompt's images, videos, sounds or embeddings.
+_MEDIA = re.compile(r"(pixel|image|video|audio|input_features|inputs_embeds)")
 #: Decoding methods of transformers' GenerationMixin by generation mode; a custom_generate function has to call them.
 _LOOPS = {
     "greedy_search": "_sample",
@@ -79,7 +82,8 @@ def generate(model: Any, inputs: Any = None, **arguments: Any) -> Any:
     inputs : Tensor, optional
         ``[batch, token]``, as for ``model.generate``; ``input_ids=`` works too.
     **arguments
-        ``config=`` or options of :class:`~rankkv.RankKVConfig`, and all arguments of ``model.generate``.
+        ``config=`` or options of :class:`~rankkv.RankKVConfig`, and all arguments of ``model.generate``.  Selectors
+        that replay the prompt need ``tokenizer=``, see :func:`rankkv.compress`.
 
     Returns
     -------
@@ -119,8 +123,8 @@ def generate_with(preset: Mapping[str, Any], model: Any, **arguments: Any) -> An
     """
     given = _take_options(arguments)
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    cache = _choose_cache(model, _take_cache(arguments), given, preset)
     ids = arguments.get("input_ids", arguments.get("inputs"))
+    cache = _choose_cache(model, _take_cache(arguments), given, preset, ids, arguments)
     if ids is not None:
         check_same_prompt(cache, ids, arguments.get("attention_mask"))
     # Not `model.generate`: a model loaded from such a folder has this very function there.
@@ -133,6 +137,7 @@ def custom_generate(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
+    replay_tokenizer: Any = None,
     **arguments: Any,
 ) -> Any:
     """Decode from a compressed cache: pass this function to ``model.generate(custom_generate=custom_generate, ...)``.
@@ -149,6 +154,9 @@ def custom_generate(
         ``[batch, token]``, one row per beam.
     logits_processor, stopping_criteria, generation_config
         Prepared by transformers.
+    replay_tokenizer : PreTrainedTokenizerBase or ReplayPrompt, optional
+        The ``tokenizer`` of :func:`rankkv.compress`, for selectors that replay the prompt.  transformers does not pass
+        an argument named ``tokenizer`` on.
     **arguments
         Options of RankKV, and arguments of the model's forward.
 
@@ -190,7 +198,15 @@ def custom_generate(
                 "the given cache already holds tokens that RankKV has not seen: give a RankKVCache, or no cache."
             )
         prepared = None
-    cache = _choose_cache(model, prepared, given, {})
+    cache = _choose_cache(
+        model,
+        prepared,
+        given,
+        {},
+        input_ids,
+        {**arguments, "tokenizer": replay_tokenizer},
+        "replay_tokenizer",
+    )
     check_same_prompt(cache, input_ids, arguments.get("attention_mask"), arguments.get("position_ids"))
     decode = getattr(GenerationMixin, _LOOPS[mode])
     return decode(
@@ -300,7 +316,15 @@ def _take_cache(arguments: dict[str, Any]) -> Any:
     return next((cache for cache in found if cache is not None), None)
 
 
-def _choose_cache(model: Any, cache: Any, given: Mapping[str, Any], preset: Mapping[str, Any]) -> Any:
+def _choose_cache(
+    model: Any,
+    cache: Any,
+    given: Mapping[str, Any],
+    preset: Mapping[str, Any],
+    input_ids: Any,
+    arguments: Mapping[str, Any],
+    tokenizer_name: str = "tokenizer",
+) -> Any:
     """Return the given cache, or a new one with the options of the call over the preset ones."""
     if cache is not None:
         if given:
@@ -308,10 +332,28 @@ def _choose_cache(model: Any, cache: Any, given: Mapping[str, Any], preset: Mapp
                 f"a cache is given, but {', '.join(given)} can only apply to a new one: leave one of them out."
             )
         return cache
-    if given.get("config") is not None:
+    config = given.get("config")
+    if config is None:
+        options = {**preset, **complete_options(given)}
+        options.pop("config", None)
+        if isinstance(options.get("selector"), Mapping):
+            options["selector"] = restore_selector(options["selector"])
+        config = RankKVConfig(**options)
+    elif len(given) > 1:
+        # The cache's own message: either the config or single options.
         return RankKVCache(model, **given)
-    options = {**preset, **complete_options(given)}
-    options.pop("config", None)
-    if isinstance(options.get("selector"), Mapping):
-        options["selector"] = restore_selector(options["selector"])
-    return RankKVCache(model, config=RankKVConfig(**options))
+    if not get_selector(config.selector).replays:
+        return RankKVCache(model, config=config)
+    if input_ids is None:
+        raise InputError(
+            f"selector {str(config.selector)!r} repeats the token ids of the prompt, and none are given: give "
+            "input_ids."
+        )
+    media = [name for name in arguments if _MEDIA.match(name) and arguments[name] is not None]
+    tokenizer = arguments.get("tokenizer")
+    if tokenizer is None:
+        raise ConfigError(
+            f"selector {str(config.selector)!r} asks the model to repeat the prompt, and needs the tokenizer for that: "
+            f"give {tokenizer_name}=tokenizer."
+        )
+    return build_cache(model, input_ids, tokenizer, media, config=config)

@@ -14,7 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
 from ..cache.cache import RankKVCache
-from ..cache.prefill import compress
+from ..cache.prefill import build_cache, compress
 from ..config import RankKVConfig, complete_options
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..models.compat import cache_argument
@@ -191,12 +191,14 @@ class RankKVTextGenerationPipeline(Pipeline):
         config = config or RankKVConfig()
         options = self._fill_options(generate_options or {})
         context = input_tensors["context_ids"]
-        shared = None if question_aware else compress(self.model, context, config=config)
+        shared = (
+            None if question_aware else compress(self.model, context, tokenizer=self.tokenizer, config=config)
+        )
         token_ids, details = [], []
         for question in input_tensors["question_ids"]:
             ids = torch.cat([context, question], dim=1)
             if shared is None:
-                cache = RankKVCache(self.model, config=config)
+                cache = build_cache(self.model, ids, self.tokenizer, config=config)
             else:
                 cache = shared.copy()
                 # generate() repeats the ids for the beams, but not the rows of a filled cache.
@@ -208,6 +210,8 @@ class RankKVTextGenerationPipeline(Pipeline):
                 **cache_argument(cache),
                 **options,
             )
+            # An answer of one token leaves a prompt that waits for its replay uncompressed.
+            cache.finish()
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
             token_ids.append(sequences[0, ids.shape[1] :])
             details.append(_describe_cache(cache, ids.shape[1]))

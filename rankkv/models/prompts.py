@@ -140,6 +140,19 @@ def split_prompt(
     )
 
 
+def find_turn_end(tokenizer: Any) -> str:
+    """Return the text between a user's message and the answer: the chat template's, else a new line.
+
+    Raises
+    ------
+    InputError
+        If the chat template refuses a plain conversation.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n"
+    return _render(tokenizer, "context", None, {})[1]
+
+
 def _find_beginning(tokenizer: Any, text: str) -> list[int]:
     """Return the special tokens that this tokenizer writes before a text, without those after it."""
     # Special tokens after the text would end the prompt.

@@ -75,6 +75,10 @@ class Observation:
         them.
     memory : dict, optional
         Measures of this layer that were computed before, if one observation is measured more than once.
+    hidden : Tensor, optional
+        Hidden states that entered the layer's attention, ``[batch, query, hidden]``; known in a replay only.
+    replayed : Tensor, optional
+        Scores of the keys from a replay of the prompt, ``[batch, kv_head, key]``, if the selector needs them.
     """
 
     layer_idx: int
@@ -103,6 +107,8 @@ class Observation:
     past_moments: Tensor | None = None
     shards: HeadShards | None = None
     memory: dict[Any, Tensor] | None = None
+    hidden: Tensor | None = None
+    replayed: Tensor | None = None
 
     @property
     def module(self) -> nn.Module | None:
@@ -302,6 +308,41 @@ class Observation:
         batch, heads = per_head.shape[:2]
         return per_head.reshape(batch, self.kv_heads, heads // self.kv_heads, *per_head.shape[2:]).mean(dim=2)
 
+    def take_queries(self, rows: slice) -> Observation:
+        """Return an observation with a slice of the queries, in memory of its own."""
+        first = rows.indices(self.query_length)[0]
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:, :, rows].clone()
+
+        return replace(
+            self,
+            query=self.query[:, :, rows].clone(),
+            query_start=self.query_start + first,
+            query_valid=self.query_valid[:, rows],
+            attention_mask=pick(self.attention_mask),
+            position_bias=pick(self.position_bias),
+            hidden=None if self.hidden is None else self.hidden[:, rows],
+        )
+
+    def take_keys(self, index: Tensor) -> Observation:
+        """Return an observation of some keys, ``index [key]`` ascending; the softmax is then over these alone."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[..., index]
+
+        valid = self.valid[..., index]
+        return replace(
+            self,
+            keys=self.keys[:, :, index],
+            values=self.values[:, :, index],
+            positions=self.positions[..., index],
+            valid=valid,
+            available=count_real(valid),
+            attention_mask=pick(self.attention_mask),
+            position_bias=pick(self.position_bias),
+        )
+
     def take_row(self, row: int) -> Observation:
         """Return the observation of one batch row, without its padding."""
         real = self._valid_heads[row].any(dim=0).nonzero()[:, 0]
@@ -327,6 +368,7 @@ class Observation:
             attention_mask=pick(self.attention_mask),
             position_bias=pick(self.position_bias),
             past_moments=None if self.past_moments is None else self.past_moments[row : row + 1],
+            hidden=None if self.hidden is None else self.hidden[row : row + 1, queries],
         )
 
     def take_group(self, row: int, key_head: int) -> Observation:

@@ -19,6 +19,9 @@ SELECTORS = {
     "lava": "LAVa",
     "criticalkv": "CriticalKV",
     "chunkkv": "ChunkKV",
+    "echo": "Echo",
+    "kvzip": "KVzip",
+    "kvzip_plus": "KVzip+",
     "random": "Random tokens",
 }
 BUDGETS = {

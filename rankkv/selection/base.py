@@ -13,8 +13,10 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..observe.observation import Observation
 
+#: Input of the methods that score the prompt while the model repeats it.
+REPLAY = "a replay of the prompt"
 #: Values of :attr:`Selector.needs`: inputs that a method may read.
-NEEDS = ("window attention", "whole attention", "queries", "keys only", "keys and values", "nothing")
+NEEDS = ("window attention", "whole attention", "queries", "keys only", "keys and values", REPLAY, "nothing")
 #: Newest tokens that strategy ``"global"`` protects in every head.
 GLOBAL_RECENT = 16
 
@@ -32,7 +34,8 @@ class Selector:
         1 means that all heads of the layer keep the same tokens.
     needs : str
         Input of the method, one of :data:`NEEDS`: attention weights of the observation window or of all queries, the
-        queries themselves, keys alone, keys and values, or only the number of tokens ("nothing").
+        queries themselves, keys alone, keys and values, a second pass in which the model repeats the prompt (then
+        ``score`` gets an observation of that pass), or only the number of tokens ("nothing").
     source : str
         Paper of the method.
     cost : str
@@ -109,6 +112,16 @@ class Selector:
         return replace(self, options=bound, recent_fraction=recent_fraction)
 
     @property
+    def replays(self) -> bool:
+        """True if the scores come from a replay of the prompt, a second pass over it."""
+        return self.needs == REPLAY
+
+    @property
+    def replay_chunk(self) -> Any:
+        """Value of the option ``chunk_size``: the number of prompt tokens in one replay."""
+        return self.options.get("chunk_size", inspect.signature(self.score).parameters["chunk_size"].default)
+
+    @property
     def option_names(self) -> list[str]:
         """Names of the options of ``score``."""
         return list(inspect.signature(self.score).parameters)[1:]
@@ -136,6 +149,8 @@ class Selector:
 
     def compute_lasting_scores(self, observation: Observation) -> Tensor:
         """Compute the scores that later queries update (see ``step``), ``[batch, kv_head or 1, key]``."""
+        if observation.replayed is not None:
+            return observation.replayed
         return self.score(observation, **self.options)
 
     def refine(self, scores: Tensor, observation: Observation) -> Tensor:
@@ -255,6 +270,11 @@ class WrappingSelector(Selector):
             recent_fraction=recent_fraction,
             base=base,  # type: ignore[call-arg]
         )
+
+    @property
+    def replay_chunk(self) -> Any:
+        """Value of the base's option ``chunk_size``."""
+        return self._base.replay_chunk
 
     def compute_lasting_scores(self, observation: Observation) -> Tensor:
         """Compute the scores of the base, which later queries update."""

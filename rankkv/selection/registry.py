@@ -9,7 +9,7 @@ from typing import Any
 from ..config import AUTO_SELECTOR
 from ..errors import ConfigError, UnknownNameError
 from ..utils.registry import add_entry, remove_entry
-from .base import NEEDS, Selector, WrappingSelector
+from .base import NEEDS, REPLAY, Selector, WrappingSelector
 from .chunkkv import refine_chunkkv
 from .criticalkv import refine_criticalkv
 from .cur import score_cur
@@ -18,6 +18,7 @@ from .expected_attention import score_expected_attention
 from .h2o import score_h2o
 from .keydiff import score_keydiff
 from .knorm import score_knorm
+from .kvzip import score_kvzip, score_kvzip_plus
 from .lagkv import score_lagkv
 from .lava import score_lava
 from .qfilter import score_qfilter
@@ -104,6 +105,24 @@ SELECTORS: dict[str, Selector] = {
             wraps=("window attention", "whole attention", "queries"),
         ),
         WrappingSelector.of(_SNAPKV, "chunkkv", refine_chunkkv, "arXiv:2502.00299", "O(window x keys)"),
+        Selector(
+            "kvzip",
+            score_kvzip,
+            REPLAY,
+            "arXiv:2505.23416",
+            "O(chunk x keys)",
+            comparable=True,
+            strategy="global",
+        ),
+        Selector(
+            "kvzip_plus",
+            score_kvzip_plus,
+            REPLAY,
+            "arXiv:2601.07891",
+            "O(chunk x keys + keys x head_dim)",
+            comparable=True,
+            strategy="global",
+        ),
         Selector("random", score_random, "nothing", "control", "O(keys)", step="rescore"),
     )
 }

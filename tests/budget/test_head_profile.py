@@ -30,7 +30,6 @@ from rankkv.errors import ConfigError, ProfileError, UnsupportedModelError
 from rankkv.profile.known import describe_shape, sample_weights, save_known_profile
 from rankkv.rank.measures import compute_measures
 from rankkv.rank.observed_layer import compute_group_concentration
-from rankkv.selection import SELECTORS
 
 PROMPT, SHORT = oracles.random_prompt(90, seed=1), oracles.random_prompt(33, seed=2)
 #: One head of each layer counts for much.
@@ -121,7 +120,7 @@ def test_a_layer_counts_for_its_heads_together(model):
 # -- what is kept --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_every_head_keeps_what_its_weight_gives(model, keep, batch, selector):
     cache = oracles.prefill(model, *batch, selector=selector, **keep)
     weights = compute_head_weights(keep["profile"])
@@ -137,7 +136,7 @@ def test_every_head_keeps_what_its_weight_gives(model, keep, batch, selector):
     assert "its heads now hold" in cache.summary()
 
 
-CASCADES = [("profile", name) for name in SELECTORS] + [
+CASCADES = [("profile", name) for name in oracles.ONE_PASS] + [
     ("distortion", name) for name in ("snapkv", "h2o", "knorm")
 ]
 

@@ -13,7 +13,6 @@ import torch
 from rankkv import RankKVCache
 from rankkv.budget_allocation import STRATEGIES, Strategy
 from rankkv.errors import BudgetError
-from rankkv.selection import SELECTORS
 
 FAMILIES = ("llama", "neox")
 BACKENDS = ("sdpa", "eager")
@@ -48,36 +47,36 @@ def reversed_pyramid(monkeypatch):
 # -- O1 to O5 -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_everything_kept_changes_no_token(model, batch, selector):
     oracles.assert_identity(model, *batch, compression_ratio=1.0, selector=selector)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_decoding_equals_the_full_cache_with_the_evicted_masked(model, batch, selector):
     cache = oracles.prefill(model, *batch, compression_ratio=0.3, selector=selector, min_budget=3)
     oracles.assert_equals_masked_oracle(model, cache, *batch)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_a_row_of_a_padded_batch_is_treated_as_if_alone(model, selector):
     oracles.assert_batch_invariant(model, PROMPTS, selector=selector, min_budget=3)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_rows_of_equal_length_do_not_share_a_kept_set(llama, selector):
     prompts = [oracles.random_prompt(70, seed) for seed in (5, 6, 7)]
     oracles.assert_batch_invariant(llama, prompts, selector=selector, min_budget=3)
 
 
 @pytest.mark.parametrize("lengths", [(90, 41), (41, 90)], ids=["long-then-short", "short-then-long"])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_calls_are_independent(tiny_llama, selector, lengths):
     a, b = (oracles.random_prompt(n, n) for n in lengths)
     oracles.assert_calls_independent(tiny_llama(), tiny_llama(), a, b, selector=selector)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_bytes_are_those_of_the_kept_tokens(model, batch, selector):
     ids, mask = batch
     cache = oracles.prefill(model, ids, mask, compression_ratio=0.3, selector=selector)
@@ -182,7 +181,7 @@ def test_a_prompt_within_the_floor_is_kept_whole(llama, length, ratio):
     oracles.assert_identity(llama, prompt, compression_ratio=ratio)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_short_rows_of_a_padded_batch(model, selector):
     prompts = [oracles.random_prompt(n, seed=n) for n in (1, 5, 12, 60)]
     oracles.assert_batch_invariant(model, prompts, selector=selector)
@@ -212,7 +211,7 @@ def test_decode_steps_are_never_compressed(llama):
 # -- what is kept -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.7])
 def test_first_token_equals_the_uncompressed(model, selector, ratio):
     for prompt in PROMPTS:
@@ -236,7 +235,7 @@ def test_budgets_sum_to_the_total_with_every_strategy(llama, strategy):
     assert min(cache.kept_lengths) >= 18  # half of the average of 36
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_sinks_and_newest_are_kept(model, selector):
     for budget in (4, 16, 40):
         cache = oracles.prefill(

@@ -9,7 +9,7 @@ import pytest
 from rankkv import RankKVCache
 from rankkv.budget.plan import BudgetPlan
 from rankkv.budget_allocation import STRATEGIES
-from rankkv.selection import SELECTORS, get_selector
+from rankkv.selection import get_selector
 
 LAYERS = 6
 
@@ -43,7 +43,11 @@ MEASURED = [name for name, strategy in STRATEGIES.items() if strategy.measure is
 
 # The one decides how much a layer keeps and the other what: each is crossed with a few of the other kind.
 PAIRS = sorted(
-    {*((name, "snapkv") for name in MEASURED), *(("power", name) for name in SELECTORS), ("cake", "h2o")}
+    {
+        *((name, "snapkv") for name in MEASURED),
+        *(("power", name) for name in oracles.ONE_PASS),
+        ("cake", "h2o"),
+    }
 )
 
 
@@ -56,7 +60,7 @@ def test_cascade_equals_one_shot(model, one_shot, strategy, selector, seed):
 
 
 @pytest.mark.parametrize("min_budget", [1, 2, 5])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_cascade_with_a_low_floor(model, one_shot, selector, min_budget):
     # Exponent 16 drives most layers down to the floor, and the bounds with them.
     for seed in range(3):
@@ -72,7 +76,7 @@ def test_cascade_with_a_low_floor(model, one_shot, selector, min_budget):
 
 
 @pytest.mark.parametrize("min_budget", [1, 5, None])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_cascade_of_a_padded_batch(model, one_shot, selector, min_budget):
     for seed in range(2):
         ids, mask = oracles.left_pad([oracles.random_prompt(n, seed + n) for n in (110, 20, 63)])

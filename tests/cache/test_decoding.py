@@ -11,7 +11,6 @@ import torch
 from rankkv import RankKVCache
 from rankkv.errors import BudgetError
 from rankkv.models.compat import cache_argument
-from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)
 SHORT = oracles.random_prompt(21, seed=2)
@@ -58,7 +57,7 @@ def assert_every_step_equals_the_masked_oracle(model, cache, ids, mask, chunks):
 # -- bounded --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_bounded_stays_at_its_budgets(model, selector):
     options = {"budget": 30, "min_budget": 10, "selector": selector, "decode": "bounded"}
     cache = oracles.prefill(model, PROMPT, head_budgets=None, **options)
@@ -93,7 +92,7 @@ def test_generated_tokens_earn_a_place(model, selector):
     assert lasting
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_bounded_equals_the_masked_oracle_at_every_step(model, batch, selector):
     ids, mask = batch
     cache = oracles.prefill(model, ids, mask, budget=25, min_budget=5, selector=selector, decode="bounded")
@@ -141,7 +140,7 @@ def test_h2o_accumulates_the_attention_of_every_query(tiny_llama):
                 torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_a_short_prompt_grows_to_its_budget_and_stays(model, selector):
     prompt = oracles.random_prompt(10)
     cache = RankKVCache(model, budget=64, selector=selector, decode="bounded")
@@ -155,7 +154,7 @@ def test_a_short_prompt_grows_to_its_budget_and_stays(model, selector):
     assert lengths == [[min(11 + number, 64)] * 3 for number in range(80)]
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 @pytest.mark.parametrize("budget", [20, 48])
 def test_bounded_rows_equal_the_rows_alone(model, selector, budget):
     # With 48 the long row is at its budgets while the short one still grows; prompts within the budget both grow.
@@ -172,7 +171,7 @@ def test_bounded_rows_equal_the_rows_alone(model, selector, budget):
             assert [layer[row] for layer in kept] == [layer[0] for layer in oracles.kept_tokens(alone)]
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_bounded_beam_search(model, selector):
     ids, mask = oracles.left_pad([PROMPT, SHORT])
     options = {"budget": 20, "min_budget": 5, "selector": selector, "decode": "bounded"}
@@ -206,7 +205,7 @@ def test_a_ratio_below_the_floor_is_raised_and_said(llama):
     assert "raised to 48: the floor is 16" in cache.summary()
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_a_span_beyond_the_prompt_does_not_take_the_newest_tokens_place(model, selector):
     # Budgets were made for the part of a span that the prompt has; kept whole, later tokens would fill them for good.
     options = {
@@ -233,7 +232,7 @@ def test_a_span_beyond_the_prompt_does_not_take_the_newest_tokens_place(model, s
 # -- periodic -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_periodic_compresses_every_so_many_tokens(model, batch, selector):
     ids, mask = batch
     options = {
@@ -259,7 +258,7 @@ def test_periodic_compresses_every_so_many_tokens(model, batch, selector):
     assert len(budgets) == 5
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_periodic_equals_the_masked_oracle_at_every_step(model, batch, selector):
     ids, mask = batch
     options = {
@@ -273,7 +272,7 @@ def test_periodic_equals_the_masked_oracle_at_every_step(model, batch, selector)
     assert_every_step_equals_the_masked_oracle(model, cache, ids, mask, steps_of(len(ids), 20))
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_periodic_rows_equal_the_rows_alone(model, selector):
     options = {"compression_ratio": 0.4, "min_budget": 5, "selector": selector}
     options |= {"decode": "periodic", "decode_interval": 9}
@@ -325,7 +324,7 @@ def test_periodic_snapkv_keeps_what_a_plain_formula_keeps(tiny_llama):
 # -- grow, and everything kept --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 @pytest.mark.parametrize("decode", ["grow", "periodic"])
 def test_everything_kept_changes_nothing(model, batch, selector, decode):
     options = {"compression_ratio": 1.0, "decode": decode, "decode_interval": 5, "selector": selector}

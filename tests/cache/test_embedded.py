@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from rankkv import RankKVAnalyzer, RankKVCache, compress
-from rankkv.selection import SELECTORS
 
 LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64
 
@@ -28,7 +27,7 @@ def test_everything_kept_changes_no_token(model, prompts):
     oracles.assert_identity(model, prompts[0], new_tokens=16, compression_ratio=1.0)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_budgets_bytes_and_first_token(model, prompts, selector):
     prompt = prompts[0]
     cache = RankKVCache(model, compression_ratio=0.3, selector=selector)

@@ -16,7 +16,6 @@ from rankkv import RankKVCache, compress
 from rankkv.errors import CacheStateError, ConfigError
 from rankkv.models.compat import accepts_argument, cache_argument
 from rankkv.observe import hook as attention
-from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)
 SHORT = oracles.random_prompt(41, seed=2)
@@ -71,7 +70,7 @@ def test_beams_with_everything_kept_equal_plain(model, beams):
 
 
 @pytest.mark.parametrize("beams", [3, 4])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_beams_on_a_compressed_prompt_equal_those_on_the_masked_oracle(model, selector, beams):
     # The beams part at the first token, from logits of the whole prompt; so that both sides search alike, the prompt is
     # prefilled before and the search starts from its last token but one.
@@ -150,7 +149,7 @@ def test_inputs_embeds(model):
 
 @oracles.needs_recent_generate
 @pytest.mark.parametrize("chunk", [1, 7, 32, 45, 89])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_chunks_keep_what_one_piece_keeps(model, selector, chunk):
     single, chunked = (
         RankKVCache(model, selector=selector, prefill=p, **KEEP) for p in ("single", "chunked")
@@ -171,7 +170,7 @@ def test_chunks_keep_what_one_piece_keeps(model, selector, chunk):
 
 
 @oracles.needs_recent_generate
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 @pytest.mark.parametrize("chunk", [16, 40, 64])
 def test_chunks_of_a_padded_batch(model, selector, chunk):
     ids, mask = oracles.left_pad([PROMPT, SHORT])
@@ -197,7 +196,7 @@ def test_chunks_and_other_ways_of_decoding(llama, decode):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["single", "padded"])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_streaming_prefill_is_bounded(llama, selector, padded):
     ids, mask = oracles.left_pad([oracles.random_prompt(400, 5), SHORT][: 1 + padded])
     cache = RankKVCache(llama, budget=40, selector=selector, prefill="streaming")
@@ -245,7 +244,7 @@ def test_assisted_with_everything_kept_equals_plain(llama, drafting, prompt):
 
 @oracles.needs_recent_generate
 @pytest.mark.parametrize("prompt", [PROMPT, LOOPED], ids=["random", "looped"])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_assisted_on_a_compressed_prompt_follows_the_masked_oracle(llama, drafting, selector, prompt):
     cache = RankKVCache(llama, selector=selector, **KEEP)
     text = oracles.generate(llama, prompt, cache, 30, **drafting)
@@ -262,7 +261,7 @@ def test_assisted_on_a_compressed_prompt_follows_the_masked_oracle(llama, drafti
 
 
 @oracles.needs_recent_generate
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_a_judged_draft_leaves_no_trace(llama, selector):
     # A cache that saw a draft and dropped it compresses as if it had never been there.
     for draft in (3, 64, 256):
@@ -461,7 +460,7 @@ TURN_MODES = {
 
 @oracles.needs_recent_generate
 @pytest.mark.parametrize("mode", TURN_MODES)
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_three_turns_that_each_cross_the_budget(llama, selector, mode):
     options = {"budget": 24, "selector": selector, **TURN_MODES[mode]}
     cache = RankKVCache(llama, **options)
@@ -486,7 +485,7 @@ def test_three_turns_that_each_cross_the_budget(llama, selector, mode):
     oracles.assert_bytes_match(cache) if mode != "int8" else None
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_later_turns_are_compressed_when_asked(model, selector):
     protect = [(10, 17), (100, 105)]
     kept = {}

@@ -12,7 +12,6 @@ from rankkv import RankKVCache, RankKVConfig, compress
 from rankkv.budget.plan import BudgetPlan
 from rankkv.cache.masks import project_mask
 from rankkv.errors import ConfigError, UnknownNameError, UnsupportedModelError
-from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)
 SHORT = oracles.random_prompt(33, seed=2)
@@ -253,7 +252,7 @@ def test_the_padded_form_is_gone_after_the_call(tiny_llama):
 
 @pytest.mark.parametrize(
     ("selector", "strategy"),
-    [*((name, None) for name in SELECTORS), ("snapkv", "uniform"), ("snapkv", "softmax")],
+    [*((name, None) for name in oracles.ONE_PASS), ("snapkv", "uniform"), ("snapkv", "softmax")],
 )
 @pytest.mark.parametrize("head_floor", [0.0, 0.2, 0.7, 0.95])
 def test_cascade_equals_one_decision(tiny_llama, monkeypatch, strategy, selector, head_floor):
@@ -294,7 +293,7 @@ def test_a_prompt_in_chunks_keeps_what_one_in_one_piece_keeps(model, batch):
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_streaming_prefill_holds_the_budget(tiny_llama, batch, selector):
     model, (ids, mask) = tiny_llama(), batch
     cache = RankKVCache(model, prefill="streaming", selector=selector, **KEEP)

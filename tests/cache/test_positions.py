@@ -21,7 +21,6 @@ from transformers import (
 from rankkv import RankKVCache
 from rankkv.errors import UnsupportedModelError
 from rankkv.observe import hook as attention
-from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)
 SHORT = oracles.random_prompt(33, seed=2)
@@ -204,7 +203,7 @@ def test_packed_rows_equal_the_rows_alone(build, kind, decode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_packed_with_everything_kept_changes_nothing(build, kind, selector):
     if kind == "dynamic" and oracles.OLD_GENERATE:
         pytest.skip("without RankKV, too, the second call has frequencies of the first")

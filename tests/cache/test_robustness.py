@@ -14,7 +14,6 @@ from transformers import AttentionInterface, DynamicCache
 from rankkv import RankKVCache, compress
 from rankkv.errors import RankKVError
 from rankkv.observe import hook as attention
-from rankkv.selection import SELECTORS
 
 PROMPT = oracles.random_prompt(90, seed=1)
 
@@ -77,7 +76,7 @@ def test_uninstalling_restores_the_attention_functions(llama):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(tiny_llama, backend, selector, dtype):
     model = tiny_llama(attn_implementation=backend)

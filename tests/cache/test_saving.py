@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from rankkv import RankKVCache, compress
 from rankkv.cache import saving as cache_files
 from rankkv.errors import CacheStateError, InputError
-from rankkv.selection import SELECTORS, get_selector
+from rankkv.selection import get_selector
 
 PROMPT = oracles.random_prompt(90, seed=1)
 SHORT = oracles.random_prompt(33, seed=2)
@@ -74,7 +74,7 @@ def test_what_was_measured_is_saved(llama, path, strategy):
     assert loaded.summary() == cache.summary()
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", oracles.ONE_PASS)
 @pytest.mark.parametrize("decode", ["bounded", "periodic"])
 def test_scores_go_on_with_every_selector(llama, path, selector, decode):
     cache = oracles.prefill(llama, PROMPT, budget=24, selector=selector, decode=decode, decode_interval=8)

@@ -11,11 +11,11 @@ from rankkv.budget_allocation import STRATEGIES
 from rankkv.errors import ConfigError, InputError
 from rankkv.evaluation import compute_continuation_loss, evaluate_continuation, record_prefill
 from rankkv.models.compat import cache_argument
-from rankkv.selection import SELECTORS, get_selector
+from rankkv.selection import get_selector
 
 PROMPT, CONTINUATION = oracles.random_prompt(90, seed=5), oracles.random_prompt(12, seed=6)
 OPTIONS = [
-    *({"selector": name, "compression_ratio": 0.3} for name in SELECTORS),
+    *({"selector": name, "compression_ratio": 0.3} for name in oracles.ONE_PASS),
     *({"strategy": name, "compression_ratio": 0.4} for name in STRATEGIES if name != "profile"),
     {"scope": "full", "aggregation": "mean"},
     {"scope": "window", "window_size": 8, "sink_size": 0},

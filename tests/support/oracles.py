@@ -29,10 +29,14 @@ from rankkv.cache.layer import RankKVLayer
 from rankkv.models.compat import cache_argument, find_eager_homes
 from rankkv.observe.call import observe
 from rankkv.observe.observation import Observation
+from rankkv.selection import SELECTORS
 
 #: Before 5.24: other drafts, other chunks, and every turn with all its ids.
 OLD_GENERATE = Version(transformers.__version__) < Version("5.24")
 needs_recent_generate = pytest.mark.skipif(OLD_GENERATE, reason="older generate() does this another way")
+
+#: Selectors that a cache alone can use; the others repeat the prompt (tests/cache/test_replay.py).
+ONE_PASS = [name for name, selector in SELECTORS.items() if not selector.replays]
 
 MASKED_ORACLE = "masked_oracle"
 PAD = 0
@@ -391,11 +395,29 @@ def capture_calls(model: Any, input_ids: Tensor, mask: Tensor | None = None) -> 
 def observe_layers(
     model: Any, input_ids: Tensor, mask: Tensor | None = None, window_size: int = 32, sink_size: int = 4
 ) -> list[Observation]:
-    """Return the observations of one forward, a layer each."""
-    return [
-        observe(*call, kv_heads=call[3].shape[1], window_size=window_size, sink_size=sink_size)
-        for call in capture_calls(model, input_ids, mask)
+    """Return the observations of one forward, a layer each, with the hidden states that a replay would note."""
+    hidden: dict[int, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: hidden.update(
+                {module.layer_idx: kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]}
+            ),
+            with_kwargs=True,
+        )
+        for module in attention_modules(model).values()
     ]
+    try:
+        calls = capture_calls(model, input_ids, mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = [
+        observe(*call, kv_heads=call[3].shape[1], window_size=window_size, sink_size=sink_size)
+        for call in calls
+    ]
+    for layer in layers:
+        layer.hidden = hidden[layer.layer_idx]
+    return layers
 
 
 def observe_random(

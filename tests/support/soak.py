@@ -25,7 +25,6 @@ from rankkv.config import FLOOR_TOKENS
 from rankkv.errors import UnsupportedModelError
 from rankkv.models.compat import cache_argument
 from rankkv.rank.aggregation import AGGREGATIONS
-from rankkv.selection import SELECTORS
 
 #: Options with which a family may refuse by name: what they need is not there in every model.
 _MAY_BE_REFUSED = (
@@ -84,7 +83,7 @@ def draw_call(number: int, seed: int) -> Call:
     prefill = draw.choice(("single", "single", "chunked", "streaming"))
     options: dict[str, Any] = {
         "compression_ratio": draw.choice((1.0, 0.9, 0.5, 0.3, 0.1, 0.02)),
-        "selector": draw.choice(sorted(SELECTORS)),
+        "selector": draw.choice(sorted(oracles.ONE_PASS)),
         "strategy": draw.choice((None, *sorted(STRATEGIES))),
         "scope": draw.choice(
             ("evictable", "window") if prefill == "chunked" else ("evictable", "window", "full")

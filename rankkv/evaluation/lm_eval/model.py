@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ...budget.plan import BudgetPlan
 from ...cache.cache import RankKVCache
-from ...cache.prefill import run_prefill
+from ...cache.prefill import build_cache, run_prefill
 from ...config import RankKVConfig
 from ...errors import ConfigError, UnsupportedModelError
 from ...models.compat import cache_argument
@@ -189,10 +189,11 @@ class RankKVLM(HFLM):
         """Prefill ids and return their compressed cache; None if there are no ids."""
         if len(ids) == 0:
             return None
-        cache = RankKVCache(self.model, config=self.config_of_cache)
+        input_ids = torch.tensor(ids, device=self.device)[None]
+        cache = build_cache(self.model, input_ids, self.tokenizer, config=self.config_of_cache)
         with self._autocast():
-            run_prefill(self.model, cache, torch.tensor(ids, device=self.device)[None])
-        cache.finish()
+            run_prefill(self.model, cache, input_ids)
+            cache.finish()
         self._note_bytes(cache)
         return cache
 
@@ -218,11 +219,12 @@ class RankKVLM(HFLM):
         """Generate after a batch of prompts, left-padded; the harness calls this."""
         mask = options.pop("attention_mask")
         if self._split.question_aware:
-            cache = RankKVCache(self.model, config=self.config_of_cache)
+            cache = build_cache(self.model, context, self.tokenizer, config=self.config_of_cache)
             output = super()._model_generate(
                 context, max_length, stop, attention_mask=mask, **cache_argument(cache), **options
             )
-            self._note_bytes(cache)
+            # An answer of one token leaves a prompt that waits for its replay uncompressed.
+            self._note_bytes(cache.finish())
             return output
         rows = [
             self._generate_after(ids[real.bool()], prompt, max_length - context.shape[1], stop, options)

@@ -208,7 +208,7 @@ class ModelSweep:
         """Return the seconds per prefilled token, per token of a built cache, and per decode step."""
         ids = torch.tensor(token_ids)[None]
         record_prefill(self.model, ids)  # warm-up: the first forward is slower
-        seconds, record = _time(lambda: record_prefill(self.model, ids))
+        seconds, record = _time(lambda: record_prefill(self.model, ids, tokenizer=self._tokenizer))
         # Build about four settings for all: with many methods a probe of each would take too long.
         tried = list(self._options.values())[:: max(1, len(self._options) // 4)]
         building = sum(_time(lambda options=options: record.build_cache(**options))[0] for options in tried)
@@ -227,7 +227,7 @@ class ModelSweep:
     def _measure(self, unit: Unit) -> list[dict[str, Any]]:
         """Return the rows of a unit; write its kept-token map if it has one."""
         sample = unit.sample
-        record = record_prefill(self.model, torch.tensor(sample.context_ids)[None])
+        record = record_prefill(self.model, torch.tensor(sample.context_ids)[None], tokenizer=self._tokenizer)
         found = list(evaluate_sample(record, self._tokenizer, sample, self._options))
         if unit.maps_kept_tokens:
             kept_maps = describe_kept_tokens(record, self._tokenizer, self._options)
