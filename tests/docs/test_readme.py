@@ -106,7 +106,7 @@ def run_python(name, model_folder):
 def test_snippets_run_and_print_what_is_shown(name, capsys):
     from rankkv.models import embedded
 
-    folder = embedded._ensure_converted(embedded._find_embedded_gguf())
+    folder = embedded.ensure_embedded()
     namespace = run_python(name, folder)
     shown = capsys.readouterr().out
     cache, length = namespace["cache"], namespace["inputs"].input_ids.shape[1]
