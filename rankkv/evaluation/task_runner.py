@@ -103,6 +103,7 @@ def evaluate_sample(
 
         - ``task``, ``sample``, ``index``, ``seed``, ``length`` (tokens), ``depth``, ``question_aware``,
           ``questions``, ``setting``, ``metric``, ``higher_is_better``;
+        - ``chance``: score of a random choice, or null; ``cut_tokens``: tokens that the context lost;
         - ``score``: the task's metric, mean over questions;
         - ``answer_loss``: mean negative log-likelihood of the right answer, nats per token;
         - ``divergence``: mean Kullback-Leibler divergence from the full cache's predictions over the right answer,
@@ -189,6 +190,8 @@ def _make_row(
         "setting": setting,
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
+        "chance": sample.chance,
+        "cut_tokens": sample.cut_tokens,
         "score": sum(one.loss if task.metric == "loss" else one.score for one in outcomes) / many,
         "answer_loss": sum(one.loss for one in outcomes) / many,
         "divergence": divergence,
@@ -218,6 +221,9 @@ def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _
     loss = float(-predicted.gather(-1, wanted[:, None]).mean())
     if spare is None:
         return _Outcome(0.0, loss, "", predicted)
+    if prompt.scorer is not None:
+        output = tokenizer.decode(_decode(record, tokenizer, prompt, spare), skip_special_tokens=True)
+        return _Outcome(prompt.scorer(output), loss, output, predicted)
     # If the right answer is the likeliest token at every step, greedy decoding gives it: no need to decode.
     said_right = bool((predicted.argmax(dim=-1) == wanted).all())
     if said_right and first == 1 and not prompt.question_ids:
@@ -229,7 +235,7 @@ def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _
 
 def _decode(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> list[int]:
     """Return the ids that ``generate()`` gives greedily after context and question."""
-    model, budget = record.model, len(prompt.answer_ids) + EXTRA_TOKENS
+    model, budget = record.model, prompt.max_new_tokens or len(prompt.answer_ids) + EXTRA_TOKENS
     asked = torch.tensor(prompt.question_ids, dtype=torch.long, device=find_input_device(model))[None]
     given = torch.cat([record.input_ids, asked], dim=1)
     said: list[int] = []
