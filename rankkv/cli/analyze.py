@@ -50,7 +50,9 @@ def analyze(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="python-docs, wikitext, or a .txt or .jsonl file; its beginning is the prompt."),
+        typer.Option(
+            help="python-docs, wikitext, or a file or folder of texts; its beginning is the prompt."
+        ),
     ] = None,
     compression_ratio: KeptFraction = 0.3,
     budget: AverageBudget = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 
 #: Tasks that run if neither --tasks nor --data is given.
 DEFAULT_TASKS = "perplexity,needle"
-#: Name of a unit of work, and a function that computes its rows.
-Unit = tuple[str, Callable[[], list[dict[str, Any]]]]
+# Columns of a terminal that takes all digits.
+WIDE = 132
+#: Name of a unit of work, and a function that yields its rows.
+Unit = tuple[str, Callable[[], Iterable[dict[str, Any]]]]
 
 
 @reports_errors
@@ -61,7 +63,7 @@ def evaluate(
     ] = None,
     model: ModelName = "embedded",
     text: Annotated[
-        str, typer.Option(help="Source of the contexts: python-docs, wikitext, or a .txt or .jsonl file.")
+        str, typer.Option(help="Source of the contexts: python-docs, wikitext, or a file or folder of texts.")
     ] = "python-docs",
     ratios: Annotated[
         str, typer.Option(help="Fractions of the KV cache kept, in (0, 1], comma-separated.")
@@ -244,8 +246,8 @@ def evaluate(
     comparisons = compare_settings(rows, uniform_of, seed=seed)
     if not console.is_terminal:
         # A log has no width limit.
-        console.width = 120
-    for table in make_comparison_tables(comparisons):
+        console.width = WIDE
+    for table in make_comparison_tables(comparisons, digits=3 if console.width >= WIDE else 2):
         console.print(table, "")
     summary = make_summary_table(comparisons)
     if summary is not None:
@@ -360,10 +362,10 @@ def plan_built_in(
         yield name, units
 
 
-def _evaluate_sample(model: Any, tokenizer: Any, sample: Any, settings: Any) -> list[dict[str, Any]]:
+def _evaluate_sample(model: Any, tokenizer: Any, sample: Any, settings: Any) -> Iterator[dict[str, Any]]:
     from ..evaluation import evaluate_task
 
-    return list(evaluate_task(model, tokenizer, [sample], settings))
+    return evaluate_task(model, tokenizer, [sample], settings)
 
 
 def plan_harness(
@@ -417,18 +419,22 @@ def run_units(console: Console, name: str, units: Sequence[Unit], store: Any) ->
                 seconds = (time.perf_counter() - started) / measured * (len(own) - done)
                 left = f", about {format_seconds(seconds)} left"
             step.advance(done, len(own), f"sample {done + 1}/{len(own)}{left}")
-            if store is None:
-                rows.append(run())
-                measured += 1
+            if store is not None and store.is_done(unit):
+                rows.append(store.read_unit(unit))
                 continue
-            if not store.is_done(unit):
-                store.write(unit, run())
-                measured += 1
-            rows.append(store.read_unit(unit))
+            found = []
+            for row in run():
+                found.append(row)
+                step.advance(done, len(own), f"sample {done + 1}/{len(own)}, cache {len(found)}{left}")
+            measured += 1
+            if store is not None:
+                store.write(unit, found)
+                found = store.read_unit(unit)
+            rows.append(found)
         return list(itertools.chain.from_iterable(gather(rows)))
 
 
-def make_comparison_tables(comparisons: Sequence[Comparison]) -> Iterator[Table]:
+def make_comparison_tables(comparisons: Sequence[Comparison], digits: int = 3) -> Iterator[Table]:
     """Yield a table per task with a line per setting: tokens and bytes kept, score, paired differences, answer loss."""
     from rich.table import Table
 
@@ -452,10 +458,10 @@ def make_comparison_tables(comparisons: Sequence[Comparison]) -> Iterator[Table]
                 "guess rate" if guess else one.setting,
                 "" if one.kept_share is None or guess else f"{one.kept_share:.1%}",
                 "" if one.bytes_share is None or guess else f"{one.bytes_share:.1%}",
-                str(one.score),
-                "" if one.to_full is None or guess else f"{one.to_full:+}",
-                "" if one.to_uniform is None else f"{one.to_uniform:+}",
-                "" if one.answer_loss is None else f"{one.answer_loss:.3f}",
+                one.score.show(digits),
+                "" if one.to_full is None or guess else one.to_full.show(digits, "+"),
+                "" if one.to_uniform is None else one.to_uniform.show(digits, "+"),
+                "" if one.answer_loss is None else f"{one.answer_loss:.{digits}f}",
             )
         yield table
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Fewer contexts than this give intervals that are too narrow.
 FEW_CONTEXTS = 20
-Unit = tuple[str, Callable[[], list[dict[str, Any]]]]
+Unit = tuple[str, Callable[[], Iterable[dict[str, Any]]]]
 
 
 def read_data(
@@ -93,10 +93,10 @@ def plan_data(
             )
 
 
-def _evaluate(model: Any, tokenizer: Any, sample: Any, settings: Any) -> list[dict[str, Any]]:
+def _evaluate(model: Any, tokenizer: Any, sample: Any, settings: Any) -> Iterator[dict[str, Any]]:
     from ..evaluation import evaluate_task
 
-    return list(evaluate_task(model, tokenizer, [sample], settings))
+    return evaluate_task(model, tokenizer, [sample], settings)
 
 
 def _print_cuts(console: Console, name: str, made: BenchmarkSamples, most: int | None) -> None:
@@ -110,8 +110,8 @@ def _print_cuts(console: Console, name: str, made: BenchmarkSamples, most: int |
     if made.cut_contexts:
         _say(
             console,
-            f"Warning: {name}: {made.cut_contexts} of {len(lengths)} prompts are longer than {most:,} tokens with their "
-            f"output. They lose their middle, {made.cut_tokens:,} tokens in all.",
+            f"Warning: {name}: {made.cut_contexts} of {len(lengths)} prompts are too long for {most:,} tokens. They "
+            f"lose their middle, {made.cut_tokens:,} tokens in all.",
         )
     if made.too_short:
         _say(console, f"Warning: {name}: {made.too_short} texts are too short and left out.")

@@ -18,8 +18,10 @@ from .files import shorten
 
 #: Most bytes of a file that is read as a whole, unpacked.
 WHOLE_LIMIT = 2 * 2**30
-#: Most characters of one line of JSON Lines.
+#: Most bytes of one line of JSON Lines.
 LINE_LIMIT = 256 * 2**20
+# Fields whose list belongs to a single entry.
+_LISTS_OF_ONE_ENTRY = {"messages", "multi_turns"}
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,20 @@ def _list_endings() -> str:
     return f"{', '.join(_READERS)} (also with .gz)"
 
 
-def _open_text(path: Path) -> IO[str]:
-    """Open a file as UTF-8 text, unpacked if it ends in ``.gz``."""
-    binary: Any = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+def _open(path: Path) -> IO[bytes]:
+    """Open a file for reading, unpacked if it ends in ``.gz``."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    return path.open("rb")
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where} is not UTF-8 (byte {error.start}: {error.reason}); convert it to UTF-8."
+        ) from error
 
 
 def _guard(reader: Callable[[Path], Iterator[Record]]) -> Callable[[Path], Iterator[Record]]:
@@ -121,10 +133,6 @@ def _guard(reader: Callable[[Path], Iterator[Record]]) -> Callable[[Path], Itera
     def read(path: Path) -> Iterator[Record]:
         try:
             yield from reader(path)
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it to UTF-8."
-            ) from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{str(path)!r} is a damaged gzip file ({error}): copy it again.") from error
         except OSError as error:
@@ -136,14 +144,13 @@ def _guard(reader: Callable[[Path], Iterator[Record]]) -> Callable[[Path], Itera
 
 
 def _read_whole(path: Path) -> str:
-    with _open_text(path) as file:
-        text = file.read(WHOLE_LIMIT + 1)
-    if len(text) > WHOLE_LIMIT:
+    with _open(path) as file:
+        content = file.read(WHOLE_LIMIT + 1)
+    if len(content) > WHOLE_LIMIT:
         raise InputError(
-            f"{str(path)!r} has more than {WHOLE_LIMIT:,} characters: write it as JSON Lines, which is read line by "
-            "line."
+            f"{str(path)!r} has more than {WHOLE_LIMIT:,} bytes: write it as JSON Lines, which is read line by line."
         )
-    return text
+    return _decode(content, repr(str(path)))
 
 
 @_guard
@@ -155,37 +162,42 @@ def _read_txt(path: Path) -> Iterator[Record]:
 
 @_guard
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    with _open_text(path) as file:
+    with _open(path) as file:
         number = 0
         # Read up to a bound: iterating over the lines would read a file without line ends as a whole.
         while line := file.readline(LINE_LIMIT + 1):
             number += 1
             where = f"line {number} of {str(path)!r}"
             if len(line) > LINE_LIMIT:
-                raise InputError(f"{where} has more than {LINE_LIMIT:,} characters: split it.")
-            if line.strip():
-                yield Record(where, _check_object(_parse(line, where), where))
+                raise InputError(f"{where} has more than {LINE_LIMIT:,} bytes: split it.")
+            text = _decode(line, where)
+            if text.strip():
+                yield Record(where, _check_object(_parse(text, where), where))
 
 
 @_guard
 def _read_json(path: Path) -> Iterator[Record]:
     found = _parse(_read_whole(path), repr(str(path)))
     if isinstance(found, dict):
-        columns = {name: values for name, values in found.items() if isinstance(values, list)}
-        lengths = {len(values) for values in columns.values()}
-        if columns and len(columns) == len(found) and len(lengths) == 1 and "messages" not in found:
-            found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        # Files of a data set often hold its entries under one name.
-        elif len(columns) == 1 and all(isinstance(item, dict) for item in next(iter(columns.values()))):
-            name, values = next(iter(columns.items()))
-            found = [found] if name in ("multi_turns", "messages", "conversations") else values
-        else:
-            found = [found]
+        found = _find_entries(found)
     if not isinstance(found, list):
         raise InputError(f"{str(path)!r} is not a list of objects: give JSON of the form [{{...}}, {{...}}].")
     for number, item in enumerate(found, start=1):
         where = f"entry {number} of {str(path)!r}"
         yield Record(where, _check_object({"text": item} if isinstance(item, str) else item, where))
+
+
+def _find_entries(found: dict[str, Any]) -> list[Any]:
+    """Return the entries of a JSON object: under one name, as columns, or the object itself."""
+    lists = {name: values for name, values in found.items() if isinstance(values, list)}
+    if len(lists) != len(found) or not lists or set(lists) & _LISTS_OF_ONE_ENTRY:
+        return [found]
+    (first, *others) = lists.values()
+    if not others and all(isinstance(item, dict) for item in first):
+        return first
+    if any(len(values) != len(first) for values in others):
+        return [found]
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
 def _parse(text: str, where: str) -> Any:
@@ -206,7 +218,8 @@ def _check_object(item: Any, where: str) -> dict[str, Any]:
 def _read_csv(path: Path) -> Iterator[Record]:
     # The module's own bound, 131,072 characters, is below a long context.
     csv.field_size_limit(LINE_LIMIT)
-    with _open_text(path) as file:
+    # As a whole, because a field may hold line ends.
+    with io.StringIO(_read_whole(path), newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if _find_ending(path) == ".tsv" else ",")
         try:
             for number, row in enumerate(rows, start=1):
@@ -241,7 +254,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         ) from error
     packed = path.suffix.lower() == ".gz"
     try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+        with _open(path) as file:
             source = io.BytesIO(file.read(WHOLE_LIMIT)) if packed else file
             number = 0
             for batch in parquet.ParquetFile(source).iter_batches(batch_size=16):

@@ -68,7 +68,7 @@ def _find_question(prompt: str) -> tuple[str | None, int]:
 
     Examples
     --------
-    >>> _find_question("Some text.\\nWhat is the special magic number for x? The special magic number for x is")
+    >>> _find_question("Some text. What is the special magic number for x? The special magic number for x is")
     ('niah', 11)
     """
     last: tuple[str | None, int] = (None, -1)

@@ -1,4 +1,4 @@
-"""Samples of benchmark items: prompts as token ids, cut in the middle, with the question before or after compression."""
+"""Samples of benchmark items: prompts as token ids, split where the compressed part ends."""
 
 from __future__ import annotations
 
@@ -258,8 +258,8 @@ def _cut_middle(
         return document, 0
     if room < 1:
         raise InputError(
-            f"{item.where}: the prompt may have {allowed:,} tokens and has {len(before) + tail:,} without its document: "
-            "give a greater --max-length, or fewer --max-new-tokens."
+            f"{item.where}: the prompt may have {allowed:,} tokens and has {len(before) + tail:,} without its "
+            "document: give a greater --max-length, or fewer --max-new-tokens."
         )
     # Half of the allowed tokens are the beginning of the prompt, half its end.
     front = min(max(allowed // 2 - len(before), 0), room)
