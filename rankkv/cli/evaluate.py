@@ -73,6 +73,12 @@ def evaluate(
         str,
         typer.Option(help="Budget strategies, auto or default, comma-separated; uniform is always added."),
     ] = "auto",
+    quantized: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantized caches beside the others: int4, int8 (all tokens), evict+int8 (equal bytes)."
+        ),
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of a context, comma-separated.")] = "1024",
     samples: Annotated[
         int, typer.Option(help="Samples per length; documents per task of lm-evaluation-harness.")
@@ -171,6 +177,7 @@ def evaluate(
         print_data(console, benchmarks, question)
     with show_step(console, f"Loading {model}"):
         from ..evaluation.comparison import check_floor, compare_settings, find_identical
+        from ..evaluation.quantized import add_quantized_settings
         from ..evaluation.results import ResultStore
         from ..evaluation.settings import build_settings
         from ..evaluation.tasks import TASKS
@@ -181,6 +188,10 @@ def evaluate(
             _split(selectors, "--selectors"),
             _split(strategies, "--strategies"),
         )
+        if quantized is not None:
+            settings, uniform_of = add_quantized_settings(
+                settings, uniform_of, _split(quantized, "--quantized")
+            )
         built_in = [name for name in names if name in TASKS]
         harness = [name for name in names if name not in TASKS]
         task_options = _assign_options(built_in, given)

@@ -142,7 +142,7 @@ def list_verdicts(comparisons: Sequence[Comparison], blind: Collection[str] = ()
             if task in blind:
                 continue
             yield (
-                f"{task}, {one.setting}: {one.score.mean:.3f} with {_share(one.kept_share)} of the cache, "
+                f"{task}, {one.setting}: {one.score.mean:.3f} with {_share(one.bytes_share)} of the bytes, "
                 f"{full.score.mean:.3f} with all of it. {judge(one)}"
             )
 

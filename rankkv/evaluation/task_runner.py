@@ -17,6 +17,7 @@ from ..models.compat import cache_argument
 from ..models.placement import find_input_device
 from .perplexity import predict_tokens
 from .prefill_record import PrefillRecord, record_prefill
+from .quantized import build_setting, copy_cache, count_quantized_bytes
 from .tasks import Prompt, Sample
 
 #: Settings that every task runs: the full cache, and the full cache of a context without the answers (the guess rate).
@@ -55,7 +56,8 @@ def evaluate_task(
     samples : iterable of Sample
         From :func:`~rankkv.evaluation.tasks.make_samples`.
     settings : mapping
-        Maps each setting's name to its options of :class:`~rankkv.RankKVCache`.
+        Maps each setting's name to its options of :class:`~rankkv.RankKVCache`, or those of
+        :func:`~rankkv.evaluation.quantized.add_quantized_settings`.
     blank : bool, default True
         If True, also measure the guess rate.
 
@@ -126,11 +128,11 @@ def evaluate_sample(
     full = [_ask(record, tokenizer, prompt, record.build_full_cache()) for prompt in sample.prompts]
     yield _make_row(sample, FULL, full, full, whole, whole)
     for name, options in settings.items():
-        cache = record.build_cache(**options)
+        cache = build_setting(record, options)
         size = _measure_size(cache)
         # The last question may use up the cache itself.
         outcomes = [
-            _ask(record, tokenizer, prompt, cache.copy() if number + 1 < len(sample.prompts) else cache)
+            _ask(record, tokenizer, prompt, copy_cache(cache) if number + 1 < len(sample.prompts) else cache)
             for number, prompt in enumerate(sample.prompts)
         ]
         yield _make_row(sample, name, outcomes, full, size, whole)
@@ -158,6 +160,9 @@ def evaluate_blank(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]
 def _measure_size(cache: Any) -> tuple[int, int]:
     """Return a cache's tokens, summed over layers, and its bytes."""
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    quantized = count_quantized_bytes(cache)
+    if quantized is not None:
+        return sum(layer.get_seq_length() for layer in cache.layers), quantized
     if hasattr(cache, "kept_lengths"):
         return sum(cache.kept_lengths), cache.cache_bytes()
     return (
