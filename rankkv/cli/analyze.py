@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..config import AGGREGATIONS
+from ..models.checkpoints import get_context_length
 from ..utils.processes import find_own_device, is_main_process
 from .checks import check_aggregation, check_cache_options, check_model
 from .common import (
     check_at_least_one,
     check_output,
-    get_context_length,
     parse_options,
     print_json,
     read_prompts,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, MissingDependencyError
+from ..models.checkpoints import get_context_length
 from .common import (
     build_question_prompt,
     check_at_least_one,
     collect_versions,
-    get_context_length,
     print_json,
     reports_errors,
     write_json,

@@ -195,7 +195,7 @@ def evaluate(
         built_in = [name for name in names if name in TASKS]
         harness = [name for name in names if name not in TASKS]
         task_options = _assign_options(built_in, given)
-        manager = find_harness(harness, include_path)
+        manager = find_harness(harness, include_path, counts)
         config = {
             "model": model,
             "dtype": dtype,
@@ -315,7 +315,7 @@ def _assign_options(tasks: Sequence[str], given: Mapping[str, Any]) -> dict[str,
     return {name: {k: v for k, v in given.items() if k in options} for name, options in known.items()}
 
 
-def find_harness(names: Sequence[str], include_path: Path | None) -> Any:
+def find_harness(names: Sequence[str], include_path: Path | None, lengths: Sequence[int] = ()) -> Any:
     """Return the harness' task manager for tasks that are not built in; None if there are none.
 
     Raises
@@ -337,9 +337,10 @@ def find_harness(names: Sequence[str], include_path: Path | None) -> Any:
         ) from None
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {str(include_path)!r} is not a folder.")
-    from ..evaluation.lm_eval.rows import build_task_manager
+    from ..evaluation.lm_eval.rows import build_task_manager, check_task_packages
 
-    manager = build_task_manager(names, None if include_path is None else str(include_path))
+    check_task_packages(names)
+    manager = build_task_manager(names, None if include_path is None else str(include_path), lengths)
     for name in names:
         if not manager.match_tasks([name]):
             raise UnknownNameError(

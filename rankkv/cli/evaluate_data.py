@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, FloorError
-from .common import get_context_length
+from ..models.checkpoints import get_context_length
 
 if TYPE_CHECKING:
     from rich.console import Console

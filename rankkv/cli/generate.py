@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..models.checkpoints import get_context_length
 from .checks import check_cache_options, check_model, parse_choice, parse_spans
 from .common import (
     build_question_prompt,
     check_at_least_one,
     collect_versions,
     cut_text,
-    get_context_length,
     parse_options,
     print_json,
     read_prompt,
