@@ -43,7 +43,7 @@ class Comparison:
     kept_share : float or None
         Tokens kept over tokens of the full cache; a share of bytes if tokens were not counted.
     bytes_share : float or None
-        Bytes of the cache over bytes of the full cache, with all that the cache holds to be read.
+        Bytes of the cache, positions and scores included, over bytes of the full cache.
     chance : float or None
         Score of a random choice, if the task has one.
     """
@@ -119,7 +119,7 @@ def compare_settings(
                     to_uniform=_compute_difference(settings, name, partner, confidence, seed),
                     answer_loss=_average_known(own, "answer_loss"),
                     kept_share=_compute_kept_share(own),
-                    bytes_share=_compute_share(own, "cache_bytes", "full_cache_bytes"),
+                    bytes_share=_compute_bytes_share(own),
                     chance=_average_known(own, "chance"),
                 )
             )
@@ -358,6 +358,16 @@ def _compute_kept_share(rows: Sequence[Row]) -> float | None:
     if rows[0].get("full_tokens"):
         return _compute_share(rows, "kept_tokens", "full_tokens")
     return _compute_share(rows, "cache_bytes", "full_cache_bytes")
+
+
+def _compute_bytes_share(rows: Sequence[Row]) -> float | None:
+    """Compute the mean share of bytes, with those beside keys and values."""
+    counted = [
+        {**row, "cache_bytes": row["cache_bytes"] + (row.get("metadata_bytes") or 0)}
+        for row in rows
+        if row.get("cache_bytes") is not None
+    ]
+    return _compute_share(counted, "cache_bytes", "full_cache_bytes")
 
 
 def _compute_share(rows: Sequence[Row], part: str, whole: str) -> float | None:

@@ -97,13 +97,18 @@ def build_setting(record: PrefillRecord, options: Mapping[str, Any]) -> Any:
 
 
 def compute_int8_gain(record: PrefillRecord) -> float:
-    """Compute how many tokens int8 storage holds in the bytes of one: ``sum(d * size) / sum(d + 4)`` over all heads.
+    """Compute how many tokens int8 storage holds in the bytes of one.
 
-    ``d`` is the head size and ``size`` the bytes of a number; int8 has a float32 scale per token and head.
+    ``sum(2 * d * size + 8) / sum(2 * (d + 4) + 8)`` over all heads: ``d`` is the head size, ``size`` the bytes of a
+    number, 4 those of an int8 scale, 8 those of a position.
     """
-    tensors = [tensor for layer in record.build_full_cache().layers for tensor in _list_tensors(layer)]
-    plain = sum(tensor.shape[1] * tensor.shape[-1] * tensor.element_size() for tensor in tensors)
-    return plain / sum(tensor.shape[1] * (tensor.shape[-1] + 4) for tensor in tensors)
+    plain = stored = 0
+    for layer in record.build_full_cache().layers:
+        tensors = _list_tensors(layer)
+        heads = tensors[0].shape[1] if tensors else 0
+        plain += sum(heads * tensor.shape[-1] * tensor.element_size() for tensor in tensors) + 8 * heads
+        stored += sum(heads * (tensor.shape[-1] + 4) for tensor in tensors) + 8 * heads
+    return plain / stored
 
 
 def copy_cache(cache: Any) -> Any:

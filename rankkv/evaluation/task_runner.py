@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.report import count_slots
+from ..cache.report import compute_metadata_bytes, count_slots
 from ..errors import ConfigError
 from ..models.compat import cache_argument
 from ..models.placement import find_input_device
@@ -111,7 +111,8 @@ def evaluate_sample(
         - ``divergence``: mean Kullback-Leibler divergence from the full cache's predictions over the right answer,
           nats per token; null for a blank context;
         - ``kept_tokens`` and ``full_tokens``: tokens of the context, summed over layers;
-        - ``cache_bytes`` and ``full_cache_bytes``: bytes of the context;
+        - ``cache_bytes`` and ``full_cache_bytes``: bytes of the context's keys and values; ``metadata_bytes``: bytes of
+          positions, masks and scores beside them;
         - ``output`` and ``expected``: text.
 
     Raises
@@ -157,17 +158,18 @@ def evaluate_blank(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]
     return _make_row(sample, BLANK, outcomes, None, whole, whole)
 
 
-def _measure_size(cache: Any) -> tuple[int, int]:
-    """Return a cache's tokens, summed over layers, and its bytes."""
+def _measure_size(cache: Any) -> tuple[int, int, int]:
+    """Return a cache's tokens, summed over layers, its bytes, and the bytes beside keys and values."""
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     quantized = count_quantized_bytes(cache)
     if quantized is not None:
-        return sum(layer.get_seq_length() for layer in cache.layers), quantized
+        return sum(layer.get_seq_length() for layer in cache.layers), quantized, 0
     if hasattr(cache, "kept_lengths"):
-        return sum(cache.kept_lengths), cache.cache_bytes()
+        return sum(cache.kept_lengths), cache.cache_bytes(), compute_metadata_bytes(cache)
     return (
         sum(count_slots(layer) for layer in layers),
         sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+        0,
     )
 
 
@@ -176,8 +178,8 @@ def _make_row(
     setting: str,
     outcomes: Sequence[_Outcome],
     full: Sequence[_Outcome] | None,
-    size: tuple[int, int],
-    whole: tuple[int, int],
+    size: tuple[int, int, int],
+    whole: tuple[int, int, int],
 ) -> dict[str, Any]:
     task, many = sample.task, len(outcomes)
     divergence = None
@@ -204,6 +206,7 @@ def _make_row(
         "full_tokens": whole[0],
         "cache_bytes": size[1],
         "full_cache_bytes": whole[1],
+        "metadata_bytes": size[2],
         "output": "\n".join(one.output for one in outcomes),
         "expected": "\n".join(", ".join(prompt.answers) for prompt in sample.prompts),
     }

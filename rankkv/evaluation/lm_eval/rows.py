@@ -223,6 +223,7 @@ def _list_rows(
                 "full_tokens": None,
                 "cache_bytes": kept[0],
                 "full_cache_bytes": kept[1],
+                "metadata_bytes": None,
                 "output": str(sample["filtered_resps"]),
                 "expected": str(sample["target"]),
             }
