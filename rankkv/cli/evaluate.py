@@ -462,7 +462,8 @@ def make_comparison_tables(comparisons: Sequence[Comparison], digits: int = 3) -
             pad_edge=False,
             padding=(0, 2, 0, 0),
         )
-        for name in ("cache", "kept", "bytes", "score", "minus full", "minus uniform", "answer loss"):
+        loss = "answer loss" if digits > 2 else "loss"
+        for name in ("cache", "kept", "bytes", "score", "minus full", "minus uniform", loss):
             table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
         for one in settings:
             guess = one.setting == "blank"
