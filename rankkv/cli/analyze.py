@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..config import AGGREGATIONS
-from ..models.checkpoints import get_context_length
 from ..utils.processes import find_own_device, is_main_process
 from .checks import check_aggregation, check_cache_options, check_model
 from .common import (
@@ -110,6 +109,8 @@ def analyze(
     limit = max_length or (_DATASET_TOKENS if dataset is not None else None)
     samples = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :limit] for text in texts]
     lengths = [ids.shape[1] for ids in samples]
+    from ..models.checkpoints import get_context_length
+
     context = get_context_length(language_model)
     if context is not None and max(lengths) > context:
         console.print(

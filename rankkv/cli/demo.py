@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, MissingDependencyError
-from ..models.checkpoints import get_context_length
 from .common import (
     build_question_prompt,
     check_at_least_one,
@@ -63,6 +62,8 @@ def demo(
 
         torch.manual_seed(SEED)
         language_model, tokenizer = load_model(model)
+    from ..models.checkpoints import get_context_length
+
     context = get_context_length(language_model)
     if context is not None and tokens + max_new_tokens + _ROOM_FOR_QUESTION > context:
         raise ConfigError(

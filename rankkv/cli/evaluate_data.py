@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, FloorError
-from ..models.checkpoints import get_context_length
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +76,7 @@ def plan_data(
 ) -> Iterator[tuple[str, list[Unit]]]:
     """Yield the name of each task, and its samples as units of work; print what was cut."""
     from ..evaluation.benchmarks import make_benchmark_samples
+    from ..models.checkpoints import get_context_length
 
     for benchmark in benchmarks:
         for name, items in benchmark.tasks.items():

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..models.checkpoints import get_context_length
 from .checks import check_cache_options, check_model, parse_choice, parse_spans
 from .common import (
     build_question_prompt,
@@ -141,6 +140,8 @@ def generate(
     if max_length is not None:
         text = cut_text(tokenizer, text, max_length)
     input_ids = build_question_prompt(tokenizer, text, question).to(find_input_device(language_model))
+    from ..models.checkpoints import get_context_length
+
     context = get_context_length(language_model)
     if context is not None and input_ids.shape[1] + max_new_tokens > context:
         console.print(
