@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .layer import RankKVLayer
 
+# What a layer holds of each kept token beside its key and value.
+_METADATA = ("kept_positions", "kept_valid", "running_scores", "query_moments")
+
 
 def count_slots(layer: Any) -> int:
     """Count the slots of a cache layer: an average if heads differ, 0 for a layer without keys."""
@@ -33,6 +36,25 @@ def compute_cache_bytes(cache: Any) -> int:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def compute_metadata_bytes(cache: Any) -> int:
+    """Compute the bytes of what a cache holds beside keys and values: positions, masks and scores of kept tokens.
+
+    Parameters
+    ----------
+    cache : Cache
+        Any cache of transformers; 0 for one that is not RankKV's.
+    """
+    storages = {}
+    for layer in cache.layers:
+        if isinstance(layer, RankKVLayer):
+            for name in _METADATA:
+                tensor = getattr(layer, name)
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

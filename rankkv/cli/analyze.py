@@ -13,7 +13,6 @@ from .checks import check_aggregation, check_cache_options, check_model
 from .common import (
     check_at_least_one,
     check_output,
-    get_context_length,
     parse_options,
     print_json,
     read_prompts,
@@ -50,7 +49,9 @@ def analyze(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="python-docs, wikitext, or a .txt or .jsonl file; its beginning is the prompt."),
+        typer.Option(
+            help="python-docs, wikitext, or a file or folder of texts; its beginning is the prompt."
+        ),
     ] = None,
     compression_ratio: KeptFraction = 0.3,
     budget: AverageBudget = None,
@@ -108,6 +109,8 @@ def analyze(
     limit = max_length or (_DATASET_TOKENS if dataset is not None else None)
     samples = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :limit] for text in texts]
     lengths = [ids.shape[1] for ids in samples]
+    from ..models.checkpoints import get_context_length
+
     context = get_context_length(language_model)
     if context is not None and max(lengths) > context:
         console.print(

@@ -30,7 +30,7 @@ ENGINES = ("local", "ray")
 @reports_errors
 def calibrate(
     texts: Annotated[
-        list[str], typer.Option(help="python-docs, wikitext, or a .txt or .jsonl file; may be repeated.")
+        list[str], typer.Option(help="python-docs, wikitext, or a file or folder of texts; may be repeated.")
     ],
     model: ModelName = "embedded",
     output: Annotated[

@@ -252,9 +252,3 @@ def cut_text(tokenizer: Any, text: str, tokens: int) -> str:
     """Return the beginning of a text, at most ``tokens`` tokens long."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return text if len(ids) <= tokens else tokenizer.decode(ids[:tokens])
-
-
-def get_context_length(model: Any) -> int | None:
-    """Return the model's context length in tokens, or None if its configuration does not give it."""
-    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None

@@ -13,7 +13,6 @@ from .common import (
     build_question_prompt,
     check_at_least_one,
     collect_versions,
-    get_context_length,
     print_json,
     reports_errors,
     write_json,
@@ -63,6 +62,8 @@ def demo(
 
         torch.manual_seed(SEED)
         language_model, tokenizer = load_model(model)
+    from ..models.checkpoints import get_context_length
+
     context = get_context_length(language_model)
     if context is not None and tokens + max_new_tokens + _ROOM_FOR_QUESTION > context:
         raise ConfigError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,15 @@ from ..utils.hub import require
 from ..utils.processes import find_own_device, gather, is_main_process, split_samples
 from .checks import check_method, check_model
 from .common import check_at_least_one, collect_versions, parse_options, print_json, reports_errors
-from .display import make_console, show_step
+from .display import format_seconds, make_console, show_step
+from .evaluate_data import (
+    list_few_contexts,
+    list_floor_notes,
+    list_verdicts,
+    plan_data,
+    print_data,
+    read_data,
+)
 from .known import list_names, load_known
 from .options import DeviceMap, DtypeName, ModelName
 
@@ -28,18 +37,33 @@ if TYPE_CHECKING:
 
     from ..evaluation.comparison import Comparison
 
-#: Name of a unit of work, and a function that computes its rows.
-Unit = tuple[str, Callable[[], list[dict[str, Any]]]]
+#: Tasks that run if neither --tasks nor --data is given.
+DEFAULT_TASKS = "perplexity,needle"
+# Columns of a terminal that takes all digits.
+WIDE = 132
+#: Name of a unit of work, and a function that yields its rows.
+Unit = tuple[str, Callable[[], Iterable[dict[str, Any]]]]
 
 
 @reports_errors
 def evaluate(
     tasks: Annotated[
-        str, typer.Option(help="Built-in tasks (see --list) or lm-evaluation-harness tasks, comma-separated.")
-    ] = "perplexity,needle",
+        str | None,
+        typer.Option(
+            help="Built-in tasks (see --list) or lm-evaluation-harness tasks, comma-separated.",
+            show_default="perplexity,needle, or none with --data",
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Benchmark file as published (LongBench, RULER, InfiniteBench, SCBench, ...) or a folder; may be "
+            "repeated."
+        ),
+    ] = None,
     model: ModelName = "embedded",
     text: Annotated[
-        str, typer.Option(help="Source of the contexts: python-docs, wikitext, or a .txt or .jsonl file.")
+        str, typer.Option(help="Source of the contexts: python-docs, wikitext, or a file or folder of texts.")
     ] = "python-docs",
     ratios: Annotated[
         str, typer.Option(help="Fractions of the KV cache kept, in (0, 1], comma-separated.")
@@ -49,15 +73,54 @@ def evaluate(
         str,
         typer.Option(help="Budget strategies, auto or default, comma-separated; uniform is always added."),
     ] = "auto",
+    quantized: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantized caches beside the others: int4, int8 (all tokens), evict+int8 (equal bytes)."
+        ),
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of a context, comma-separated.")] = "1024",
     samples: Annotated[
         int, typer.Option(help="Samples per length; documents per task of lm-evaluation-harness.")
     ] = 20,
     seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
+    question: Annotated[
+        str,
+        typer.Option(
+            help="Ask the question after the compression of the context, or compress both (before)."
+        ),
+    ] = "after",
     question_aware: Annotated[
-        bool, typer.Option("--question-aware", help="Compress the question with the context.")
+        bool, typer.Option("--question-aware", help="The same as --question before.")
     ] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template in built-in tasks.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Use the chat template.",
+            show_default="no in built-in tasks; with --data as the benchmark does",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Contexts of each task of --data.", show_default="all")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of an output for --data.", show_default="the benchmark's"),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a prompt of --data; a longer one loses its middle.",
+            show_default="the model's context length",
+        ),
+    ] = None,
+    data_task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task of --data, for a file whose name does not say it.", show_default="the file's name"
+        ),
+    ] = None,
     task_option: Annotated[
         list[str] | None,
         typer.Option(help="Option of built-in tasks that have it, name=value; may be repeated."),
@@ -87,8 +150,17 @@ def evaluate(
         Console(highlight=False).print(_make_task_table())
         return
     check_at_least_one("--samples", samples)
+    for flag, value in (
+        ("--limit", limit),
+        ("--max-new-tokens", max_new_tokens),
+        ("--max-length", max_length),
+    ):
+        check_at_least_one(flag, value)
+    if question not in ("after", "before"):
+        raise ConfigError(f"--question is {question!r} but must be 'after' or 'before'.")
+    question = "before" if question_aware else question
     given = parse_options(task_option, "--task-option")
-    names = _split(tasks, "--tasks")
+    names = [] if tasks is None and data else _split(tasks or DEFAULT_TASKS, "--tasks")
     numbers = [_number(item, float, "--ratios") for item in _split(ratios, "--ratios")]
     counts = [_number(item, int, "--lengths") for item in _split(lengths, "--lengths")]
     # Check names and numbers before the slow imports.
@@ -100,8 +172,12 @@ def evaluate(
         if name not in list_names("presets"):
             check_method("strategies", name, {}, "--strategies")
     check_model(model, dtype, device_map)
+    benchmarks = read_data(data or [], limit, data_task, max_new_tokens)
+    if benchmarks:
+        print_data(console, benchmarks, question)
     with show_step(console, f"Loading {model}"):
         from ..evaluation.comparison import check_floor, compare_settings, find_identical
+        from ..evaluation.quantized import add_quantized_settings
         from ..evaluation.results import ResultStore
         from ..evaluation.settings import build_settings
         from ..evaluation.tasks import TASKS
@@ -112,10 +188,14 @@ def evaluate(
             _split(selectors, "--selectors"),
             _split(strategies, "--strategies"),
         )
+        if quantized is not None:
+            settings, uniform_of = add_quantized_settings(
+                settings, uniform_of, _split(quantized, "--quantized")
+            )
         built_in = [name for name in names if name in TASKS]
         harness = [name for name in names if name not in TASKS]
         task_options = _assign_options(built_in, given)
-        manager = find_harness(harness, include_path)
+        manager = find_harness(harness, include_path, counts)
         config = {
             "model": model,
             "dtype": dtype,
@@ -124,11 +204,17 @@ def evaluate(
             "lengths": counts,
             "samples": samples,
             "seed": seed,
-            "question_aware": question_aware,
-            "chat": chat,
+            "question_aware": question == "before",
+            "chat": bool(chat),
             "task_options": given,
             "settings": settings,
         }
+        if benchmarks:
+            config["data"] = {
+                "digests": [benchmark.digest for benchmark in benchmarks],
+                "max_length": max_length,
+                "chat": chat,
+            }
         store = None if output is None else ResultStore(output, config)
         language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
 
@@ -136,16 +222,32 @@ def evaluate(
         "lengths": counts,
         "count": samples,
         "seed": seed,
-        "question_aware": question_aware,
-        "chat": chat,
+        "question_aware": question == "before",
+        "chat": bool(chat),
     }
+    reading = {
+        "question": question,
+        "chat": chat,
+        "max_length": max_length,
+        "text_length": counts[0],
+        "seed": seed,
+    }
+    of_data = {name for benchmark in benchmarks for name in benchmark.tasks}
+    notes: list[str] = []
+    blind: set[str] = set()
     rows: list[dict[str, Any]] = []
     for name, units in itertools.chain(
         plan_built_in(language_model, tokenizer, text, built_in, settings, task_options, sampling),
         plan_harness(language_model, tokenizer, harness, settings, manager, sampling),
+        plan_data(console, language_model, tokenizer, benchmarks, settings, reading),
     ):
         found = run_units(console, name, units, store)
-        if floor:
+        if name in of_data:
+            # The rows of a long run are worth reading in any case.
+            floor_notes = list_floor_notes(found, seed) if floor else []
+            notes += floor_notes
+            blind |= {name} if floor_notes else set()
+        elif floor:
             check_floor(found, seed=seed)
         rows += found
     if not main:
@@ -155,13 +257,24 @@ def evaluate(
     comparisons = compare_settings(rows, uniform_of, seed=seed)
     if not console.is_terminal:
         # A log has no width limit.
-        console.width = 120
-    for table in make_comparison_tables(comparisons):
+        console.width = WIDE
+    for table in make_comparison_tables(comparisons, digits=3 if console.width >= WIDE else 2):
         console.print(table, "")
+    summary = make_summary_table(comparisons)
+    if summary is not None:
+        console.print(summary, "")
+    for verdict in list_verdicts(comparisons, blind):
+        console.print(verdict, markup=False, soft_wrap=True)
     for task, one, other in find_identical(rows, settings, warn=False):
+        notes.append(
+            f"{task}: {one} and {other} gave the same output and likelihood on every sample. Make the context longer "
+            "than every layer's budget."
+        )
+    for note in [*notes, *list_few_contexts(comparisons)]:
+        console.print(f"Warning: {note}", markup=False, soft_wrap=True)
+    if store is not None:
         console.print(
-            f"Warning: {task}: {one} and {other} gave the same output and likelihood on every sample. Make the context "
-            "longer than every layer's budget.",
+            f"Rows: {store.folder / 'rows.parquet'}. A page with figures: rankkv report {store.folder}",
             markup=False,
             soft_wrap=True,
         )
@@ -202,7 +315,7 @@ def _assign_options(tasks: Sequence[str], given: Mapping[str, Any]) -> dict[str,
     return {name: {k: v for k, v in given.items() if k in options} for name, options in known.items()}
 
 
-def find_harness(names: Sequence[str], include_path: Path | None) -> Any:
+def find_harness(names: Sequence[str], include_path: Path | None, lengths: Sequence[int] = ()) -> Any:
     """Return the harness' task manager for tasks that are not built in; None if there are none.
 
     Raises
@@ -224,9 +337,10 @@ def find_harness(names: Sequence[str], include_path: Path | None) -> Any:
         ) from None
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {str(include_path)!r} is not a folder.")
-    from ..evaluation.lm_eval.rows import build_task_manager
+    from ..evaluation.lm_eval.rows import build_task_manager, check_task_packages
 
-    manager = build_task_manager(names, None if include_path is None else str(include_path))
+    check_task_packages(names)
+    manager = build_task_manager(names, None if include_path is None else str(include_path), lengths)
     for name in names:
         if not manager.match_tasks([name]):
             raise UnknownNameError(
@@ -260,10 +374,10 @@ def plan_built_in(
         yield name, units
 
 
-def _evaluate_sample(model: Any, tokenizer: Any, sample: Any, settings: Any) -> list[dict[str, Any]]:
+def _evaluate_sample(model: Any, tokenizer: Any, sample: Any, settings: Any) -> Iterator[dict[str, Any]]:
     from ..evaluation import evaluate_task
 
-    return list(evaluate_task(model, tokenizer, [sample], settings))
+    return evaluate_task(model, tokenizer, [sample], settings)
 
 
 def plan_harness(
@@ -309,46 +423,89 @@ def run_units(console: Console, name: str, units: Sequence[Unit], store: Any) ->
     """
     own = split_samples(units)
     rows: list[list[dict[str, Any]]] = []
+    started, measured = time.perf_counter(), 0
     with show_step(console, f"{name}, {len(units)} samples" if len(units) > 1 else name) as step:
         for done, (unit, run) in enumerate(own):
-            step.advance(done, len(own), f"sample {done + 1}/{len(own)}")
-            if store is None:
-                rows.append(run())
+            left = ""
+            if measured:
+                seconds = (time.perf_counter() - started) / measured * (len(own) - done)
+                left = f", about {format_seconds(seconds)} left"
+            step.advance(done, len(own), f"sample {done + 1}/{len(own)}{left}")
+            if store is not None and store.is_done(unit):
+                rows.append(store.read_unit(unit))
                 continue
-            if not store.is_done(unit):
-                store.write(unit, run())
-            rows.append(store.read_unit(unit))
+            found = []
+            for row in run():
+                found.append(row)
+                step.advance(done, len(own), f"sample {done + 1}/{len(own)}, cache {len(found)}{left}")
+            measured += 1
+            if store is not None:
+                store.write(unit, found)
+                found = store.read_unit(unit)
+            rows.append(found)
         return list(itertools.chain.from_iterable(gather(rows)))
 
 
-def make_comparison_tables(comparisons: Sequence[Comparison]) -> Iterator[Table]:
-    """Yield a table per task with a line per setting: share kept, score, paired differences, answer loss."""
+def make_comparison_tables(comparisons: Sequence[Comparison], digits: int = 3) -> Iterator[Table]:
+    """Yield a table per task with a line per setting: tokens and bytes kept, score, paired differences, answer loss."""
     from rich.table import Table
 
     for _, group in itertools.groupby(comparisons, key=lambda one: one.task):
         settings = list(group)
         first = settings[0]
         better = "higher" if first.higher_is_better else "lower"
+        chance = "" if first.chance is None else f"; a random choice scores {first.chance:.3f}"
         table = Table(
-            title=f"{first.task}: {first.metric}, {better} is better; {first.score.samples} contexts",
+            title=f"{first.task}: {first.metric}, {better} is better; {first.score.samples} contexts{chance}",
             title_justify="left",
             box=None,
             pad_edge=False,
             padding=(0, 2, 0, 0),
         )
-        for name in ("cache", "kept", "score", "minus full", "minus uniform", "answer loss"):
+        loss = "answer loss" if digits > 2 else "loss"
+        for name in ("cache", "kept", "bytes", "score", "minus full", "minus uniform", loss):
             table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
         for one in settings:
             guess = one.setting == "blank"
             table.add_row(
                 "guess rate" if guess else one.setting,
-                "" if one.kept_share is None or guess else f"{one.kept_share:.0%}",
-                str(one.score),
-                "" if one.to_full is None or guess else f"{one.to_full:+}",
-                "" if one.to_uniform is None else f"{one.to_uniform:+}",
-                "" if one.answer_loss is None else f"{one.answer_loss:.3f}",
+                "" if one.kept_share is None or guess else f"{one.kept_share:.1%}",
+                "" if one.bytes_share is None or guess else f"{one.bytes_share:.1%}",
+                one.score.show(digits),
+                "" if one.to_full is None or guess else one.to_full.show(digits, "+"),
+                "" if one.to_uniform is None else one.to_uniform.show(digits, "+"),
+                "" if one.answer_loss is None else f"{one.answer_loss:.{digits}f}",
             )
         yield table
+
+
+def make_summary_table(comparisons: Sequence[Comparison]) -> Table | None:
+    """Return a table over tasks with a line per setting: mean and worst task; None for a single task."""
+    from rich.table import Table
+
+    from ..evaluation.comparison import summarize_tasks
+
+    found = summarize_tasks(comparisons)
+    if not found:
+        return None
+    table = Table(
+        title=f"{found[0].tasks} tasks: scores of which higher is better",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    for name in ("cache", "mean", "mean minus full", "worst task minus full", "worst task"):
+        table.add_column(name, justify="left" if name in ("cache", "worst task") else "right", no_wrap=True)
+    for one in found:
+        table.add_row(
+            one.setting,
+            f"{one.mean:.3f}",
+            "" if one.mean_to_full is None else f"{one.mean_to_full:+.3f}",
+            "" if one.worst_to_full is None else f"{one.worst_to_full:+.3f}",
+            one.worst_task or "",
+        )
+    return table
 
 
 def _make_task_table() -> Table:

@@ -16,7 +16,6 @@ from .common import (
     check_at_least_one,
     collect_versions,
     cut_text,
-    get_context_length,
     parse_options,
     print_json,
     read_prompt,
@@ -141,6 +140,8 @@ def generate(
     if max_length is not None:
         text = cut_text(tokenizer, text, max_length)
     input_ids = build_question_prompt(tokenizer, text, question).to(find_input_device(language_model))
+    from ..models.checkpoints import get_context_length
+
     context = get_context_length(language_model)
     if context is not None and input_ids.shape[1] + max_new_tokens > context:
         console.print(

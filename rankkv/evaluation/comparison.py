@@ -42,6 +42,10 @@ class Comparison:
         Mean negative log-likelihood of the right answer, nats per token.
     kept_share : float or None
         Tokens kept over tokens of the full cache; a share of bytes if tokens were not counted.
+    bytes_share : float or None
+        Bytes of the cache, positions and scores included, over bytes of the full cache.
+    chance : float or None
+        Score of a random choice, if the task has one.
     """
 
     task: str
@@ -53,6 +57,8 @@ class Comparison:
     to_uniform: Estimate | None
     answer_loss: float | None
     kept_share: float | None
+    bytes_share: float | None = None
+    chance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON-ready values."""
@@ -113,9 +119,85 @@ def compare_settings(
                     to_uniform=_compute_difference(settings, name, partner, confidence, seed),
                     answer_loss=_average_known(own, "answer_loss"),
                     kept_share=_compute_kept_share(own),
+                    bytes_share=_compute_bytes_share(own),
+                    chance=_average_known(own, "chance"),
                 )
             )
     return found
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """Hold the results of one setting over several tasks.
+
+    Attributes
+    ----------
+    setting : str
+        Name of the setting.
+    tasks : int
+        Number of tasks whose score is better if higher.
+    mean : float
+        Mean of the tasks' scores; each task counts once.
+    mean_to_full : float or None
+        Mean of the differences to the full cache; None for the full cache itself.
+    worst_to_full : float or None
+        Lowest of these differences.
+    worst_task : str or None
+        Task of the lowest difference.
+    """
+
+    setting: str
+    tasks: int
+    mean: float
+    mean_to_full: float | None
+    worst_to_full: float | None
+    worst_task: str | None
+
+
+def summarize_tasks(comparisons: Iterable[Comparison]) -> list[TaskSummary]:
+    """Compute each setting's mean over tasks and its worst task.
+
+    Tasks that are scored by a loss are left out, because their scores have another unit.
+
+    Returns
+    -------
+    list of TaskSummary
+        One for each setting that ran on all of these tasks, guessing left out; empty for fewer than two tasks.
+
+    Examples
+    --------
+    >>> row = {"length": 8, "seed": 0, "index": 0, "metric": "recall", "higher_is_better": True}
+    >>> scores = {"a": (1.0, 0.5), "b": (0.8, 0.7)}
+    >>> rows = [{**row, "task": task, "setting": setting, "score": score}
+    ...     for task, both in scores.items() for setting, score in zip(("full", "0.2"), both)]
+    >>> found = summarize_tasks(compare_settings(rows))[1]
+    >>> found.worst_task, found.worst_to_full, round(found.mean_to_full, 3)
+    ('a', -0.5, -0.3)
+    """
+    by_setting: dict[str, dict[str, Comparison]] = {}
+    for one in comparisons:
+        if one.higher_is_better and one.setting != BLANK:
+            by_setting.setdefault(one.setting, {})[one.task] = one
+    tasks = {task for found in by_setting.values() for task in found}
+    if len(tasks) < 2:
+        return []
+    summaries = []
+    for setting, found in by_setting.items():
+        if set(found) != tasks:
+            continue
+        differences = {task: one.to_full.mean for task, one in found.items() if one.to_full is not None}
+        worst = min(differences, key=lambda task: differences[task]) if differences else None
+        summaries.append(
+            TaskSummary(
+                setting=setting,
+                tasks=len(tasks),
+                mean=fmean(one.score.mean for one in found.values()),
+                mean_to_full=fmean(differences.values()) if differences else None,
+                worst_to_full=None if worst is None else differences[worst],
+                worst_task=worst,
+            )
+        )
+    return summaries
 
 
 def check_floor(rows: Iterable[Row], confidence: float = 0.95, seed: int = 0) -> dict[str, Estimate]:
@@ -273,10 +355,24 @@ def _average_known(rows: Sequence[Row], column: str) -> float | None:
 
 def _compute_kept_share(rows: Sequence[Row]) -> float | None:
     """Compute the mean share of tokens kept, or of bytes if the rows count no tokens."""
-    kept = (
-        ("kept_tokens", "full_tokens") if rows[0].get("full_tokens") else ("cache_bytes", "full_cache_bytes")
-    )
-    shares = [row[kept[0]] / row[kept[1]] for row in rows if row.get(kept[1])]
+    if rows[0].get("full_tokens"):
+        return _compute_share(rows, "kept_tokens", "full_tokens")
+    return _compute_share(rows, "cache_bytes", "full_cache_bytes")
+
+
+def _compute_bytes_share(rows: Sequence[Row]) -> float | None:
+    """Compute the mean share of bytes, with those beside keys and values."""
+    counted = [
+        {**row, "cache_bytes": row["cache_bytes"] + (row.get("metadata_bytes") or 0)}
+        for row in rows
+        if row.get("cache_bytes") is not None
+    ]
+    return _compute_share(counted, "cache_bytes", "full_cache_bytes")
+
+
+def _compute_share(rows: Sequence[Row], part: str, whole: str) -> float | None:
+    """Compute the mean of one column over another; None if no row has both."""
+    shares = [row[part] / row[whole] for row in rows if row.get(whole)]
     return fmean(shares) if shares else None
 
 

@@ -38,7 +38,18 @@ class Estimate:
         """Format mean and interval; ``"+"`` adds signs, for a difference."""
         if spec not in ("", "+"):
             return format(str(self), spec)
-        return f"{self.mean:{spec}.3f} [{self.low:{spec}.3f}, {self.high:{spec}.3f}]"
+        return self.show(3, spec)
+
+    def show(self, digits: int, sign: str = "") -> str:
+        """Return mean and interval with so many decimals; ``sign="+"`` adds signs.
+
+        Examples
+        --------
+        >>> Estimate(0.5, 0.25, 0.75, 4).show(2, "+")
+        '+0.50 [+0.25, +0.75]'
+        """
+        form = f"{sign}.{digits}f"
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 def compute_mean(values: ArrayLike, confidence: float = 0.95, seed: int = 0) -> Estimate:

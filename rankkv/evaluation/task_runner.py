@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.report import count_slots
+from ..cache.report import compute_metadata_bytes, count_slots
 from ..errors import ConfigError
 from ..models.compat import cache_argument
 from ..models.placement import find_input_device
 from .perplexity import predict_tokens
 from .prefill_record import PrefillRecord, record_prefill
+from .quantized import build_setting, copy_cache, count_quantized_bytes
 from .tasks import Prompt, Sample
 
 #: Settings that every task runs: the full cache, and the full cache of a context without the answers (the guess rate).
@@ -55,7 +56,8 @@ def evaluate_task(
     samples : iterable of Sample
         From :func:`~rankkv.evaluation.tasks.make_samples`.
     settings : mapping
-        Maps each setting's name to its options of :class:`~rankkv.RankKVCache`.
+        Maps each setting's name to its options of :class:`~rankkv.RankKVCache`, or those of
+        :func:`~rankkv.evaluation.quantized.add_quantized_settings`.
     blank : bool, default True
         If True, also measure the guess rate.
 
@@ -103,12 +105,14 @@ def evaluate_sample(
 
         - ``task``, ``sample``, ``index``, ``seed``, ``length`` (tokens), ``depth``, ``question_aware``,
           ``questions``, ``setting``, ``metric``, ``higher_is_better``;
+        - ``chance``: score of a random choice, or null; ``cut_tokens``: tokens that the context lost;
         - ``score``: the task's metric, mean over questions;
         - ``answer_loss``: mean negative log-likelihood of the right answer, nats per token;
         - ``divergence``: mean Kullback-Leibler divergence from the full cache's predictions over the right answer,
           nats per token; null for a blank context;
         - ``kept_tokens`` and ``full_tokens``: tokens of the context, summed over layers;
-        - ``cache_bytes`` and ``full_cache_bytes``: bytes of the context;
+        - ``cache_bytes`` and ``full_cache_bytes``: bytes of the context's keys and values; ``metadata_bytes``: bytes of
+          positions, masks and scores beside them;
         - ``output`` and ``expected``: text.
 
     Raises
@@ -125,11 +129,11 @@ def evaluate_sample(
     full = [_ask(record, tokenizer, prompt, record.build_full_cache()) for prompt in sample.prompts]
     yield _make_row(sample, FULL, full, full, whole, whole)
     for name, options in settings.items():
-        cache = record.build_cache(**options)
+        cache = build_setting(record, options)
         size = _measure_size(cache)
         # The last question may use up the cache itself.
         outcomes = [
-            _ask(record, tokenizer, prompt, cache.copy() if number + 1 < len(sample.prompts) else cache)
+            _ask(record, tokenizer, prompt, copy_cache(cache) if number + 1 < len(sample.prompts) else cache)
             for number, prompt in enumerate(sample.prompts)
         ]
         yield _make_row(sample, name, outcomes, full, size, whole)
@@ -154,14 +158,18 @@ def evaluate_blank(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]
     return _make_row(sample, BLANK, outcomes, None, whole, whole)
 
 
-def _measure_size(cache: Any) -> tuple[int, int]:
-    """Return a cache's tokens, summed over layers, and its bytes."""
+def _measure_size(cache: Any) -> tuple[int, int, int]:
+    """Return a cache's tokens, summed over layers, its bytes, and the bytes beside keys and values."""
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    quantized = count_quantized_bytes(cache)
+    if quantized is not None:
+        return sum(layer.get_seq_length() for layer in cache.layers), quantized, 0
     if hasattr(cache, "kept_lengths"):
-        return sum(cache.kept_lengths), cache.cache_bytes()
+        return sum(cache.kept_lengths), cache.cache_bytes(), compute_metadata_bytes(cache)
     return (
         sum(count_slots(layer) for layer in layers),
         sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+        0,
     )
 
 
@@ -170,8 +178,8 @@ def _make_row(
     setting: str,
     outcomes: Sequence[_Outcome],
     full: Sequence[_Outcome] | None,
-    size: tuple[int, int],
-    whole: tuple[int, int],
+    size: tuple[int, int, int],
+    whole: tuple[int, int, int],
 ) -> dict[str, Any]:
     task, many = sample.task, len(outcomes)
     divergence = None
@@ -189,6 +197,8 @@ def _make_row(
         "setting": setting,
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
+        "chance": sample.chance,
+        "cut_tokens": sample.cut_tokens,
         "score": sum(one.loss if task.metric == "loss" else one.score for one in outcomes) / many,
         "answer_loss": sum(one.loss for one in outcomes) / many,
         "divergence": divergence,
@@ -196,6 +206,7 @@ def _make_row(
         "full_tokens": whole[0],
         "cache_bytes": size[1],
         "full_cache_bytes": whole[1],
+        "metadata_bytes": size[2],
         "output": "\n".join(one.output for one in outcomes),
         "expected": "\n".join(", ".join(prompt.answers) for prompt in sample.prompts),
     }
@@ -218,6 +229,9 @@ def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _
     loss = float(-predicted.gather(-1, wanted[:, None]).mean())
     if spare is None:
         return _Outcome(0.0, loss, "", predicted)
+    if prompt.scorer is not None:
+        output = tokenizer.decode(_decode(record, tokenizer, prompt, spare), skip_special_tokens=True)
+        return _Outcome(prompt.scorer(output), loss, output, predicted)
     # If the right answer is the likeliest token at every step, greedy decoding gives it: no need to decode.
     said_right = bool((predicted.argmax(dim=-1) == wanted).all())
     if said_right and first == 1 and not prompt.question_ids:
@@ -229,7 +243,7 @@ def _ask(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> _
 
 def _decode(record: PrefillRecord, tokenizer: Any, prompt: Prompt, cache: Any) -> list[int]:
     """Return the ids that ``generate()`` gives greedily after context and question."""
-    model, budget = record.model, len(prompt.answer_ids) + EXTRA_TOKENS
+    model, budget = record.model, prompt.max_new_tokens or len(prompt.answer_ids) + EXTRA_TOKENS
     asked = torch.tensor(prompt.question_ids, dtype=torch.long, device=find_input_device(model))[None]
     given = torch.cat([record.input_ids, asked], dim=1)
     said: list[int] = []

@@ -110,3 +110,9 @@ def quiet_progress() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def get_context_length(model: Any) -> int | None:
+    """Return the model's context length in tokens, or None if its configuration does not give it."""
+    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

@@ -22,7 +22,7 @@ _LEAST_ENTRY, _LEAST_TENSOR = 13, 24
 _SIZES = ("embedding_length", "feed_forward_length", "head_count", "head_count_kv", "vocab_size")
 
 
-def check_gguf(path: str | Path) -> None:
+def check_gguf(path: str | Path) -> int:
     """Check the header of a GGUF file: names, types, lengths, and the place of every tensor.
 
     Nothing larger than the file is allocated.
@@ -31,6 +31,11 @@ def check_gguf(path: str | Path) -> None:
     ----------
     path : str or Path
         GGUF file of version 2 or 3.
+
+    Returns
+    -------
+    int
+        Number of weights in all tensors.
 
     Raises
     ------
@@ -44,7 +49,7 @@ def check_gguf(path: str | Path) -> None:
     path = Path(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Header(data).check()
+            return _Header(data).check()
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}; check the path.") from error
     except (ValueError, struct.error) as error:
@@ -59,7 +64,8 @@ class _Header:
     def __init__(self, data: Any) -> None:
         self._data, self._size, self._place, self._order = data, len(data), 0, "<"
 
-    def check(self) -> None:
+    def check(self) -> int:
+        """Check everything; return the number of weights."""
         if self._size < 24 or self._data[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF's 24 bytes")
         self._place = 4
@@ -78,16 +84,16 @@ class _Header:
             if key in metadata:
                 raise ValueError(f"the metadata has {shorten(key)} twice")
             metadata[key] = self._read_value(self._read("I"), 0)
-        self._check_tensors(tensors, metadata)
+        return self._check_tensors(tensors, metadata)
 
-    def _check_tensors(self, count: int, metadata: dict[str, Any]) -> None:
+    def _check_tensors(self, count: int, metadata: dict[str, Any]) -> int:
         from gguf import GGML_QUANT_SIZES
 
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {shorten(alignment)}, not a power of two")
         sizes = {int(kind): found for kind, found in GGML_QUANT_SIZES.items()}
-        ends, names, largest = [0], set(), 0
+        ends, names, largest, weights = [0], set(), 0, 0
         for _ in range(count):
             name = self._read_text()
             if name in names:
@@ -107,11 +113,12 @@ class _Header:
             if offset % alignment:
                 raise ValueError(f"tensor {shorten(name)} lies at {offset}, not at a multiple of {alignment}")
             ends.append(offset + elements // block * block_bytes)
-            largest = max(largest, *shape, 0)
+            largest, weights = max(largest, *shape, 0), weights + elements
         start = -(-self._place // alignment) * alignment
         if start + max(ends) > self._size:
             raise ValueError(f"its tensors end at byte {start + max(ends):,} of {self._size:,}")
         self._check_sizes(metadata, count, largest)
+        return weights
 
     def _check_sizes(self, metadata: dict[str, Any], tensors: int, largest: int) -> None:
         """Check the sizes of the model, from which it would be allocated, against the tensors."""

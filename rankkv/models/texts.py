@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, InputError, SourceUnavailableError, UnknownNameError
 from ..utils.hub import is_hub_reachable, require
+from ..utils.records import list_data_files, read_records
 
 PYTHON_DOCS = "python-docs"
 WIKITEXT = "wikitext"
@@ -34,9 +34,10 @@ def load_texts(
     ----------
     name : str or path
         "python-docs" (the language reference in `pydoc_data`, one text per topic; no network), "wikitext"
-        (WikiText-2 raw from the hub, lines joined into articles), or the path of a ``.txt`` or ``.jsonl``
-        file. A JSONL file has one object per line, with the text under "text". A text file in WikiText's form
-        is split at its titles (``= Title =`` between blank lines); any other is one text.
+        (WikiText-2 raw from the hub, lines joined into articles), or the path of a ``.txt``, ``.jsonl``,
+        ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, also with ``.gz``, or of a folder of such files. Entries
+        hold their text under "text". A text file in WikiText's form is split at its titles (``= Title =`` between
+        blank lines); any other is one text.
     split : {"validation", "train", "test"}, default="validation"
         Part of WikiText-2; the other sources have only one.
     limit : int, optional
@@ -218,7 +219,7 @@ def _load_wikitext(split: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise SourceUnavailableError(
             "the hub cannot be reached to load 'wikitext' and its local cache lacks it; "
-            "use 'python-docs' or the path of a .txt or .jsonl file, which need no network."
+            "use 'python-docs' or the path of a file of texts, which need no network."
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
@@ -226,48 +227,33 @@ def _load_wikitext(split: str) -> list[str]:
 
 
 def _load_file(path: Path) -> list[str]:
-    readers: dict[str, Callable[[Path, str], list[str]]] = {".txt": _read_txt, ".jsonl": _read_jsonl}
     if not path.exists():
         raise SourceUnavailableError(
             f"no texts at {str(path)!r}; give {PYTHON_DOCS!r}, {WIKITEXT!r} or an existing file."
         )
-    if not path.is_file() or path.suffix.lower() not in readers:
-        raise InputError(f"{str(path)!r} is not a .txt or .jsonl file; give one of these.")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it to UTF-8."
-        ) from error
-    texts = readers[path.suffix.lower()](path, content)
+    texts = []
+    for file in list_data_files(path):
+        for record in read_records(file):
+            text = record.fields.get("text")
+            if not isinstance(text, str):
+                raise InputError(f'{record.where} is not an object with a string under "text".')
+            if _is_plain(file):
+                texts += _split_plain(text)
+            elif text.strip():
+                texts.append(text)
     if not texts:
         raise InputError(f"{str(path)!r} is empty; give a file with at least one document.")
     return texts
 
 
-def _read_txt(path: Path, content: str) -> list[str]:
+def _is_plain(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(".txt")
+
+
+def _split_plain(content: str) -> list[str]:
     texts = _split_at_titles(content.splitlines(keepends=True))
     # Text before the first title is a document of its own, so even one title makes two documents.
-    return texts if len(texts) > 1 else [content] if content.strip() else []
-
-
-def _read_jsonl(path: Path, content: str) -> list[str]:
-    texts = []
-    # Not str.splitlines: it also splits at characters that JSON allows inside a string.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {str(path)!r}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where} is not JSON: {error}.") from error
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise InputError(f'{where} is not an object with a string under "text".')
-        if text.strip():
-            texts.append(text)
-    return texts
+    return texts if len(texts) > 1 else [content]
 
 
 def _split_at_titles(lines: Iterable[str]) -> list[str]:

@@ -107,6 +107,69 @@ def test_a_task_of_the_harness_stands_beside_own_ones(options, tmp_path, python_
     assert 0.15 < found["knorm|power|0.2"]["kept_share"] < 0.3
 
 
+@pytest.fixture
+def longbench(tmp_path, python_docs):
+    """A file in LongBench's form: two entries that fit and one that is too long."""
+    path = tmp_path / "hotpotqa.jsonl"
+    entries = [
+        {
+            "input": f"What is topic {i}?",
+            "context": python_docs[3000 * i :][: 900 if i < 2 else 6000],
+            "answers": ["a statement"],
+            "dataset": "hotpotqa",
+            "all_classes": None,
+        }
+        for i in range(4)
+    ]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+@pytest.mark.parametrize("question", ["after", "before"])
+def test_a_published_file_is_scored_as_it_is(small, longbench, tmp_path, question):
+    arguments = [
+        "--data", longbench, "--model", small, "--ratios", "0.5", "--limit", 3, "--max-new-tokens", 4,
+        "--max-length", 700, "--question", question, "-o", tmp_path / "out",
+    ]  # fmt: skip
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stderr.split())
+    for words in (
+        "hotpotqa.jsonl: recognised as LongBench",
+        "hotpotqa: 3 contexts; qa_f1 of at most 4 new tokens",
+        f"Question {question} the compression",
+        "1 of 3 prompts are too long for 700 tokens. They lose their middle",
+        "hotpotqa: qa_f1, higher is better; 3 contexts",
+        "cannot tell a good cache from a bad one",
+        "With fewer than 20 the intervals are too narrow",
+        "rankkv report",
+    ):
+        assert words in shown, words
+    rows = read_rows([tmp_path / "out" / "rows.parquet"])
+    assert len(rows) == 3 * 4
+    assert {row["setting"] for row in rows} == {"full", "blank", "snapkv|uniform|0.5", "snapkv|auto|0.5"}
+    assert {row["question_aware"] for row in rows} == {question == "before"}
+    assert sorted({(row["index"], row["cut_tokens"] > 0) for row in rows}) == [
+        (0, False),
+        (1, False),
+        (2, True),
+    ]
+    found = {one["setting"]: one for one in json.loads(result.stdout)["comparisons"]}
+    assert found["snapkv|auto|0.5"]["bytes_share"] == pytest.approx(0.5, abs=0.05)
+    # A file that changed is another run.
+    longbench.write_text(longbench.read_text().replace("topic 0", "topic zero"))
+    again = invoke(*arguments)
+    assert again.exit_code == 2
+    assert "holds the results of another run" in again.stderr
+
+
+def test_an_unknown_file_is_refused_before_the_model_loads(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"title": "x"}\n')
+    result = invoke("--data", tmp_path / "a.jsonl", "--model", tmp_path)
+    assert result.exit_code == 2
+    assert "none of the known shapes: SCBench (multi_turns); LongBench v2" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -119,6 +182,9 @@ def test_a_task_of_the_harness_stands_beside_own_ones(options, tmp_path, python_
         (["--ratios", "2"], "compression_ratio=2.0 is outside"),
         (["--ratios", "half"], "'half' must be a number"),
         (["--samples", "0"], "--samples is 0"),
+        (["--limit", "0"], "--limit is 0"),
+        (["--question", "during"], "--question is 'during' but must be 'after' or 'before'"),
+        (["--data", "nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
         (["--task-option", "hops=2"], "no task has the option 'hops'"),
         (["--selectors", "snapvk"], "unknown selector 'snapvk'"),
     ],

@@ -81,7 +81,7 @@ def test_it_has_its_parts():
     ]
     choosing = next(table for table in find_tables(NAMES[0]) if table[0][0] == "a first try")
     assert len(choosing) == 8
-    assert len([words for words in find_commands(NAMES[0]) if words[0] == "rankkv"]) == 6
+    assert len([words for words in find_commands(NAMES[0]) if words[0] == "rankkv"]) == 7
     assert read(NAMES[0]).count("<details>") == read(NAMES[0]).count("</details>") == 8
     assert len(re.findall(r"^\d+\. ", read(NAMES[0]), re.MULTILINE)) == 12
 
@@ -106,7 +106,7 @@ def run_python(name, model_folder):
 def test_snippets_run_and_print_what_is_shown(name, capsys):
     from rankkv.models import embedded
 
-    folder = embedded._ensure_converted(embedded._find_embedded_gguf())
+    folder = embedded.ensure_embedded()
     namespace = run_python(name, folder)
     shown = capsys.readouterr().out
     cache, length = namespace["cache"], namespace["inputs"].input_ids.shape[1]

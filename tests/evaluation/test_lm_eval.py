@@ -256,3 +256,22 @@ def test_embedded_model_from_a_shell(folder):
         scores.append(json.loads(path.read_text())["results"]["local_choice"]["acc,none"])
     assert scores[0] == 1.0
     assert scores[1] < 1.0
+
+
+@pytest.mark.parametrize("name", ["longbench_qasper", "niah_single_1", "ruler_vt"])
+def test_packages_of_published_tasks_are_one_command(name, monkeypatch):
+    from rankkv.errors import MissingDependencyError
+    from rankkv.evaluation.lm_eval.rows import check_task_packages
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(MissingDependencyError, match=rf'{name} .* pip install "rankkv\[lm-eval-tasks\]"'):
+        check_task_packages([name])
+    check_task_packages(["hellaswag"])
+
+
+def test_ruler_scores_at_the_length_that_was_measured():
+    from rankkv.evaluation.lm_eval.rows import _choose_metric
+
+    sample = {"metrics": ["4096", "8192"], "4096": -1.0, "8192": 0.5}
+    assert _choose_metric(sample) == "8192"
+    assert _choose_metric({"metrics": ["acc", "other"], "acc": -1.0, "other": 1.0}) == "acc"

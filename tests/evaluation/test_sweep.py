@@ -166,6 +166,49 @@ def test_the_plan_measures_nothing(config_file, tmp_path):
     assert list((tmp_path / "parts").iterdir()) == []
 
 
+def test_files_and_harness_tasks_stand_in_a_sweep(small, tmp_path, python_docs):
+    pytest.importorskip("lm_eval")
+    lines = [{"text": python_docs[2000 * i :][:600], "gold": i % 2} for i in range(4)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text(
+        f"task: two_choices\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/own.jsonl\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{text}}"\ndoc_to_target: gold\n'
+        'doc_to_choice: ["A", "B"]\nmetric_list:\n  - metric: acc\n'
+    )
+    entry = {"context": python_docs[:1500], "input": "What?", "answers": ["a"], "dataset": "hotpotqa"}
+    (tmp_path / "hotpotqa.jsonl").write_text("".join(json.dumps(entry | {"_id": i}) + "\n" for i in range(1)))
+    record = RECORD | {
+        "models": [str(small)],
+        "tasks": [
+            {"harness": "two_choices", "count": 3, "include_path": str(tmp_path / "tasks")},
+            {"data": str(tmp_path / "hotpotqa.jsonl"), "count": 5, "max_new_tokens": 3, "max_length": 200},
+        ],
+        "ratios": [0.3],
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(record))
+    arguments = ["sweep", str(tmp_path / "sweep.yaml"), "--output-dir", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    rows = read_rows([tmp_path / "out" / "rows.parquet"])
+    counted = {}
+    for row in rows:
+        counted.setdefault(row["label"], []).append(row["method"])
+    # Three documents, each with the full cache, four methods and the guess rate; one context of the file.
+    assert {label: len(methods) for label, methods in counted.items()} == {
+        "two_choices": 3 * 6,
+        "hotpotqa": 6,
+    }
+    assert set(counted["two_choices"]) == set(counted["hotpotqa"])
+    cut = [row for row in rows if row["label"] == "hotpotqa" and row["setting"] == "full"]
+    assert cut[0]["cut_tokens"] > 0
+    again = CliRunner().invoke(app, arguments)
+    assert "Nothing to measure: 2 of 2 samples are done" in " ".join(again.stderr.split())
+    page = tmp_path / "report.html"
+    assert CliRunner().invoke(app, ["report", str(tmp_path / "out"), "-o", str(page)]).exit_code == 0
+    assert "two_choices" in page.read_text()
+
+
 def test_another_sweep_in_the_same_folder_is_refused(record, whole):
     with pytest.raises(InputError, match=r"holds the results of another run \(ratios"):
         Sweep(parse_sweep_config(record | {"ratios": [0.5]}), whole[0])

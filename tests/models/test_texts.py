@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
@@ -95,7 +96,7 @@ def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         ("a.txt", b"caf\xe9", InputError, "byte 3.*UTF-8"),
         ("a.txt", b"", InputError, "empty"),
         ("a.txt", b" \n\n", InputError, "empty"),
-        ("a.pdf", b"%PDF", InputError, r"\.txt or \.jsonl"),
+        ("a.pdf", b"%PDF", InputError, r"\.jsonl, \.json, .*\.txt"),
         ("a.txt", None, SourceUnavailableError, r"a\.txt"),
     ],
 )
@@ -111,9 +112,32 @@ def test_bad_files_are_named(
     assert name in str(caught.value)
 
 
-def test_folder_is_no_text(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"not a \.txt"):
+def test_folder_without_texts_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no data file"):
         load_texts(tmp_path)
+
+
+def test_every_format_gives_the_same_texts(tmp_path: Path) -> None:
+    import gzip
+
+    texts = ["one, with a comma", "two\nlines", "d\u00e9j\u00e0 \u4f60"]
+    entries = [{"text": text} for text in texts]
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    (tmp_path / "columns.json").write_text(json.dumps({"text": texts}))
+    (tmp_path / "rows.json").write_text(json.dumps({"data": entries}))
+    (tmp_path / "strings.json").write_text(json.dumps(texts))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text"])
+        writer.writeheader()
+        writer.writerows(entries)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(__import__("pyarrow").table({"text": texts}), tmp_path / "a.parquet")
+    files = sorted(tmp_path.iterdir())
+    for file in files:
+        assert load_texts(file) == texts, file
+    assert load_texts(tmp_path) == texts * len(files)
 
 
 def test_options_out_of_range() -> None:

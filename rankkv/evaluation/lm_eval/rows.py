@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,23 +18,57 @@ from ...errors import (
     SourceUnavailableError,
     UnknownNameError,
 )
+from ...utils.hub import require
 from ..task_runner import BLANK, FULL
 from .model import RankKVLM
 
 #: Modules whose package has another name.
 _PACKAGES = {"sklearn": "scikit-learn", "bs4": "beautifulsoup4"}
+#: Modules that the harness' tasks import, by the beginning of their names.
+_TASK_PACKAGES = {
+    "longbench": ("jieba", "fuzzywuzzy", "rouge"),
+    "ruler": ("wonderwords", "nltk", "html2text", "bs4", "httpx"),
+    "niah_": ("wonderwords", "nltk", "html2text", "bs4", "httpx"),
+}
+_INSTALL_TASKS = 'pip install "rankkv[lm-eval-tasks]"'
 
 
-def build_task_manager(names: Sequence[str], include_path: str | None = None) -> TaskManager:
+def build_task_manager(
+    names: Sequence[str], include_path: str | None = None, lengths: Sequence[int] = ()
+) -> TaskManager:
     """Build the harness' task manager, without its own tasks if the folder has all names.
 
-    The harness takes long to list its own tasks.
+    The harness takes long to list its own tasks.  RULER's tasks make their own data: they need the folder of a
+    tokenizer, into which :func:`evaluate_harness_task` writes the model's, and lengths in tokens.
     """
+    # The folder goes when the manager does.
+    folder = tempfile.TemporaryDirectory(prefix="rankkv-tokenizer-")
+    metadata: dict[str, Any] = {"tokenizer": folder.name}
+    if lengths:
+        metadata["max_seq_lengths"] = list(lengths)
     if include_path is not None:
-        manager = TaskManager(include_path=include_path, include_defaults=False)
+        manager = TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
         if all(manager.match_tasks([name]) for name in names):
+            manager.tokenizer_folder = folder
             return manager
-    return TaskManager(include_path=include_path)
+    manager = TaskManager(include_path=include_path, metadata=metadata)
+    manager.tokenizer_folder = folder
+    return manager
+
+
+def check_task_packages(names: Sequence[str]) -> None:
+    """Check that the packages of LongBench's and RULER's tasks are installed.
+
+    Raises
+    ------
+    MissingDependencyError
+        If one is missing; the message gives the command that installs all of them.
+    """
+    for name in names:
+        for prefix, packages in _TASK_PACKAGES.items():
+            if name.startswith(prefix):
+                for package in packages:
+                    require(package, _INSTALL_TASKS, f"the task {name} of lm-evaluation-harness")
 
 
 @contextmanager
@@ -56,6 +91,13 @@ def shorten_harness_errors(task: str) -> Iterator[None]:
         remedy = f": pip install {package}" if package else ""
         raise MissingDependencyError(
             f"{task} needs a package that is not installed{remedy} ({_first_line(error)})."
+        ) from error
+    except LookupError as error:
+        # nltk's missing data.  A KeyError or an IndexError is a bug: let it through.
+        if isinstance(error, KeyError | IndexError):
+            raise
+        raise SourceUnavailableError(
+            f"{task} needs data of nltk, which cannot be downloaded here: run python -m nltk.downloader punkt_tab once."
         ) from error
     except (OSError, ValueError) as error:
         # The data set library says "Couldn't reach" or "Couldn't find". Any other ValueError is a bug: let it through.
@@ -118,6 +160,7 @@ def evaluate_harness_task(
     """
     if not manager.match_tasks([name]):
         raise UnknownNameError.of("task", name, manager.all_tasks)
+    tokenizer.save_pretrained(manager.metadata["tokenizer"])
     for setting, options in {FULL: None, **settings}.items():
         wrapped = (
             HFLM(pretrained=model, tokenizer=tokenizer)
@@ -155,10 +198,12 @@ def _list_rows(
                 raise InputError(
                     f"task {task!r} of the harness has no metric per sample: choose a task that has one."
                 )
-            metric = sample["metrics"][0]
+            metric = _choose_metric(sample)
             score, metric, higher = _read_score(
                 sample[metric], metric, results["higher_is_better"][task].get(metric)
             )
+            if metric.isdecimal():
+                metric = f"answers found at {metric} tokens"
             row = {
                 "task": task,
                 "sample": str(document),
@@ -178,6 +223,7 @@ def _list_rows(
                 "full_tokens": None,
                 "cache_bytes": kept[0],
                 "full_cache_bytes": kept[1],
+                "metadata_bytes": None,
                 "output": str(sample["filtered_resps"]),
                 "expected": str(sample["target"]),
             }
@@ -185,6 +231,12 @@ def _list_rows(
             if setting == FULL and choices:
                 guess = 1.0 / len(sample["arguments"])
                 yield {**row, "setting": BLANK, "score": guess, "output": ""}
+
+
+def _choose_metric(sample: Mapping[str, Any]) -> str:
+    """Return the first metric of a sample; RULER names them by length and gives -1 for all others."""
+    metrics = [str(name) for name in sample["metrics"]]
+    return next((name for name in metrics if not (name.isdecimal() and sample[name] == -1)), metrics[0])
 
 
 def _read_score(value: Any, metric: str, higher: bool | None) -> tuple[float, str, bool]:

@@ -36,6 +36,9 @@ NAMED_ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
 SWEEP_LIMIT = 4 * 2**20
 _CACHE_OPTIONS = {item.name for item in fields(RankKVConfig)} - {"selector", "compression_ratio", "budget"}
 _TASK_KEYS = ("task", "label", "lengths", "count", "text", "question_aware", "chat")
+#: Where a task comes from: the package, lm-evaluation-harness, or the file of a benchmark.
+BUILT_IN, HARNESS, DATA = "built-in", "harness", "data"
+_DATA_OPTIONS = ("max_length", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class SweepModel:
 class SweepTask:
     """Hold one task with its context lengths (tokens), samples per length and options.
 
-    ``text`` is the argument of :func:`rankkv.load_texts`.
+    ``text`` is the argument of :func:`rankkv.load_texts`.  ``source`` is "built-in", "harness" (``task`` is a task of
+    lm-evaluation-harness) or "data" (``task`` is the path of a benchmark's file).  ``chat`` is None for a file: the
+    benchmark decides.
     """
 
     label: str
@@ -60,8 +65,9 @@ class SweepTask:
     count: int = 10
     text: str = PYTHON_DOCS
     question_aware: bool = False
-    chat: bool = False
+    chat: bool | None = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    source: str = BUILT_IN
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,9 @@ def read_sweep_config(path: str | Path) -> SweepConfig:
 
     - ``models``: names, or mappings of ``name``, ``dtype`` and ``device_map``; default ``embedded``.
     - ``tasks``: names, or mappings of ``task`` and optionally ``label``, ``lengths``, ``count``, ``text``,
-      ``question_aware``, ``chat`` and options of the task.
+      ``question_aware``, ``chat`` and options of the task.  ``harness`` in place of ``task`` names a task of
+      lm-evaluation-harness (with ``include_path``, a folder of its YAML files), ``data`` the file of a benchmark
+      (with ``max_length`` and ``max_new_tokens``).
     - ``selectors`` and ``allocations``: names, or mappings of ``name`` and options; all pairs of both run.
     - ``methods``: mappings of ``name``, ``selector``, ``allocation`` and options of the cache; they are not crossed.
     - ``ratios``: fractions of the KV cache kept, in (0, 1].
@@ -237,6 +245,12 @@ def _parse_tasks(items: Sequence[Any]) -> list[SweepTask]:
     for place, item in enumerate(items):
         where = f"tasks[{place}]"
         given = {"task": item} if isinstance(item, str) else check_mapping(item, where)
+        named = [key for key in ("task", HARNESS, DATA) if key in given]
+        if len(named) > 1:
+            raise ConfigError(f"{where} has {named[0]} and {named[1]}: give one of them.")
+        if named and named[0] != "task":
+            tasks.append(_parse_outside_task(given, named[0], where))
+            continue
         task = explain(f"{where}.task", get_task, given.get("task"))
         defaults = SweepTask(task.name, task.name)
         lengths = take_list(
@@ -257,6 +271,33 @@ def _parse_tasks(items: Sequence[Any]) -> list[SweepTask]:
             )
         )
     return tasks
+
+
+def _parse_outside_task(given: Mapping[str, Any], source: str, where: str) -> SweepTask:
+    """Parse a task of lm-evaluation-harness, or the file of a benchmark."""
+    known = {
+        HARNESS: (HARNESS, "label", "lengths", "count", "question_aware", "include_path"),
+        DATA: (DATA, "label", "count", "question_aware", "chat", *_DATA_OPTIONS),
+    }
+    given = check_mapping(given, where, known[source])
+    name = check_string(given[source], f"{where}.{source}")
+    lengths = take_list({"lengths": given.get("lengths", [4096])}, "lengths", where=f"{where}.")
+    chat = given.get("chat")
+    options: dict[str, Any] = {
+        key: check_integer(given[key], f"{where}.{key}", 1) for key in _DATA_OPTIONS if key in given
+    }
+    if "include_path" in given:
+        options["include_path"] = check_string(given["include_path"], f"{where}.include_path")
+    return SweepTask(
+        label=check_string(given.get("label", Path(name).name.split(".")[0]), f"{where}.label"),
+        task=name,
+        lengths=tuple(check_integer(value, f"{where}.lengths[{i}]", 1) for i, value in enumerate(lengths)),
+        count=check_integer(given.get("count", SweepTask.count), f"{where}.count", 1),
+        question_aware=check_bool(given.get("question_aware", False), f"{where}.question_aware"),
+        chat=None if chat is None else check_bool(chat, f"{where}.chat"),
+        options=options,
+        source=source,
+    )
 
 
 def _parse_methods(given: Mapping[str, Any]) -> list[SweepMethod]:

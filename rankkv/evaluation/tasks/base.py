@@ -68,9 +68,9 @@ class Task:
         Key in :data:`rankkv.evaluation.tasks.TASKS`.
     make : callable
         ``make(haystack, place, **options)`` returns a :class:`Draft`.  All random numbers come from ``place.draw``.
-    metric : {"recall", "loss"}
+    metric : str
         ``"recall"``: share of the answers that the greedy output contains.  ``"loss"``: mean negative log-likelihood
-        of the continuation, nats per token.
+        of the continuation, nats per token.  Or a key of :data:`rankkv.evaluation.benchmarks.METRICS`.
     source : str
         Paper or definition.
     defaults : mapping

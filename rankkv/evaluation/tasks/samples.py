@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +27,17 @@ class Prompt:
         The right answer; its likelihood is measured with teacher forcing.
     answers : tuple of str
         Strings to find in the greedy output; empty for a plain continuation.
+    scorer : callable, optional
+        ``scorer(output)`` returns the score of the greedy output; by default the share of ``answers`` found.
+    max_new_tokens : int, optional
+        Most tokens of the greedy output; by default a few more than the right answer has.
     """
 
     question_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     answers: tuple[str, ...]
+    scorer: Callable[[str], float] | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,10 @@ class Sample:
         True if the question is compressed with the context.
     depth : float or None
         Position of a single hidden fact in [0, 1].
+    cut_tokens : int
+        Tokens that a context from a file lost, because it was too long.
+    chance : float or None
+        Score of a random choice, if the task has one.
     """
 
     task: Task
@@ -72,6 +82,8 @@ class Sample:
     prompts: tuple[Prompt, ...]
     question_aware: bool
     depth: float | None
+    cut_tokens: int = 0
+    chance: float | None = None
 
 
 def make_samples(
@@ -137,7 +149,7 @@ def make_samples(
     _check_options(task, options)
     if not isinstance(haystack, Haystack):
         haystack = Haystack(tokenizer, haystack)
-    frame = _Frame(haystack, chat)
+    frame = Frame(haystack, chat)
     samples: list[Sample] = []
     for length in lengths:
         for index in range(count):
@@ -205,13 +217,15 @@ def _check_options(task: Task, given: dict[str, Any]) -> None:
         )
 
 
-class _Frame:
+class Frame:
     """Put the text around context and question: a chat template, or the tokenizer's special tokens.
 
     Attributes
     ----------
     before : list of int
         Token ids before the context.
+    after : str
+        Text between the question and the beginning of the answer.
     """
 
     def __init__(self, haystack: Haystack, chat: bool) -> None:
@@ -221,7 +235,7 @@ class _Frame:
             # Without a template only special tokens, such as BOS, stand before the context. Find them around an "a".
             plain, framed = haystack.encode("a"), list(tokenizer("a", verbose=False)["input_ids"])
             starts = [at for at in range(len(framed)) if framed[at : at + len(plain)] == plain]
-            self.before, self._after = framed[: starts[0]] if starts else [], ""
+            self.before, self.after = framed[: starts[0]] if starts else [], ""
             return
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
@@ -232,7 +246,7 @@ class _Frame:
             tokenize=False,
             add_generation_prompt=True,
         )
-        before, mark, self._after = text.partition(_CONTEXT_MARK + _QUESTION_MARK)
+        before, mark, self.after = text.partition(_CONTEXT_MARK + _QUESTION_MARK)
         if not mark:
             raise InputError(
                 "the chat template changes the text of the message, so the context cannot be found in it: leave chat "
@@ -245,10 +259,11 @@ class _Frame:
         if not draft.questions:
             yield Prompt((), tuple(draft.continuation), ())
         for question in draft.questions:
-            yield self._build(question)
+            yield self.build(question, self.after)
 
-    def _build(self, question: Question) -> Prompt:
-        lead = self._after + question.lead.lstrip() if self._chat else question.lead
+    def build(self, question: Question, after: str) -> Prompt:
+        """Return a question as token ids; ``after`` is the template's text between question and answer."""
+        lead = after + question.lead.lstrip() if after else question.lead
         asked = self._haystack.encode(question.text + lead)
         whole = self._haystack.encode(question.text + lead + question.said)
         # A token may span the end of the question and the beginning of the answer: it belongs to the answer.
