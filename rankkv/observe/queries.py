@@ -171,7 +171,7 @@ class QueryBuffer:
         )
 
 
-def compute_query_moments(observation: Observation, kind: str) -> Tensor:
+def compute_query_moments(observation: Observation, kind: str, stride: int = 1) -> Tensor:
     """Compute the moments of all queries of a layer so far: those observed and those before.
 
     One symmetric matrix per head, ``[[S, m], [m^T, n]]``, with the number ``n`` of queries, their mean ``m`` and
@@ -184,18 +184,21 @@ def compute_query_moments(observation: Observation, kind: str) -> Tensor:
     kind : {"turned", "unturned"}
         ``"turned"``: all queries, as attention saw them.  ``"unturned"``: turned back to position 0, without the
         queries of the sinks, which differ from all others.
+    stride : int, default 1
+        Use every so many queries only, the newest among them.
 
     Returns
     -------
     Tensor
         ``[batch, head, key_dim + 1, key_dim + 1]`` float32; additive over queries by :func:`merge_moments`.
     """
-    queries, used = observation.query.float(), observation.query_valid
+    taken = slice((observation.query_length - 1) % stride, None, stride)
+    queries, used = observation.query[:, :, taken].float(), observation.query_valid[:, taken]
     if kind == "unturned":
-        used = used & (observation.query_index >= observation.sink_size)
+        used = used & (observation.query_index[:, taken] >= observation.sink_size)
         if observation.rotation is not None:
             frequencies = observation.rotation.frequencies.to(queries.device)
-            angles = observation.query_rotary_positions[..., None] * frequencies
+            angles = observation.query_rotary_positions[..., taken, None] * frequencies
             queries = observation.rotation.turn(queries, -angles)
     weights = used[:, None, :, None]
     # Padding may hold NaN, and 0 * NaN is not 0.

@@ -10,6 +10,9 @@ from ..observe.observation import Observation
 from .expected_attention import compute_expected_attention
 from .scoring import check_integer_option, compute_output_norms, without_padding
 
+# Queries that the moments of expected attention are taken from: more change nothing that counts.
+_MOMENT_QUERIES = 512
+
 #: Ways to join the query heads of a group.
 GROUPS = ("sum", "max")
 
@@ -101,7 +104,8 @@ def score_echo(
             most = weights.amax(dim=-2)
             torch.maximum(lookups[..., : most.shape[-1]], most, out=lookups[..., : most.shape[-1]])
     if expected:
-        lookups.add_(compute_expected_attention(observation), alpha=expected)
+        stride = max(1, observation.query_length // _MOMENT_QUERIES)
+        lookups.add_(compute_expected_attention(observation, stride=stride), alpha=expected)
     if value_norms:
         lookups = lookups * compute_output_norms(observation)
     batch, heads, keys = lookups.shape
@@ -111,38 +115,83 @@ def score_echo(
 
 def _compute_lookups(observation: Observation, chunk_size: int, gap: int, own_keys: bool) -> Tensor:
     """Compute the largest probability that a turned query of its chunk gives each key, ``[batch, head, key]``."""
-    batch, heads, queries, dim = observation.query.shape
+    batch, heads, queries = observation.query.shape[:3]
     first = observation.key_length - queries
     keys = observation.keys[:, :, first:]
     back = _turn_back(observation, keys, gap)
     sinks = _turn_back(
         observation, observation.keys[:, :, : min(observation.sink_size, first or queries)], gap
     )
-    key_heads = keys.shape[1]
     lookups = observation.keys.new_zeros(batch, heads, observation.key_length, dtype=torch.float32)
-    for start, stop in split_chunks(queries, chunk_size):
-        count = stop - start
-        columns = [back[:, :, start:stop]]
-        if start + first > 0:
-            columns.append(sinks)
-        if own_keys:
-            columns.append(keys[:, :, start:stop])
-        table = torch.cat(columns, dim=-2)
-        most = lookups[:, :, first + start : first + stop].view(batch, key_heads, -1, count)
-        step = observation.count_block_rows(table.shape[-2])
-        for row in range(start, stop, step):
-            rows = slice(row, min(row + step, stop))
-            query = observation.query[:, :, rows].reshape(batch, key_heads, -1, dim)
-            logits = torch.matmul(query, table.mT).mul_(observation.scaling).float()
-            if observation.softcap is not None:
-                logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
-            logits = logits.view(batch, heads, rows.stop - row, -1)
-            if own_keys:
-                later = torch.ones(rows.stop - row, count, dtype=torch.bool, device=logits.device)
-                logits[..., -count:].masked_fill_(later.triu_(row - start + 1), float("-inf"))
-            found = observation.softmax(logits)[..., :count].amax(dim=-2)
-            torch.maximum(most, found.view_as(most), out=most)
+    # Chunks of one size go together: few large products, whatever the number of chunks.
+    for start, count, size in group_chunks(split_chunks(queries, chunk_size)):
+        columns = size + sinks.shape[2] + (size if own_keys else 0)
+        together = max(1, observation.count_block_rows(columns) // size)
+        for chunk in range(0, count, together):
+            begin, number = start + chunk * size, min(together, count - chunk)
+            rows = slice(begin, begin + number * size)
+            table = [part[:, :, rows].unflatten(2, (number, size)) for part in (back, keys)[: 1 + own_keys]]
+            table.insert(1, sinks[:, :, None].expand(-1, -1, number, -1, -1))
+            found = _look_up(observation, rows, torch.cat(table, dim=-2), size, begin + first == 0)
+            lookups[:, :, first + begin : first + rows.stop] = found
     return lookups
+
+
+def _look_up(observation: Observation, rows: slice, table: Tensor, size: int, is_first: bool) -> Tensor:
+    """Compute the largest probability of each key of some chunks, ``[batch, head, key]``.
+
+    ``table`` is ``[batch, kv_head, chunk, column, head_dim]``: the chunk's keys, the sinks, the chunk's own new keys.
+    """
+    batch, key_heads, number, columns, dim = table.shape
+    query = observation.query[:, :, rows].view(batch, key_heads, -1, number, size, dim).transpose(2, 3)
+    # A long chunk of many heads is taken in parts, so that a block of logits stays small.
+    step = max(16, min(size, observation.count_block_rows(columns) // number))
+    most: Tensor | None = None
+    own = columns - size if columns >= 2 * size else columns
+    index = torch.arange(size, device=table.device)
+    for row in range(0, size, step):
+        part = query[..., row : row + step, :]
+        logits = torch.matmul(part.flatten(3, 4), table.mT).mul_(observation.scaling).float()
+        if observation.softcap is not None:
+            logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
+        logits = logits.view(*part.shape[:-1], columns)
+        if own < columns:
+            logits[..., own:].masked_fill_(index > index[row : row + step, None], float("-inf"))
+        if is_first:
+            # The first chunk holds the sinks itself.
+            logits[:, :, 0, ..., size:own] = float("-inf")
+        logits = logits.permute(0, 1, 3, 2, 4, 5) if observation.sink_logits is not None else logits
+        found = _normalize(observation, logits, size)
+        most = found if most is None else torch.maximum(most, found)
+    found = table.new_zeros(0) if most is None else most
+    return found.permute(0, 1, 3, 2, 4).reshape(batch, -1, number * size)
+
+
+def _normalize(observation: Observation, logits: Tensor, size: int) -> Tensor:
+    """Return the largest probability over the rows of ``[batch, kv_head, chunk, group, row, column]``."""
+    if observation.sink_logits is None:
+        return torch.softmax(logits, dim=-1, out=logits)[..., :size].amax(dim=-2)
+    batch, key_heads, groups, number, rows, columns = logits.shape
+    joined = logits.reshape(batch, key_heads * groups, number * rows, columns)
+    weights = observation.softmax(joined).view(batch, key_heads, groups, number, rows, columns)
+    return weights[..., :size].amax(dim=-2).transpose(2, 3)
+
+
+def group_chunks(chunks: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Join neighbouring chunks of one size: the first token, the number of chunks, and their size.
+
+    Examples
+    --------
+    >>> group_chunks([(0, 4), (4, 8), (8, 14)])
+    [(0, 2, 4), (8, 1, 6)]
+    """
+    groups: list[tuple[int, int, int]] = []
+    for start, stop in chunks:
+        if groups and groups[-1][2] == stop - start:
+            groups[-1] = (groups[-1][0], groups[-1][1] + 1, stop - start)
+        else:
+            groups.append((start, 1, stop - start))
+    return groups
 
 
 def split_chunks(tokens: int, chunk_size: int) -> list[tuple[int, int]]:

@@ -86,7 +86,7 @@ def score_expected_attention(
 
 
 def compute_expected_attention(
-    observation: Observation, future_positions: int = 512, covariance: bool = True
+    observation: Observation, future_positions: int = 512, covariance: bool = True, stride: int = 1
 ) -> Tensor:
     """Compute the attention that future queries are expected to pay each key, for each query head.
 
@@ -100,13 +100,15 @@ def compute_expected_attention(
         Number of positions after the newest token that are averaged over.
     covariance : bool, default True
         Use the covariance of the queries beside their mean.
+    stride : int, default 1
+        Use every so many queries only, which costs less.
 
     Returns
     -------
     Tensor
         ``[batch, head, key]`` float32; 0 for the sinks.
     """
-    spread, mean, count = split_moments(compute_query_moments(observation, "unturned"))
+    spread, mean, count = split_moments(compute_query_moments(observation, "unturned", stride))
     spread = spread / count.clamp(min=1)
     if observation.rotation is not None:
         frequencies = observation.rotation.frequencies.to(observation.keys.device)
@@ -115,17 +117,15 @@ def compute_expected_attention(
         half = observation.rotation.combine(spread, cos, sin)
         spread = observation.rotation.combine(half.mT, cos, sin)
     keys = observation.keys.float()
-    batch, key_heads, tokens = keys.shape[:3]
+    batch, key_heads = keys.shape[:2]
     groups = mean.shape[1] // key_heads
     mean, spread = mean.unflatten(1, (key_heads, groups)), spread.unflatten(1, (key_heads, groups))
-    # One group at a time: the quadratic form needs a copy of the keys per query head.
-    logits = torch.empty(batch, key_heads, groups, tokens, device=keys.device)
-    for group in range(groups):
-        logit = (keys * mean[:, :, group]).sum(dim=-1) * observation.scaling
-        if covariance:
-            quadratic = ((keys @ spread[:, :, group]) * keys).sum(dim=-1)
-            logit = logit + 0.5 * observation.scaling**2 * quadratic
-        logits[:, :, group] = logit
+    logits = (mean.flatten(2, 3) @ keys.mT).mul_(observation.scaling)
+    if covariance:
+        # One group at a time: the quadratic form needs a copy of the keys per query head.
+        for group in range(groups):
+            quadratic = (keys @ spread[:, :, group]).mul_(keys).sum(dim=-1)
+            logits[:, :, group].add_(quadratic, alpha=0.5 * observation.scaling**2)
     is_sink = observation.real_index < observation.sink_size
     is_sink = is_sink.repeat_interleave(key_heads // is_sink.shape[1], dim=1)
     logits = logits.masked_fill(is_sink[:, :, None], float("-inf"))

@@ -137,10 +137,11 @@ def compute_output_norms(observation: Observation) -> Tensor:
         return norms.repeat_interleave(groups, dim=1)
     matrix = compute_projection_matrix(found, heads * width, values, parts).float()
     by_head = matrix.view(values.shape[1], groups, width, -1)
-    norms = values.new_empty(values.shape[0], heads, values.shape[2], dtype=torch.float32)
-    for head in range(heads):
-        part = by_head[head // groups, head % groups]
-        value = values[:, head // groups].float()
+    squares = by_head @ by_head.mT
+    value = values.float()
+    norms = value.new_empty(values.shape[0], groups, values.shape[1], values.shape[2])
+    for group in range(groups):
+        own = squares[:, group]
         # Rounding may leave a tiny negative number.
-        norms[:, head] = ((value @ (part @ part.mT)) * value).sum(dim=-1).clamp_(min=0.0).sqrt_()
-    return norms
+        norms[:, group] = (value @ own).mul_(value).sum(dim=-1).clamp_(min=0.0).sqrt_()
+    return norms.transpose(1, 2).flatten(1, 2)
