@@ -63,6 +63,7 @@ TESTS: dict[str, tuple[str, str]] = {
         "cache/test_operations cache/test_misuse cache/test_cascade cache/test_robustness cache/test_cache",
     ),
     "cache/kept_tokens": ("cache/test_kept_tokens", "cli/test_explain"),
+    "cache/progress": ("cache/test_mixed_calls", "cache/test_misuse cache/test_robustness"),
     "cache/report": (
         "cache/test_report cache/test_cache",
         "cache/test_storage_modes cache/test_head_budgets",

@@ -255,9 +255,9 @@ def test_a_cache_that_holds_nan_is_not_saved(model, tmp_path):
 
 def test_offset_holes_and_prompt_return(model, tmp_path):
     cache = compress(model, PROMPT.repeat(2, 1), compression_ratio=0.4)
-    cache._schedule.position_offset, cache._schedule.holes = torch.tensor([-3, 5]), [0, 2]
+    cache._schedule.position_offset, cache._schedule.holes = torch.tensor([[-3], [5]]), [0, 2]
     loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), model)
-    assert torch.equal(loaded._schedule.position_offset, torch.tensor([-3, 5]))
+    assert torch.equal(loaded._schedule.position_offset, torch.tensor([[-3], [5]]))
     assert loaded._schedule.holes == [0, 2]
     assert torch.equal(loaded.prompt_ids, cache.prompt_ids)
 
