@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, InputError, SourceUnavailableError, UnknownNameError
+from ..utils.files import parse_json
 from ..utils.hub import is_hub_reachable, require
 
 PYTHON_DOCS = "python-docs"
@@ -259,7 +259,7 @@ def _read_jsonl(path: Path, content: str) -> list[str]:
             continue
         where = f"line {number} of {str(path)!r}"
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise InputError(f"{where} is not JSON: {error}.") from error
         text = record.get("text") if isinstance(record, dict) else None

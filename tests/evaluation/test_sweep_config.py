@@ -139,9 +139,9 @@ def test_merge_keys_are_supported(tmp_path):
         ("a: &a [*a]", "a value inside itself"),
         ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" if i else "a0: &a0 [1]" for i in range(12)),
          "more than 100,000 values"),
-        ("a: 2001-99-99", "is no YAML"),
-        ("a: !!int x", "is no YAML"),
-        ("a: " + "x" * 2**21, "characters, a sweep has at most"),
+        ("a: 2001-99-99", "is not valid YAML"),
+        ("a: !!int x", "is not valid YAML"),
+        ("a: " + "x" * 2**21, "bytes but must have at most 1,048,576"),
     ],
     ids=["deep", "loop", "aliases", "date", "tag", "long"],
 )  # fmt: skip
