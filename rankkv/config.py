@@ -29,6 +29,8 @@ PROFILED_STRATEGY = "blend"
 
 #: Fewest tokens per layer unless `min_budget` is given.
 FLOOR_TOKENS = 16
+#: Fewest tokens per head with strategy ``"global"``: 16 newest tokens and 4 sinks.
+GLOBAL_FLOOR_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class RankKVConfig:
     strategy : str, optional
         Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`.  None takes the measured default:
         ``"blend"`` with a known profile of the model, else ``"distortion"``.  None also lets the heads of a layer keep
-        different numbers of tokens, see ``head_budgets``.
+        different numbers of tokens, see ``head_budgets``.  With selector ``"echo"`` it takes ``"global"``: one top-k of
+        the scores over all heads and layers, of which each head keeps at least ``head_floor`` of the average, 4 sinks
+        and the 16 newest tokens.
     strategy_options : mapping, optional
         Options of the strategy, such as ``{"exponent": 2}``.
     scope : {"evictable", "window", "full"}, default "evictable"
@@ -84,9 +88,9 @@ class RankKVConfig:
           default), or ``"profile"`` with an exponent, a layer's budget follows the sum over its heads; other strategies
           leave the layers' budgets unchanged.
         - ``"adaptive"``: the tokens of all heads compete for the layer's budget (Ada-KV, arXiv:2407.11550).
-        - ``"auto"``: ``"profile"`` if a profile with heads is used, ``"distortion"`` if no profile is used.  It is None
-          if a strategy, another scope or another aggregation is given, if the ratio is 1, on flash attention, under
-          tensor parallelism, and for models with one kv head.
+        - ``"auto"``: ``"adaptive"`` with strategy ``"global"``.  Else ``"profile"`` if a profile with heads is used,
+          ``"distortion"`` if no profile is used.  It is None if a strategy, another scope or another aggregation is
+          given, if the ratio is 1, on flash attention, under tensor parallelism, and for models with one kv head.
 
         Memory equals the budgets, since only kept tokens are stored.  A decode step takes longer than with None, since
         heads are padded to equal length for each attention call.

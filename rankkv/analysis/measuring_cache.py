@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
-from ..cache.compressor import measure_rows
-from ..cache.resolve import resolve_profile
+from ..budget.strategies import get_strategy
+from ..cache.compressor import measure_rows, sort_scores
+from ..cache.resolve import resolve_global, resolve_profile
 from ..config import RankKVConfig
 from ..errors import CacheStateError
 from ..models.tensor_parallel import find_head_shards
@@ -19,7 +21,9 @@ from ..observe import hook
 from ..observe.call import AttentionCall, observe
 from ..observe.hook import AttentionObserver
 from ..observe.observation import Observation
+from ..observe.rotary import LayerRotation, find_rotations
 from ..rank.observed_layer import compute_layer_ranks
+from ..selection import get_selector
 
 
 class MeasuringCache(AttentionObserver, DynamicCache):
@@ -54,7 +58,16 @@ class MeasuringCache(AttentionObserver, DynamicCache):
         self.measures: dict[int, Any] = {}
         self.plan: BudgetPlan | None = None
         self._total_budget = total_budget
+        self._selector = get_selector(config.selector)
+        # Budgets are reported for equal heads.
+        config = resolve_global(config, self._selector, can_spread=False)
         self._config = resolve_profile(config, model, self.layer_indices)
+        self._rotations: Mapping[int, LayerRotation | None] = {}
+        by_scores = get_strategy(self._config.resolve_strategy()[0]).by_scores
+        if by_scores and self._selector.needs_rotation:
+            self._rotations = find_rotations(model, self.layer_indices)
+        #: Sorted scores of each layer's heads, if the strategy reads them.
+        self._tables: dict[int, Any] = {}
         self._on_layer = on_layer
         self._shards = find_head_shards(model)
 
@@ -98,7 +111,7 @@ class MeasuringCache(AttentionObserver, DynamicCache):
         for layer_idx in self.layer_indices:
             measured = None if self.plan.measure is None else self.measures[layer_idx]
             rank = self.ranks[layer_idx] if self.plan.needs_ranks else None
-            self.plan.add_layer(measured, rank=rank)
+            self.plan.add_layer(measured, rank=rank, head_scores=self._tables.get(layer_idx))
         self.plan.finish()
         return self.plan
 
@@ -113,6 +126,11 @@ class MeasuringCache(AttentionObserver, DynamicCache):
         of_rank = self.plan.measure in ("rank", None)
         measured = ranks.tolist() if of_rank else measure_rows([self.plan], self._config, observation)
         self.measures[layer_idx] = measured[0]
+        if self.plan.reads_scores:
+            scores = self._selector.compute_scores(
+                replace(observation, rotation=self._rotations.get(layer_idx))
+            )
+            self._tables[layer_idx] = sort_scores([self.plan], self._config, observation, scores)[0]
 
 
 class _PassingLayer(DynamicLayer):

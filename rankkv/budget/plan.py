@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import FLOOR_TOKENS, PROFILE_USERS, RankKVConfig, count_spanned
+from ..config import FLOOR_TOKENS, GLOBAL_FLOOR_TOKENS, PROFILE_USERS, RankKVConfig, count_spanned
 from ..errors import BudgetError, ProfileError
 from ..limits import Limits
 from ..profile.record import RankProfile
@@ -25,6 +25,7 @@ from .heads import (
     fit_head_curves,
     join_heads,
 )
+from .scores import HeadScores, ScorePool
 from .strategies import check_options, compute_weights, get_strategy
 
 
@@ -82,6 +83,13 @@ class BudgetPlan:
         self._by_heads = self.measures_heads and self.strategy == "distortion"
         #: Error curves of the heads of each layer, if heads are measured.
         self.head_curves: list[HeadCurves] = []
+        #: True if the strategy reads the scores of all heads.
+        self.reads_scores = self._strategy.by_scores
+        self._splits_by_scores = self.reads_scores and config.head_budgets == "adaptive"
+        self._joins_heads = self.reads_scores and config.head_budgets is None
+        #: Scores of the heads of each layer, if they split its budget.
+        self.head_scores: list[HeadScores] = []
+        self._pool = ScorePool()
         # Allocations by distortion curves, by the number of layers they include.
         self._allocated: dict[int, np.ndarray] = {}
         #: Name of the strategy's measure; None if it measures nothing.
@@ -101,7 +109,13 @@ class BudgetPlan:
             given, total = "", round(config.compression_ratio * length * count)
         if not bounded:
             total = min(total, length * count)
-        minimum = max(FLOOR_TOKENS, total // count // 2) if config.min_budget is None else config.min_budget
+        if config.min_budget is not None:
+            minimum = config.min_budget
+        elif self.reads_scores:
+            # One top-k decides, so a layer's floor is that of its heads: sinks, newest tokens, a share of the average.
+            minimum = max(GLOBAL_FLOOR_TOKENS, int(config.head_floor * total / count))
+        else:
+            minimum = max(FLOOR_TOKENS, total // count // 2)
         #: Tokens in spans that the options protect.
         self.spanned = spanned = count_spanned(config.protect, length)
         # A layer needs room for its sinks and newest tokens besides the protected spans.
@@ -122,11 +136,12 @@ class BudgetPlan:
         self.total_budget = total
         self.limits = Limits(total, length, config.window_size, self.floor)
         # Every head keeps at least the fixed floor, so that its sinks and newest tokens stay.
-        head_floor = max(min(FLOOR_TOKENS, self.floor), int(config.head_floor * total / count))
+        fixed = self.floor if self.reads_scores else FLOOR_TOKENS
+        head_floor = max(min(fixed, self.floor), int(config.head_floor * total / count))
         #: Limits of single heads; their floor may be lower than that of their layer.
         self.head_limits = replace(self.limits, floor=head_floor)
         self._bounded = bounded
-        self._least = max(self.floor, head_floor) if self._by_heads else self.floor
+        self._least = max(self.floor, head_floor) if self._by_heads or self.reads_scores else self.floor
         self._least = self._least if bounded else min(length, self._least)
         self._lower = np.full(count, self._least, dtype=np.int64)
         self._upper = np.full(count, total if bounded else length, dtype=np.int64)
@@ -156,6 +171,11 @@ class BudgetPlan:
         return list(self.layer_measures if self.measure == "rank" else self.ranks)
 
     @property
+    def head_floor(self) -> int:
+        """Tokens that every head keeps."""
+        return self.head_limits.floor
+
+    @property
     def needs_ranks(self) -> bool:
         """True if the strategy reads the layers' effective ranks beside another measure."""
         return self._strategy.ranked
@@ -171,6 +191,7 @@ class BudgetPlan:
         available: int | None = None,
         rank: float | None = None,
         head_errors: Any = None,
+        head_scores: Any = None,
     ) -> None:
         """Add the measure of the next layer.
 
@@ -186,28 +207,20 @@ class BudgetPlan:
             The layer's effective rank, if the strategy reads it beside another measure.
         head_errors : array, optional
             ``[kv_head, budget]`` eviction error of each head, if heads are measured.
+        head_scores : array, optional
+            ``[kv_head, token]`` descending scores of the tokens beyond each head's floor, if the strategy reads them.
         """
         if available is not None and available < self.length and not self._bounded:
             self._upper[self._added] = available
             self._lower[self._added] = min(self._least, available)
             self._all_there = False
+        if head_scores is not None:
+            self._add_scores(np.asarray(head_scores, dtype=np.float64))
         if measured is not None:
             if not (np.isfinite(measured).all() and np.isfinite(rank or 0.0)):
                 ranked = self.measure == "rank" or not np.isfinite(rank or 0.0)
-                name = "effective rank" if ranked else f"{self.strategy} measure"
-                layer = self.layer_indices[self._added]
-                share = self.total_budget // len(self._lower)
-                warnings.warn(
-                    f"the attention of layer {layer} is not finite, so its {name} is unknown and it gets its "
-                    f"uniform share of {share} tokens; load the model in bfloat16 or float32, not float16.",
-                    stacklevel=2,
-                )
-                self.notes.append(
-                    f"  layer {layer} has no finite {name.rpartition(' ')[2]} and got its uniform share"
-                )
                 # Equal bounds fix the budget; the zero measure then has no effect on this layer.
-                share = min(share, int(self._upper[self._added]))
-                self._lower[self._added] = self._upper[self._added] = share
+                self._fix_share("effective rank" if ranked else f"{self.strategy} measure")
                 measured = 0.0 if np.ndim(measured) == 0 else np.zeros_like(measured)
                 rank = None if rank is None else 0.0
             self.layer_measures.append(measured)
@@ -218,9 +231,39 @@ class BudgetPlan:
             self.head_curves.append(fit_head_curves(errors, self.length, self.head_limits.floor))
         self._added += 1
 
+    def _fix_share(self, name: str) -> None:
+        """Give the layer that is being added its uniform share, since what ``name`` says is not finite."""
+        layer = self.layer_indices[self._added]
+        share = self.total_budget // len(self._lower)
+        warnings.warn(
+            f"the attention of layer {layer} is not finite, so its {name} is unknown and it gets its "
+            f"uniform share of {share} tokens; load the model in bfloat16 or float32, not float16.",
+            stacklevel=4,
+        )
+        self.notes.append(
+            f"  layer {layer} has no finite {name.rpartition(' ')[2]} and got its uniform share"
+        )
+        share = min(share, int(self._upper[self._added]))
+        self._lower[self._added] = self._upper[self._added] = share
+
+    def _add_scores(self, table: np.ndarray) -> None:
+        """Add the scores of a layer's heads to the pool."""
+        if (table == np.finfo(np.float32).min).any():
+            # The selection ranks NaN as the lowest finite number.
+            self._fix_share("order of scores")
+        scores = HeadScores(table, self.head_floor)
+        if self._splits_by_scores:
+            self.head_scores.append(scores)
+        if self._joins_heads:
+            scores = scores.average()
+        lower, upper = int(self._lower[self._added]), int(self._upper[self._added])
+        self._pool.add(self._added, scores, lower, upper)
+
     def compute_ceilings(self) -> list[int]:
         """Compute upper bounds of the budgets of the layers so far; the final budgets never exceed them."""
-        if self.measure is None and self._all_there:
+        if self.reads_scores:
+            shares = self._compute_shares(self._added)
+        elif self.measure is None and self._all_there:
             shares = self._compute_shares(len(self._lower))[: self._added]
         elif self._strategy.layerwise or self.measure is None:
             shares = self._compute_shares(self._added)
@@ -234,12 +277,22 @@ class BudgetPlan:
         count = len(self._lower)
         self.total_budget = min(self.total_budget, int(self._upper.sum()))
         shares = self._compute_shares(count)
-        weights = shares if self._by_heads else self._compute_weights(count)
+        weights = shares if self._by_heads or self.reads_scores else self._compute_weights(count)
         budgets = allocate_integers(shares, self.total_budget, self._lower, self._upper, weights)
         self.budgets = budgets.tolist()
         if not self._strategy.scalar:
             self.layer_measures = weights.tolist()
         return list(self.budgets)
+
+    def settle(self) -> None:
+        """Forget the scores of all tokens, and remember the number of tokens that each head got."""
+        self._pool = ScorePool()
+        if self.head_scores:
+            self.head_curves = [
+                scores.settle(max(0, budget - self.spanned))
+                for scores, budget in zip(self.head_scores, self.budgets, strict=True)
+            ]
+            self.head_scores = []
 
     def find_head_split(self, place: int) -> HeadSplit | None:
         """Return the split of a layer's budget over its heads.
@@ -251,7 +304,11 @@ class BudgetPlan:
         place : int
             Index of the layer among the compressible layers.
         """
-        splits = self.head_curves if self.measures_heads else self._head_splits
+        splits: Sequence[HeadSplit] = self._head_splits
+        if self._splits_by_scores and self.head_scores:
+            splits = self.head_scores
+        elif self.measures_heads or self._splits_by_scores:
+            splits = self.head_curves
         return splits[place] if place < len(splits) else None
 
     def _compute_weights(self, count: int) -> np.ndarray:
@@ -268,6 +325,8 @@ class BudgetPlan:
     def _compute_shares(self, count: int) -> np.ndarray:
         if self._by_distortion and self._profile is not None:
             return self._allocate_by_distortion(self._profile, count)
+        if self.reads_scores:
+            return self._allocate_by_scores(count)
         if self._by_heads:
             bounds = self._lower[:count], self._upper[:count]
             return allocate_by_head_curves(self.head_curves[:count], self.total_budget, *bounds)
@@ -278,6 +337,22 @@ class BudgetPlan:
             self._upper[:count],
             partial=True,
         )
+
+    def _allocate_by_scores(self, count: int) -> np.ndarray:
+        """Allocate by one top-k over the scores of all layers so far."""
+        # Layers to come keep their floor, unless tokens evicted earlier have lowered it.
+        reserved = self._lower if self._all_there else self._lower[:count]
+        low, high = self._lower[:count].astype(np.float64), self._upper[:count].astype(np.float64)
+        left = max(0.0, float(self.total_budget - reserved.sum()))
+        self._pool.share(left)
+        result = low + self._pool.count(count)
+        left -= float((result - low).sum())
+        # Beyond all scores, the rest is spread evenly.
+        while left > 1e-6 and (result < high).any():
+            waiting = result < high
+            more = np.minimum(np.where(waiting, left / waiting.sum(), 0.0), high - result)
+            result, left = result + more, left - float(more.sum())
+        return result
 
     def _allocate_by_distortion(self, profile: RankProfile, count: int) -> np.ndarray:
         known = self._allocated.get(count)

@@ -20,7 +20,7 @@ from .calibrated import weigh_blend, weigh_profile
 from .distortion import weigh_distortion
 
 #: Values of :attr:`Strategy.needs`: inputs that a strategy may read of each layer.
-NEEDS = ("ranks", "window attention", "whole attention", "nothing")
+NEEDS = ("ranks", "window attention", "whole attention", "scores", "nothing")
 
 _RANK_COST = "O(window^2 x keys)"
 _WINDOW_COST = "O(window x keys)"
@@ -56,6 +56,8 @@ class Strategy:
         The measure reads the newest ``windows * window_size`` queries.
     ranked : bool
         True if the weights also depend on the layers' effective ranks.
+    by_scores : bool
+        True if the selector's scores of all heads and layers compete for the total; ``function`` is not called then.
     """
 
     function: Callable[..., FloatArray]
@@ -68,6 +70,7 @@ class Strategy:
     scalar: bool = True
     windows: int = 1
     ranked: bool = False
+    by_scores: bool = False
 
     @property
     def uses_ranks(self) -> bool:
@@ -183,6 +186,16 @@ STRATEGIES: dict[str, Strategy] = {
         scalar=False,
         windows=2,
         ranked=True,
+    ),
+    "global": Strategy(
+        weights.weigh_uniform,
+        True,
+        "one top-k of the selector's scores over all heads and layers",
+        "J.-H. Kim et al., KVzip, arXiv:2505.23416; equal heads: KVCompose, arXiv:2509.05165",
+        None,
+        "scores",
+        "O(keys log keys)",
+        by_scores=True,
     ),
 }
 

@@ -124,7 +124,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
         shards = find_head_shards(model)
-        config = resolve_options(config, model, self.layer_indices, shards)
+        config = resolve_options(config, model, self.layer_indices, shards, self.selector)
         for index in self.layer_indices:
             self.layers[index] = _build_layer(config)
         #: Config of the language model, which names the attention backend.
@@ -147,11 +147,16 @@ class RankKVCache(AttentionObserver, DynamicCache):
     def _find_rotations(self, model: Any, config: RankKVConfig) -> dict[int, LayerRotation | None]:
         if config.positions == "packed":
             return find_rotations(model, self.layer_indices)
-        if self.selector.past_queries != "unturned":
+        if not self.selector.needs_rotation:
             return {}
         try:
             return find_rotations(model, self.layer_indices)
-        except UnsupportedModelError:
+        except UnsupportedModelError as error:
+            if self.selector.turns:
+                raise UnsupportedModelError(
+                    f"selector {self.selector.name!r} turns queries by the model's rotary embedding, but how "
+                    f"{type(model).__name__} applies positions is not known ({error}): use selector='snapkv' or 'h2o'."
+                ) from error
             warnings.warn(
                 f"how {type(model).__name__} applies positions to queries is not known, so selector "
                 f"{self.selector.name!r} uses past queries unchanged.",

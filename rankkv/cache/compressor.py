@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..budget.plan import BudgetPlan
+from ..budget.strategies import get_strategy
 from ..config import RankKVConfig
 from ..errors import UnsupportedModelError
 from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments
 from ..rank.measures import compute_measures
-from ..selection import Selector
+from ..selection import GLOBAL_PROTECTION, Selector, raise_protected
 from .layer import RankKVLayer
 
 # Slots held above the budget during a prefill, as a fraction of (total budget + one layer).
@@ -49,12 +50,18 @@ class Compressor:
         self._open: list[BudgetPlan] = []
 
     @property
+    def _protector(self) -> Selector:
+        """Selector that counts the protected tokens of a budget."""
+        by_scores = get_strategy(self.config.resolve_strategy()[0]).by_scores
+        return GLOBAL_PROTECTION if by_scores else self.selector
+
+    @property
     def carries_scores(self) -> bool:
         """True if scores are kept after a round, because later queries will continue them."""
         continued = (
             self.config.decode == "bounded" or self.config.prefill != "single" or self.config.recompress_turns
         )
-        adds_up = self.selector.step == "sum" and (continued or self.config.decode == "periodic")
+        adds_up = self.selector.step in ("sum", "max") and (continued or self.config.decode == "periodic")
         return adds_up or (self.config.decode == "bounded" and self.selector.step == "decay")
 
     def add_layer(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
@@ -72,9 +79,10 @@ class Compressor:
         # Lasting scores may be continued by later queries; the refined ones only select now.
         self._check_order(layer_idx)
         lasting = self._compute_lasting_scores(layer, observation)
-        layer.begin_compression(self.selector.refine(lasting, observation), observation, lasting)
+        scores = self.selector.refine(lasting, observation)
+        layer.begin_compression(scores, observation, lasting)
         self.carry_queries(layer, observation)
-        return self._measure_and_shrink(layers, observation)
+        return self._measure_and_shrink(layers, observation, scores)
 
     def _check_order(self, layer_idx: int) -> None:
         """Raise if a layer of this round was skipped: its attention never reached the cache."""
@@ -91,7 +99,13 @@ class Compressor:
         if self.selector.step == "rescore":
             lasting = self.selector.compute_lasting_scores(observation)
         else:
-            lasting = self._continue_scores(layer, observation.compute_column_sums())
+            by_attention = self.selector.step != "max"
+            new = (
+                observation.compute_column_sums()
+                if by_attention
+                else self.selector.compute_lasting_scores(observation)
+            )
+            lasting = self._continue_scores(layer, new)
             layer.running_scores = lasting
         self.carry_queries(layer, observation)
         place = self.layer_indices.index(observation.layer_idx)
@@ -121,15 +135,18 @@ class Compressor:
         else:
             layer.query_moments = None
 
-    def _measure_and_shrink(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
+    def _measure_and_shrink(
+        self, layers: Sequence[RankKVLayer], observation: Observation, scores: Tensor
+    ) -> bool:
         config, layer_idx = self.config, observation.layer_idx
         rows = measure_rows(self._open, config, observation)
         ranks = measure_ranks(self._open, config, observation)
         heads = measure_heads(self._open, observation)
-        for plan, measured, available, rank, errors in zip(
-            self._open, rows, observation.available, ranks, heads, strict=True
+        tables = sort_scores(self._open, config, observation, scores)
+        for plan, measured, available, rank, errors, table in zip(
+            self._open, rows, observation.available, ranks, heads, tables, strict=True
         ):
-            plan.add_layer(measured, available, rank, errors)
+            plan.add_layer(measured, available, rank, errors, table)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):
             ceilings = [plan.compute_ceilings() for plan in self._open]
@@ -140,6 +157,8 @@ class Compressor:
         for place, index in enumerate(done):
             self._shrink(layers, done, budgets, place, final=True)
             layers[index].end_compression(keep_scores=self.carries_scores)
+        for plan in self._open:
+            plan.settle()
         self.plans, self._open = self._open, []
         return True
 
@@ -182,7 +201,7 @@ class Compressor:
             # The number of protected tokens grows with the budget: if the smallest budget and this one protect
             # equally many, so does every budget between them.
             least, most = (
-                self.selector.count_protected(max(0, count - plan.spanned), window, sinks)
+                self._protector.count_protected(max(0, count - plan.spanned), window, sinks)
                 for count in (min(plan.floor, budget), budget)
             )
             settled = settled and least == most
@@ -195,7 +214,7 @@ class Compressor:
         with torch.no_grad():
             layer.shrink(
                 budgets,
-                self.selector,
+                self._protector,
                 window,
                 sinks,
                 protect,
@@ -205,7 +224,7 @@ class Compressor:
 
     def _compute_lasting_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:
         scores = self.selector.compute_lasting_scores(observation)
-        if self.selector.step == "sum" and layer.running_scores is not None:
+        if self.selector.step in ("sum", "max") and layer.running_scores is not None:
             scores = self._continue_scores(layer, scores)
         return scores
 
@@ -213,13 +232,41 @@ class Compressor:
         past = layer.running_scores
         if past is None:
             return scores
+        scores = scores.clone()
+        known = scores[..., : past.shape[-1]]
+        if self.selector.step == "max":
+            torch.maximum(known, past, out=known)
+            return scores
         # Sums accumulate; decaying scores forget the past over about one window.
         keep = 1.0 if self.selector.step == "sum" else 1.0 - 1.0 / self.config.window_size
-        scores = scores.clone()
         if keep < 1.0:
             scores *= 1.0 - keep
-        scores[..., : past.shape[-1]] += past * keep
+        known += past * keep
         return scores
+
+
+def sort_scores(
+    plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation, scores: Tensor
+) -> list[Any]:
+    """Sort each head's scores above its floor, ``[kv_head, token]`` per row; None unless the strategy reads them.
+
+    The tokens that a head keeps anyway are left out: the protected ones, and the best others up to the floor.
+    """
+    if not plans[0].reads_scores:
+        return [None] * len(plans)
+    count = observation.kv_heads
+    ranked = raise_protected(
+        scores.float().expand(-1, count, -1),
+        observation.real_index,
+        observation.lengths,
+        [plan.head_floor for plan in plans],
+        GLOBAL_PROTECTION,
+        config.window_size,
+        config.sink_size,
+        protect=config.protect or (),
+    )
+    tables = observation.gather_over_shards(ranked.sort(dim=-1, descending=True).values).cpu().numpy()
+    return [table[:, plan.head_floor :] for table, plan in zip(tables, plans, strict=True)]
 
 
 def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation) -> list[Any]:

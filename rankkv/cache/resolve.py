@@ -14,6 +14,7 @@ from ..models.tensor_parallel import HeadShards
 from ..profile.known import describe_shape, find_profile, sample_weights
 from ..profile.record import RankProfile
 from ..rank.measures import get_measure
+from ..selection import SELECTORS, Selector, get_selector
 from .masks import can_mask_heads, check_head_budgets
 
 
@@ -32,7 +33,11 @@ def check_methods(config: RankKVConfig) -> None:
 
 
 def resolve_options(
-    config: RankKVConfig, model: Any, layer_indices: list[int], shards: HeadShards | None
+    config: RankKVConfig,
+    model: Any,
+    layer_indices: list[int],
+    shards: HeadShards | None,
+    selector: Selector | None = None,
 ) -> RankKVConfig:
     """Return the options with profile and head budgets resolved for this model.
 
@@ -46,11 +51,14 @@ def resolve_options(
         Its compressible layers.
     shards : HeadShards, optional
         The tensor-parallel processes of the model, where there are several.
+    selector : Selector, optional
+        The token selection method, which may ask for a strategy; by default that of the options.
 
     Raises
     ------
     ConfigError
-        If head budgets are requested, but tensor parallelism does not allow them.
+        If strategy ``"global"`` meets a selector whose scores do not compare, or if head budgets are requested, but
+        tensor parallelism does not allow them.
     UnsupportedModelError
         If head budgets are requested, but the attention backend does not allow them.
     ProfileError
@@ -70,11 +78,54 @@ def resolve_options(
         getattr(text_config, "multi_query", False) is True
     )
     can_spread = shards is None and not one_head and can_mask_heads(backend)
+    config = resolve_global(
+        config, get_selector(config.selector) if selector is None else selector, can_spread
+    )
     config = resolve_profile(config, model, layer_indices, can_spread)
     config = resolve_head_budgets(config, can_spread)
     if config.head_budgets == "profile" and layer_indices:
         # Called only to raise before the prefill if the profile holds no heads.
         compute_head_weights(config.profile)
+    return config
+
+
+def resolve_global(config: RankKVConfig, selector: Selector, can_spread: bool) -> RankKVConfig:
+    """Return the options with the strategy that the selector asks for, and heads that compete with ``"global"``.
+
+    Parameters
+    ----------
+    config : RankKVConfig
+        All options.
+    selector : Selector
+        The token selection method.
+    can_spread : bool
+        True if the heads of a layer may keep different numbers of tokens.
+
+    Raises
+    ------
+    ConfigError
+        If the strategy is ``"global"`` and the selector's scores do not compare over heads and layers, or it protects a
+        fraction of each budget.
+    """
+    asks = config.strategy is None and not config.strategy_options
+    if asks and selector.strategy is not None and config.head_budgets not in ("distortion", "profile"):
+        config = replace(config, strategy=selector.strategy, profile=None)
+    if config.strategy is None or not get_strategy(config.strategy).by_scores:
+        return config
+    if not selector.comparable:
+        raise ConfigError(
+            f"strategy={config.strategy!r} compares scores over all heads and layers, but those of selector "
+            f"{selector.name!r} only order the tokens of one head: use another strategy, or one of the selectors "
+            f"{', '.join(name for name, known in SELECTORS.items() if known.comparable)}."
+        )
+    if selector.recent_fraction is not None:
+        raise ConfigError(
+            f"recent_fraction={selector.recent_fraction} of selector {selector.name!r} depends on a head's budget, but "
+            f"strategy={config.strategy!r} protects the same newest tokens in all heads: leave one of them out."
+        )
+    if config.head_budgets == "auto":
+        keeps_all = config.compression_ratio == 1.0 and config.budget is None
+        return replace(config, head_budgets="adaptive" if can_spread and not keeps_all else None)
     return config
 
 

@@ -302,7 +302,7 @@ def restore_state(cache: Any, saved: SavedCache, devices: dict[int, torch.device
         # The first format knows no holes: none were allowed.
         setattr(schedule, name, flow.get(name, []))
     offset = flow.get("position_offset")
-    schedule.position_offset = None if offset is None else torch.tensor(offset)
+    schedule.position_offset = None if offset is None else torch.tensor(offset).view(-1, 1)
     schedule.compressed, schedule.deferred = True, False
     for index, (layer, record) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         for name, value in record.items():

@@ -26,6 +26,8 @@ from .layer import RankKVLayer
 
 # Queries held beyond the observation window while a draft may still be rejected.
 _DRAFT_QUERIES = 256
+# Capacity of a buffer that never drops a query.
+_ALL_QUERIES = 2**31
 
 
 class CompressionSchedule:
@@ -124,13 +126,15 @@ class CompressionSchedule:
         last = layer_idx == self.layer_indices[-1]
         if self.deferred:
             spare = _DRAFT_QUERIES if self.recording else 0
-            self._push_queries(layer, observation, self.window_queries + spare, spare)
+            capacity = _ALL_QUERIES if self.selector.whole_prompt else self.window_queries + spare
+            self._push_queries(layer, observation, capacity, spare)
         elif not self.compressed or (steps > 1 and (config.recompress_turns or self.streaming)):
             self._end_round(layers, self.compressor.add_layer(layers, observation))
         elif config.decode == "bounded":
             self.compressor.step(layer, observation)
         else:
-            self._push_queries(layer, observation, self.window_queries)
+            capacity = _ALL_QUERIES if self.selector.whole_prompt else self.window_queries
+            self._push_queries(layer, observation, capacity)
             if layer.seen - self.compressed_at >= config.decode_interval:
                 self.compressor.add_layer(layers, self._observe_queries(layer, call.key, call.value))
                 self._end_round(layers, last)
@@ -204,7 +208,7 @@ class CompressionSchedule:
     def check_removable(self) -> None:
         """Raise if the newest tokens left traces in scores or query statistics that cannot be taken back."""
         config = self.config
-        carried = self.selector.past_queries or self.selector.step == "sum"
+        carried = self.selector.past_queries or self.selector.step in ("sum", "max")
         carried = carried or (config.decode == "bounded" and self.selector.step == "decay")
         if config.decode != "grow" and carried and self.compressed:
             raise CacheStateError(
@@ -349,7 +353,7 @@ class CompressionSchedule:
 
     def _add_past(self, layer: RankKVLayer, observation: Observation) -> Observation:
         """Add earlier queries and the rotary embedding to an observation, if the selector needs them."""
-        if not self.selector.past_queries:
+        if not (self.selector.past_queries or self.selector.turns):
             return observation
         return replace(
             observation,

@@ -243,19 +243,28 @@ class Observation:
             later = torch.arange(split, key_stop, device=logits.device)
             last = torch.arange(self.query_length, device=logits.device)[rows] + self.query_start
             logits[..., split:].masked_fill_(later > last[:, None], float("-inf"))
-            return self._softmax(logits)
+            return self.softmax(logits)
         allowed, bias = self._find_visible(rows, key_stop)
         if bias is not None:
             logits += bias
         # A row of padding sees no key, so its softmax is 0/0.  Zero it: NaN must not reach a rank or a score.
-        return self._softmax(logits.masked_fill_(~allowed, float("-inf"))).masked_fill_(~allowed, 0.0)
+        return self.softmax(logits.masked_fill_(~allowed, float("-inf"))).masked_fill_(~allowed, 0.0)
 
-    def _softmax(self, logits: Tensor) -> Tensor:
-        """Compute the softmax, ``[batch, head, row, key]``: in place without learned sinks, else in a copy."""
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Compute the softmax of ``[batch, head, row, key]`` with the layer's learned sinks.
+
+        In place without learned sinks, else in a copy.
+        """
         if self.sink_logits is None:
             return torch.softmax(logits, dim=-1, out=logits)
         sink = self.sink_logits.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+    def count_block_rows(self, columns: int) -> int:
+        """Count the query rows of one block of weights over ``columns`` keys: on a CPU it fits into the cache."""
+        batch, heads = self.query.shape[:2]
+        elements = CPU_BLOCK_ELEMENTS if self.query.device.type == "cpu" else BLOCK_ELEMENTS
+        return max(16, elements // (batch * heads * columns))
 
     def attention_blocks(self) -> Iterator[Tensor]:
         """Yield the whole causal attention in blocks of consecutive query rows.
@@ -263,9 +272,7 @@ class Observation:
         Each block is ``[batch, head, row, visible keys]`` float32.  Keys after the block's last row are left out, since
         no row of the block sees them.
         """
-        batch, heads = self.query.shape[:2]
-        elements = CPU_BLOCK_ELEMENTS if self.query.device.type == "cpu" else BLOCK_ELEMENTS
-        rows = max(16, elements // (batch * heads * self.key_length))
+        rows = self.count_block_rows(self.key_length)
         # The queries' own keys are the last keys, so a block sees no key after its own last one.
         offset = self.key_length - self.query_length
         for start in range(0, self.query_length, rows):

@@ -6,6 +6,7 @@ keys turn with position.  The model's own frequencies must explain the differenc
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,13 +72,20 @@ class LayerRotation:
         return out
 
 
+# Rotations found so far, by model; weak, so that a model is not kept alive.
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], dict[int, LayerRotation | None]]]
+_known = weakref.WeakKeyDictionary()
+
+
 def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotation | None]:
     """Find how each of these layers turns its keys with position.
+
+    The answer is remembered as long as the model lives with the same rotary modules.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Runs two forwards of six tokens.
+        Runs two forwards of six tokens, once.
     layer_indices : list of int
         The layers to examine.
 
@@ -101,6 +109,11 @@ def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotat
             f"{type(model).__name__} gives each image token several positions, so positions='packed' cannot work; use "
             "positions='original'."
         )
+    known = _known.setdefault(model, {})
+    found = known.get(tuple(layer_indices))
+    modules = set(map(id, model.modules()))
+    if found is not None and all(one is None or id(one.module) in modules for one in found.values()):
+        return dict(found)
     (here, values), (there, other_values) = _run_at(model, 0), _run_at(model, _SHIFT)
     buffers = [
         (module, name)
@@ -117,7 +130,8 @@ def find_rotations(model: Any, layer_indices: list[int]) -> dict[int, LayerRotat
                 f"the values of layer {index} of {type(model).__name__} depend on position, so positions='packed' "
                 "cannot work; use positions='original'."
             )
-    return rotations
+    known[tuple(layer_indices)] = rotations
+    return dict(rotations)
 
 
 def _run_at(model: Any, start: int) -> tuple[list[Any], list[Any]]:

@@ -15,6 +15,8 @@ from ..observe.observation import Observation
 
 #: Values of :attr:`Selector.needs`: inputs that a method may read.
 NEEDS = ("window attention", "whole attention", "queries", "keys only", "keys and values", "nothing")
+#: Newest tokens that strategy ``"global"`` protects in every head.
+GLOBAL_RECENT = 16
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,20 @@ class Selector:
         none.
     fallback : (str, str), optional
         An option that the method should get, and a sentence on what replaces it if it is missing.
-    step : {"decay", "sum", "rescore"}
+    step : {"decay", "sum", "max", "rescore"}
         Update of the scores by each new query. ``"sum"`` adds the query's attention. ``"decay"`` does so over an
-        exponential window as long as the observation window. ``"rescore"`` recomputes the scores from the keys.
+        exponential window as long as the observation window. ``"max"`` keeps the larger of the old score and the one
+        that the new queries give. ``"rescore"`` recomputes the scores from the keys.
+    turns : bool
+        True if the method turns queries or keys to other positions, so that it needs the layer's rotary embedding.
+    whole_prompt : bool
+        True if the method reads every query of the prompt, so that a prompt in chunks must keep its queries.
+    comparable : bool
+        True if scores compare over the heads and layers of a model, which strategy ``"global"`` needs.
+    strategy : str, optional
+        Budget strategy that ``strategy=None`` stands for with this method; None leaves the usual default.
+    recent_tokens : int, optional
+        Number of newest tokens protected, whatever the budget, as long as it also holds the sinks.
 
     Examples
     --------
@@ -65,6 +78,11 @@ class Selector:
     step: str = "decay"
     past_queries: str = ""
     fallback: tuple[str, str] | None = None
+    turns: bool = False
+    whole_prompt: bool = False
+    comparable: bool = False
+    strategy: str | None = None
+    recent_tokens: int | None = None
 
     def with_options(self, **options: Any) -> Selector:
         """Return this selector with ``options`` bound.
@@ -107,6 +125,11 @@ class Selector:
             return ""
         return f"selector {self.name}: {self.fallback[1]}"
 
+    @property
+    def needs_rotation(self) -> bool:
+        """True if the method needs to know how the layer turns queries and keys with position."""
+        return self.turns or self.past_queries == "unturned"
+
     def compute_scores(self, observation: Observation) -> Tensor:
         """Compute the scores that select tokens, ``[batch, kv_head or 1, key]``."""
         return self.refine(self.compute_lasting_scores(observation), observation)
@@ -123,9 +146,11 @@ class Selector:
         """Count the newest and the first tokens that a budget protects.
 
         Both are part of the budget: ``min(window_size, budget // 2)`` newest tokens (or ``recent_fraction`` of the
-        budget) and ``min(sink_size, budget // 4)`` first ones.
+        budget) and ``min(sink_size, budget // 4)`` first ones.  With ``recent_tokens`` it is that many newest tokens.
         """
         sinks = min(sink_size, budget // 4)
+        if self.recent_tokens is not None:
+            return min(self.recent_tokens, window_size, budget - sinks), sinks
         if self.recent_fraction is None:
             return min(window_size, budget // 2), sinks
         return min(max(1, int(self.recent_fraction * budget)), budget - sinks), sinks
@@ -185,6 +210,8 @@ class WrappingSelector(Selector):
             recent_fraction=base.recent_fraction,
             step=base.step,
             past_queries=base.past_queries,
+            turns=base.turns,
+            whole_prompt=base.whole_prompt,
             base=base,
             **more,
         )
@@ -223,6 +250,8 @@ class WrappingSelector(Selector):
             needs=base.needs,
             step=base.step,
             past_queries=base.past_queries,
+            turns=base.turns,
+            whole_prompt=base.whole_prompt,
             recent_fraction=recent_fraction,
             base=base,  # type: ignore[call-arg]
         )
@@ -243,3 +272,10 @@ class WrappingSelector(Selector):
                 f"selector {self.name!r} refines the scores of another selector: give it a base."
             )
         return self.base
+
+
+# One top-k over all heads needs the same protected tokens in each of them, whatever their budgets.
+#: Counts the protected tokens of strategy ``"global"``; it scores nothing.
+GLOBAL_PROTECTION = Selector(
+    "global", lambda observation: observation.keys, "nothing", "", recent_tokens=GLOBAL_RECENT
+)

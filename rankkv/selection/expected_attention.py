@@ -73,6 +73,39 @@ def score_expected_attention(
     check_integer_option("expected_attention", "future_positions", future_positions, 1)
     if not epsilon >= 0:
         raise ConfigError(f"epsilon={epsilon!r} of selector 'expected_attention' must be 0 or more.")
+    weights = compute_expected_attention(observation, future_positions, covariance)
+    scores = weights.unflatten(1, (observation.keys.shape[1], -1)).mean(dim=2)
+    if value_norms:
+        scores = (scores + epsilon) * torch.linalg.vector_norm(
+            observation.values, dim=-1, dtype=torch.float32
+        )
+    scores = observation.compute_group_mean(scores)
+    is_sink = observation.real_index < observation.sink_size
+    best = scores.masked_fill(is_sink, 0.0).amax(dim=-1, keepdim=True)
+    return torch.where(is_sink, best, scores)
+
+
+def compute_expected_attention(
+    observation: Observation, future_positions: int = 512, covariance: bool = True
+) -> Tensor:
+    """Compute the attention that future queries are expected to pay each key, for each query head.
+
+    ``softmax_j z_j`` of :func:`score_expected_attention`, over all keys except the sinks.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries, keys and rotary embedding, of rows without padding.
+    future_positions : int, default 512
+        Number of positions after the newest token that are averaged over.
+    covariance : bool, default True
+        Use the covariance of the queries beside their mean.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, head, key]`` float32; 0 for the sinks.
+    """
     spread, mean, count = split_moments(compute_query_moments(observation, "unturned"))
     spread = spread / count.clamp(min=1)
     if observation.rotation is not None:
@@ -102,15 +135,7 @@ def score_expected_attention(
     else:
         weights = logits.softmax(dim=-1)
     # If all keys are sinks, the softmax is over nothing and NaN; the mask replaces it by 0.
-    scores = weights.masked_fill(is_sink[:, :, None], 0.0).mean(dim=2)
-    if value_norms:
-        scores = (scores + epsilon) * torch.linalg.vector_norm(
-            observation.values, dim=-1, dtype=torch.float32
-        )
-    scores = observation.compute_group_mean(scores)
-    is_sink = observation.real_index < observation.sink_size
-    best = scores.masked_fill(is_sink, 0.0).amax(dim=-1, keepdim=True)
-    return torch.where(is_sink, best, scores)
+    return weights.masked_fill(is_sink[:, :, None], 0.0).flatten(1, 2)
 
 
 def _average_rotation(

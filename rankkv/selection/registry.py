@@ -12,6 +12,7 @@ from .base import NEEDS, Selector, WrappingSelector
 from .chunkkv import refine_chunkkv
 from .criticalkv import refine_criticalkv
 from .cur import score_cur
+from .echo import score_echo
 from .expected_attention import score_expected_attention
 from .h2o import score_h2o
 from .keydiff import score_keydiff
@@ -24,17 +25,35 @@ from .snapkv import score_snapkv
 from .streaming_llm import score_streaming_llm
 from .tova import score_tova
 
-_SNAPKV = Selector("snapkv", score_snapkv, "window attention", "arXiv:2404.14469", "O(window x keys)")
+_SNAPKV = Selector(
+    "snapkv", score_snapkv, "window attention", "arXiv:2404.14469", "O(window x keys)", comparable=True
+)
 
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
     for selector in (
         _SNAPKV,
-        Selector("h2o", score_h2o, "whole attention", "arXiv:2306.14048", "O(queries x keys)", step="sum"),
+        Selector(
+            "h2o",
+            score_h2o,
+            "whole attention",
+            "arXiv:2306.14048",
+            "O(queries x keys)",
+            step="sum",
+            comparable=True,
+        ),
         Selector(
             "streaming_llm", score_streaming_llm, "nothing", "arXiv:2309.17453", "O(keys)", step="rescore"
         ),
-        Selector("tova", score_tova, "window attention", "arXiv:2401.06104", "O(keys)", step="rescore"),
+        Selector(
+            "tova",
+            score_tova,
+            "window attention",
+            "arXiv:2401.06104",
+            "O(keys)",
+            step="rescore",
+            comparable=True,
+        ),
         Selector("knorm", score_knorm, "keys only", "arXiv:2406.11430", "O(keys)", step="rescore"),
         Selector("keydiff", score_keydiff, "keys only", "arXiv:2504.15364", "O(keys)", step="rescore"),
         Selector("lagkv", score_lagkv, "keys and values", "arXiv:2504.04704", "O(keys)", step="rescore"),
@@ -46,6 +65,20 @@ SELECTORS: dict[str, Selector] = {
             "O(queries x head_dim + keys x head_dim)",
             step="rescore",
             past_queries="unturned",
+            comparable=True,
+        ),
+        Selector(
+            "echo",
+            score_echo,
+            "queries",
+            "this project",
+            "O(chunk x queries + keys x head_dim)",
+            step="max",
+            past_queries="unturned",
+            turns=True,
+            whole_prompt=True,
+            comparable=True,
+            strategy="global",
         ),
         Selector(
             "qfilter",
@@ -58,7 +91,9 @@ SELECTORS: dict[str, Selector] = {
             fallback=("filters", "no filters given: the prompt's own queries stand in for calibration"),
         ),
         Selector("cur", score_cur, "keys and values", "arXiv:2509.15038", "O(keys)", step="rescore"),
-        Selector("lava", score_lava, "window attention", "arXiv:2509.09754", "O(window x keys)"),
+        Selector(
+            "lava", score_lava, "window attention", "arXiv:2509.09754", "O(window x keys)", comparable=True
+        ),
         WrappingSelector.of(
             _SNAPKV,
             "criticalkv",

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ..errors import ConfigError
 from ..observe.observation import Observation
+from ..observe.output_projection import compute_projection_matrix, find_output_projection
 
 
 def without_padding(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -108,3 +109,38 @@ def check_integer_option(selector: str, name: str, value: object, least: int) ->
         raise ConfigError(
             f"{name}={value!r} of selector {selector!r} must be an integer of at least {least}."
         )
+
+
+def compute_output_norms(observation: Observation) -> Tensor:
+    """Compute how long each value is in the layer's output, for each query head.
+
+    ``||W^g v_j||_2 = sqrt(v_j^T G^g v_j)`` with ``G^g = W^gT W^g``, where ``W^g`` holds the rows of the output
+    projection that belong to query head g.  ``G`` is as small as a head, so this costs far less than the projection.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's values ``[batch, kv_head, key, head_dim]``, and its attention module.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, head, key]`` float32; ``||v_j||_2`` if no output projection is found.
+    """
+    values, heads = observation.values, observation.query.shape[1]
+    groups = heads // values.shape[1]
+    parts = 1 if observation.shards is None else observation.shards.size
+    width = values.shape[-1]
+    found = find_output_projection(observation.module, heads * width, parts)
+    if found is None:
+        norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+        return norms.repeat_interleave(groups, dim=1)
+    matrix = compute_projection_matrix(found, heads * width, values, parts).float()
+    by_head = matrix.view(values.shape[1], groups, width, -1)
+    norms = values.new_empty(values.shape[0], heads, values.shape[2], dtype=torch.float32)
+    for head in range(heads):
+        part = by_head[head // groups, head % groups]
+        value = values[:, head // groups].float()
+        # Rounding may leave a tiny negative number.
+        norms[:, head] = ((value @ (part @ part.mT)) * value).sum(dim=-1).clamp_(min=0.0).sqrt_()
+    return norms

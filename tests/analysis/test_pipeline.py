@@ -39,7 +39,7 @@ def test_ranks_are_those_of_the_models_attention(model, scope, aggregation):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_budgets_are_those_of_a_cache_with_the_same_options(model, strategy):
     result = RankKVAnalyzer(model, strategy=strategy).analyze(PROMPT, compression_ratio=0.4)
-    cache = oracles.prefill(model, PROMPT, compression_ratio=0.4, strategy=strategy)
+    cache = oracles.prefill(model, PROMPT, compression_ratio=0.4, strategy=strategy, head_budgets=None)
     assert result.budgets == cache.budgets
     assert result.layer_indices == cache.layer_indices
     assert sum(result.budgets) == result.total_budget == round(0.4 * 90 * 3)

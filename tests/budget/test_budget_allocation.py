@@ -365,5 +365,6 @@ def test_a_strategy_says_what_it_reads_and_costs():
         assert known.needs in NEEDS, name
         assert known.cost.startswith("O("), name
         assert known.source, name
-        assert (known.measure is None) == (known.needs == "nothing"), name
+        assert (known.measure is None and not known.by_scores) == (known.needs == "nothing"), name
+        assert known.by_scores == (known.needs == "scores"), name
         assert (known.measure == "rank") == (known.needs == "ranks"), name
