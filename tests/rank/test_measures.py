@@ -341,6 +341,7 @@ def test_a_process_with_half_of_the_heads_measures_its_part_of_the_whole(model, 
                 query=whole.query[:, rows],
                 keys=whole.keys[:, own],
                 values=whole.values[:, own],
+                kv_heads=kv_heads // 2,
                 memory={},
             )
         )
