@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 import rankkv
-from rankkv.models.texts import python_docs_text
 from rankkv.evaluation.results import describe_origin
+from rankkv.models.texts import python_docs_text
 from rankkv.utils.files import write_text_atomically
 
 

@@ -1,10 +1,10 @@
-"""Tests that measured figures of READMEs and pages stand in the records that they name, and that records name their origin.
+"""Tests that measured figures of READMEs and pages stand in the records they name, and that records name their origin.
 
-A block (paragraph, list or table, without code) that holds a measured figure also holds a comment that names where the
-figure comes from: ``<!-- record: results/bench.json#heads, experiments/LOG.md#2026-11-26 -->``.  What follows ``#`` is a
-key of the JSON file, or words of a heading of the log.  Figures that follow from definitions name the test that computes
-them: ``<!-- computed: tests/docs/test_memory_page.py -->``.  Tables between ``begin`` and ``end`` comments are written from
-records, and other tests hold them to it.
+A block (paragraph, list or table, without code) that holds a measured figure also holds a comment that names where it
+comes from: ``<!-- record: results/bench.json#heads, experiments/LOG.md#2026-11-26 -->``.  What follows ``#`` is a key
+of the JSON file, or words of a heading of the log.  Figures that follow from definitions name the test or the code that
+holds them: ``<!-- computed: tests/docs/test_memory_page.py -->``.  Tables between ``begin`` and ``end`` comments are
+written from records, and other tests hold them to it.
 """
 
 from __future__ import annotations
