@@ -27,6 +27,9 @@ DEFAULT_STRATEGY = "distortion"
 #: Meaning of `strategy=None` with a profile of the model.
 PROFILED_STRATEGY = "blend"
 
+#: Meaning of the selector "auto": the method that fits when the question comes.
+AUTO_SELECTOR = "auto"
+
 #: Fewest tokens per layer unless `min_budget` is given.
 FLOOR_TOKENS = 16
 #: Fewest tokens per head with strategy ``"global"``: 16 newest tokens and 4 sinks.
@@ -53,8 +56,11 @@ class RankKVConfig:
         Average number of tokens per layer; overrides ``compression_ratio``.
     min_budget : int, optional
         Fewest tokens per layer; None means ``max(16, average budget // 2)``.
-    selector : str or Selector, default "snapkv"
-        Token selection method: a key of :data:`rankkv.selection.SELECTORS`, or a selector with options.
+    selector : str or Selector, default "auto"
+        Token selection method: a key of :data:`rankkv.selection.SELECTORS`, or a selector with options.  ``"auto"`` is
+        ``"snapkv"``, which keeps what the end of the prompt asks for.  In :func:`rankkv.compress` and the pipeline,
+        where questions come later, it is ``"echo"``, as long as strategy, profile, head budgets, scope and aggregation
+        are left open too and the model allows it.
     window_size : int, default 32
         Number of last queries observed (the observation window).
     sink_size : int, default 4
@@ -131,7 +137,7 @@ class RankKVConfig:
 
     compression_ratio: float = 0.3
     budget: int | None = None
-    selector: Any = "snapkv"
+    selector: Any = AUTO_SELECTOR
     strategy: str | None = None
     scope: str = "evictable"
     aggregation: str = "concat"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
-from ..config import RankKVConfig
+from ..config import AUTO_SELECTOR, RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, RankKVError, UnsupportedModelError
 from ..models.compat import announces_linear_states, check_transformers, drop_linear_states, warn_if_dropped
 from ..models.placement import find_layer_devices
@@ -109,7 +109,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
     ) -> None:
         # The first statement: the arguments are the only local variables yet.
         given = RankKVConfig(**_pick_options(locals()))
-        if config is not None and given != RankKVConfig():
+        if config is not None and given != RankKVConfig(selector="snapkv"):
             raise ConfigError(
                 "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
             )
@@ -117,6 +117,10 @@ class RankKVCache(AttentionObserver, DynamicCache):
         check_transformers()
         hook.check_observable(model)
         self.selector = get_selector(config.selector)
+        if config.selector == AUTO_SELECTOR:
+            config = replace(config, selector=self.selector.name)
+        #: Sentences on what was decided for the user; `summary` tells them.
+        self.remarks: list[str] = []
         check_methods(config)
         text_config = model.config.get_text_config(decoder=True)
         super().__init__(config=text_config)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..config import RankKVConfig
-from ..errors import InputError, UnknownNameError
+from ..errors import ConfigError, InputError, UnknownNameError
 from ..models.compat import accepts_argument, cache_argument
 from ..models.placement import find_input_device
 from .cache import RankKVCache
+from .resolve import choose_for_questions
 
 
 def compress(
@@ -32,7 +33,8 @@ def compress(
         ``[batch, token]``, 0 at padding (on the left).
     **options
         ``config=``, or options of :class:`~rankkv.RankKVConfig`.
-        Also further inputs of the model, such as ``pixel_values`` from a processor.
+        Also further inputs of the model, such as ``pixel_values`` from a processor.  Questions come later here, so
+        ``selector="auto"`` is ``"echo"`` where the model allows it; ``summary()`` says where it does not.
 
     Returns
     -------
@@ -62,7 +64,14 @@ def compress(
     for name in model_inputs:
         if not accepts_argument(model, name):
             raise UnknownNameError.of("option", name, names)
-    cache = RankKVCache(model, **options)
+    config = options.pop("config", None)
+    if config is not None and options:
+        raise ConfigError(
+            "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
+        )
+    config, remarks = choose_for_questions(config or RankKVConfig(**options), model)
+    cache = RankKVCache(model, config=config)
+    cache.remarks += remarks
     run_prefill(model, cache, input_ids, attention_mask, model_inputs)
     cache.prompt_ids = input_ids.cpu()
     return cache.finish()

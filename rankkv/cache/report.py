@@ -58,6 +58,7 @@ def summarize(cache: Any) -> str:
     ]
     if cache.selector.remark:
         lines.append(cache.selector.remark)
+    lines += cache.remarks
     others = len(cache.layers) - len(cache.layer_indices)
     if others:
         lines.append(

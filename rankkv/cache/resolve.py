@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
 from ..budget.heads import compute_head_weights
 from ..budget.plan import BudgetPlan
 from ..budget.strategies import get_strategy
 from ..config import PROFILE_USERS, RankKVConfig
-from ..errors import ConfigError, ProfileError
-from ..models.tensor_parallel import HeadShards
+from ..errors import ConfigError, ProfileError, UnsupportedModelError
+from ..models.tensor_parallel import HeadShards, find_head_shards
+from ..observe.rotary import find_rotations
 from ..profile.known import describe_shape, find_profile, sample_weights
 from ..profile.record import RankProfile
 from ..rank.measures import get_measure
@@ -30,6 +33,60 @@ def check_methods(config: RankKVConfig) -> None:
     strategy = get_strategy(config.resolve_strategy()[0])
     if strategy.measure is not None:
         get_measure(strategy.measure)
+
+
+#: Selector for questions that come after the compression.
+LATER_SELECTOR = "echo"
+
+
+def choose_for_questions(config: RankKVConfig, model: Any) -> tuple[RankKVConfig, list[str]]:
+    """Return the options with the selector for questions that come after the compression, and remarks on it.
+
+    Only if every option that chooses tokens is left open.  A model that the selector cannot serve keeps the usual one.
+
+    Parameters
+    ----------
+    config : RankKVConfig
+        All options.
+    model : PreTrainedModel
+        The model they are for.
+    """
+    open_ones = (
+        "selector",
+        "strategy",
+        "strategy_options",
+        "scope",
+        "aggregation",
+        "profile",
+        "head_budgets",
+    )
+    if any(getattr(config, name) != getattr(RankKVConfig, name) for name in open_ones):
+        return config, []
+    obstacle = find_obstacle(model)
+    if obstacle:
+        remark = (
+            f"questions that come later would be served best by selector {LATER_SELECTOR!r}, but {obstacle}"
+        )
+        return config, [remark]
+    return replace(config, selector=LATER_SELECTOR), []
+
+
+def find_obstacle(model: Any) -> str:
+    """Return the reason why selector ``"echo"`` cannot serve a model; empty if it can."""
+    name, backend = type(model).__name__, model.config.get_text_config(decoder=True)._attn_implementation
+    if not can_mask_heads(backend):
+        return f"{backend} has one mask for all heads"
+    if find_head_shards(model) is not None:
+        return "tensor parallelism splits the heads over processes"
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    indices = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    try:
+        rotations = find_rotations(model, indices)
+    except UnsupportedModelError:
+        return f"how {name} applies positions is not known"
+    if not any(rotations.values()):
+        return f"{name} has no rotary embedding"
+    return ""
 
 
 def resolve_options(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from ..config import AUTO_SELECTOR
 from ..errors import ConfigError, UnknownNameError
 from ..utils.registry import add_entry, remove_entry
 from .base import NEEDS, Selector, WrappingSelector
@@ -115,7 +116,7 @@ def get_selector(selector: str | Selector, **options: Any) -> Selector:
     Parameters
     ----------
     selector : str or Selector
-        Registry key, or a selector, which is returned as it is if no options are given.
+        Registry key, or a selector, which is returned as it is if no options are given.  ``"auto"`` is SnapKV.
     **options
         Options of the method, such as ``pooling="avg"`` for SnapKV or ``recent_fraction=0.5`` for H2O.
 
@@ -133,6 +134,8 @@ def get_selector(selector: str | Selector, **options: Any) -> Selector:
     0.5
     """
     if not isinstance(selector, Selector):
+        if selector == AUTO_SELECTOR:
+            selector = _SNAPKV.name
         if selector not in SELECTORS:
             raise UnknownNameError.of("selector", selector, SELECTORS)
         selector = SELECTORS[selector]

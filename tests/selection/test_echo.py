@@ -242,3 +242,29 @@ def test_an_explicit_budget_below_the_floor_is_refused(model, ids):
     cache = oracles.prefill(model, ids, selector="echo", compression_ratio=0.05)
     assert sum(cache.budgets) == 60
     assert "raised to 60" in cache.summary()
+
+
+def test_compress_takes_echo_and_generate_does_not(model, ids):
+    cache = compress(model, ids)
+    assert cache.selector.name == "echo"
+    assert cache.config.strategy == "global"
+    assert RankKVCache(model).selector.name == "snapkv"
+    explicit = compress(model, ids, selector="echo")
+    assert oracles.kept_tokens(cache) == oracles.kept_tokens(explicit)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"selector": "snapkv"}, {"strategy": "uniform"}, {"head_budgets": None}, {"profile": None}, {"scope": "window"}],
+)
+def test_a_choice_of_the_user_is_left_alone(model, ids, options):
+    cache = compress(model, ids, **options)
+    assert cache.selector.name == "snapkv"
+    assert "later" not in cache.summary()
+
+
+def test_a_model_that_cannot_turn_says_so_and_works(ids):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=96, n_positions=128)).eval()
+    cache = compress(model, ids)
+    assert cache.selector.name == "snapkv"
+    assert "selector 'echo', but how GPT2LMHeadModel applies positions is not known" in cache.summary()
