@@ -17,6 +17,7 @@ SELECTORS = {
     "qfilter": "Q-Filters",
     "cur": "CurDKV",
     "lava": "LAVa",
+    "echo": "Echo",
     "criticalkv": "CriticalKV",
     "chunkkv": "ChunkKV",
     "random": "Random tokens",
@@ -41,6 +42,7 @@ BUDGETS = {
     "power": "Power of rank",
     "whole": "Rank of all attention",
     "inverse": "Inverse rank",
+    "global": "One top-k over all layers",
     "random": "Random budgets",
 }
 _CACHES = {"full": "Full cache", "blank": "Full cache, no answer in it"}

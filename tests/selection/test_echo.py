@@ -255,7 +255,13 @@ def test_compress_takes_echo_and_generate_does_not(model, ids):
 
 @pytest.mark.parametrize(
     "options",
-    [{"selector": "snapkv"}, {"strategy": "uniform"}, {"head_budgets": None}, {"profile": None}, {"scope": "window"}],
+    [
+        {"selector": "snapkv"},
+        {"strategy": "uniform"},
+        {"head_budgets": None},
+        {"profile": None},
+        {"scope": "window"},
+    ],
 )
 def test_a_choice_of_the_user_is_left_alone(model, ids, options):
     cache = compress(model, ids, **options)
