@@ -65,6 +65,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"strategy": "power", "head_budgets": None},
     {"selector": "h2o"},
     {"selector": "expected_attention"},
+    {"selector": "echo"},
+    {"strategy": "global"},
     {"decode": "bounded"},
     {"decode": "periodic", "decode_interval": 3},
     {"storage": "int8"},
