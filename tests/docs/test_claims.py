@@ -222,3 +222,20 @@ def test_the_arithmetic_of_the_performance_page():
     from rankkv.cache.compressor import _RELEASE_SLACK
 
     says(f"one layer and {_RELEASE_SLACK:.0%} may".replace("%", " %"))
+
+
+def test_the_reliability_page_tells_what_its_records_hold():
+    page, log = read("docs/reliability.md"), read("experiments/LOG.md")
+    summary = json.loads(read("results/mutants.json"))["summary"]
+    noticed = {name: count.get("killed", 0) + count.get("timeout", 0) for name, count in summary.items()}
+    whole = summary["all"]["mutants"]
+    assert whole >= 120
+    assert f"| {whole} | {noticed['all']} noticed, {whole - noticed['all']} not |" in page
+    for name in set(summary) - {"all"}:
+        assert f"| `{name}` | {summary[name]['mutants']} | {noticed[name]} |" in page
+    _, _, damaged = page.partition("## Damaged files")
+    rows = re.findall(r"^\| [\w ()]+ \| \d+ \| \d+ \|$", damaged.partition("## Mixed calls")[0], re.MULTILINE)
+    assert len(rows) == 7
+    assert all(row in log for row in rows)
+    (calls,) = re.findall(r"\| (\d+) calls over (\d+) families \| no wrong answer", page)
+    assert f"{calls[0]} calls over {calls[1]} families, 0 failures" in log
