@@ -159,3 +159,10 @@ def test_an_error_does_not_repeat_the_whole_file(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_sweep_config(path)
     assert len(str(caught.value)) < 400
+
+
+def test_the_seed_of_a_sweep_that_names_none_is_zero():
+    config = parse_sweep_config(
+        {"tasks": [{"task": "needle"}], "selectors": ["snapkv"], "allocations": ["uniform"], "ratios": [0.3]}
+    )
+    assert config.seeds == (0,)
