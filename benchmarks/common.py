@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rankkv
+from rankkv.evaluation.results import describe_origin
 from rankkv.models.texts import python_docs_text
 from rankkv.utils.files import write_text_atomically
 
@@ -134,7 +135,7 @@ def _read_status(field: str) -> int:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions and the machine, as every result names them."""
+    """Describe versions, machine, command and commit, as every result names them."""
     return {
         "rankkv": rankkv.__version__,
         "torch": torch.__version__,
@@ -143,6 +144,7 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "machine": platform.machine(),
+        **describe_origin(),
     }
 
 

@@ -20,7 +20,6 @@ from benchmarks.common import describe_machine, print_rows
 from benchmarks.stepping import Step, time_in_turn
 from rankkv import load_model
 from rankkv.evaluation import evaluate_continuation, record_prefill
-from rankkv.evaluation.results import describe_environment
 from rankkv.evaluation.statistics import compute_mean
 from rankkv.models.texts import python_docs_text
 from rankkv.plots import name_budgets, save_figure
@@ -60,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = load_model(options.model)
     found = measure(model, tokenizer, options)
-    machine = {**describe_machine(), "commit": describe_environment()["commit"]}
+    machine = describe_machine()
     record = {"machine": machine, "settings": describe(options), "rows": found}
     write_text_atomically(options.output_dir / "quality_speed.json", json.dumps(record, indent=2) + "\n")
     print_rows(

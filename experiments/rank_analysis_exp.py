@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | No
 
     from rankkv import RankKVAnalyzer, RankKVConfig, load_model, load_texts
     from rankkv.budget.plan import BudgetPlan
-    from rankkv.evaluation.results import describe_environment
+    from rankkv.evaluation.results import describe_origin
     from rankkv.pipeline import analyze_samples, summarize_layers
     from rankkv.plots.style import new_figure
     from rankkv.rank.aggregation import get_aggregation
@@ -236,7 +236,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Path]] | No
     )
     record = {
         "arguments": {**vars(arguments), "output_dir": str(arguments.output_dir)},
-        "versions": {**collect_versions(), "commit": describe_environment()["commit"]},
+        "versions": {**collect_versions(), **describe_origin()},
         "seed": arguments.seed,
         "strategy": strategy,
         "strategy_options": options,

@@ -46,9 +46,11 @@ def collect() -> dict[str, Any]:
     import transformers
 
     import rankkv
+    from rankkv.evaluation.results import describe_origin
 
     transformers.logging.set_verbosity_error()
     record: dict[str, Any] = {
+        **describe_origin(),
         "versions": {
             "rankkv": rankkv.__version__,
             "torch": torch.__version__,

@@ -48,6 +48,7 @@ COMMANDS = {
     "quality_speed.json": "make bench-quality",
     "parity.json": "make parity",
     "families.json": "python tools/make_family_table.py",
+    "mutants.json": "OMP_NUM_THREADS=1 python tools/mutants.py --jobs 1",
     "rank_analysis.json": "experiments/rank_analysis_exp.py --model embedded --dataset python-docs --num_samples 4",
 }
 

@@ -57,12 +57,15 @@ TESTS: dict[str, tuple[str, str]] = {
         "selection/test_select selection/test_formulas",
         "selection/test_across_heads selection/test_wrapping selection/test_registering",
     ),
+    "selection/q": ("selection/test_formulas", "utils/test_damaged_files"),
     "selection/c": ("selection/test_wrapping", "selection/test_formulas selection/test_select"),
     "cache/": (
         "cache/test_prefill evaluation/test_evaluation",
         "cache/test_operations cache/test_misuse cache/test_cascade cache/test_robustness cache/test_cache",
     ),
     "cache/kept_tokens": ("cache/test_kept_tokens", "cli/test_explain"),
+    "cache/file_checks": ("cache/test_saving cache/test_damaged_files", "utils/test_damaged_files"),
+    "cache/progress": ("cache/test_mixed_calls", "cache/test_misuse cache/test_robustness"),
     "cache/report": (
         "cache/test_report cache/test_cache",
         "cache/test_storage_modes cache/test_head_budgets",

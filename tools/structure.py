@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A package imports packages of lower rows only. Names of one row know nothing of each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
-    ("utils", "limits", "plots"),
-    ("models",),
+    ("utils", "limits"),
+    ("models", "plots"),
     ("profile",),
     ("config",),
     ("observe",),

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from ..budget.plan import BudgetPlan
 from ..config import AUTO_SELECTOR, RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, RankKVError, UnsupportedModelError
-from ..models.compat import check_transformers, warn_if_dropped
+from ..models.compat import announces_linear_states, check_transformers, drop_linear_states, warn_if_dropped
 from ..models.placement import find_layer_devices
 from ..models.tensor_parallel import find_head_shards
 from ..observe import hook
@@ -31,6 +31,7 @@ from .head_budget_layer import HeadBudgetLayer
 from .layer import RankKVLayer, SlotMap, StoredLayer, release_hidden
 from .masks import StepMask, project_mask
 from .owner import Owner
+from .progress import Progress
 from .replay import Replay, ReplayPlan, check_replay
 from .report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
 from .resolve import check_methods, resolve_options
@@ -146,6 +147,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
         #: The layer that was updated and whose attention was not observed yet.
         self._awaited: int | None = None
+        self._progress = Progress()
         #: Token ids of the prompt, ``[batch, token]`` on the CPU, where they are known.
         self.prompt_ids: Tensor | None = None
         if self.selector.replays and self._replay_plan is not None:
@@ -289,7 +291,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
     def finish(self) -> RankKVCache:
         """Compress a prompt that came in chunks, check that the prefill is complete, and return the cache."""
         self._check_usable()
-        self._schedule.finish(self.layers)
+        with self._progress.change():
+            self._schedule.finish(self.layers)
         return self
 
     def copy(self) -> RankKVCache:
@@ -298,7 +301,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
         copied.layers = copy.deepcopy(self.layers)
-        copied._schedule = self._schedule.copy()
+        copied._schedule, copied._progress = self._schedule.copy(), self._progress.copy()
         # The copy has tensors of its own, so what was remembered by tensor identity does not apply.
         copied._attended, copied._step_masks = {}, {}
         copied._packers = {index: packer.copy() for index, packer in self._packers.items()}
@@ -307,7 +310,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         return copied
 
     def _restore_offset(self) -> None:
-        if self._schedule.compressed:
+        # A prompt that waits for its last chunk has an offset too.
+        if self.seen_tokens:
             self._owner.restore_offset(self._schedule.position_offset)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankKVCache:
@@ -362,12 +366,12 @@ class RankKVCache(AttentionObserver, DynamicCache):
         selector : Selector, optional
             Selector with recorded scores, used in place of this cache's selector.
         """
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, RankKVLayer):
-                layer.update(observations[index].keys, observations[index].values)
-            else:
-                self.layers[index] = copy.deepcopy(other_layers[index])
-        with torch.no_grad():
+        with self._progress.change(), torch.no_grad():
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, RankKVLayer):
+                    layer.update(observations[index].keys, observations[index].values)
+                else:
+                    self.layers[index] = copy.deepcopy(other_layers[index])
             self._schedule.compress_observed(self.layers, observations, selector)
         return self
 
@@ -457,19 +461,72 @@ class RankKVCache(AttentionObserver, DynamicCache):
                 f"({self._owner.describe()}); build a RankKVCache for the model that runs."
             )
         layer = self.layers[layer_idx]
+        self._check_shape((layer_idx, "keys"), key_states)
+        if key_states.shape[0] != value_states.shape[0]:
+            # Rotary positions of other rows spread the keys of one row over theirs.
+            raise CacheStateError(
+                f"the new keys have {key_states.shape[0]} rows and the new values {value_states.shape[0]}: the model "
+                "holds positions of another call with more rows; copy(), rewind() or load() the cache right before it "
+                "is used, which restores its own."
+            )
         self._check_rows(key_states.shape[0])
-        if isinstance(layer, RankKVLayer):
-            self._check_awaited(layer_idx)
-            if layer_idx == self.layer_indices[0]:
-                self._check_complete()
+        if not isinstance(layer, RankKVLayer):
+            with self._progress.update((layer_idx, "keys"), self.layers):
+                states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+                if key_states.shape[-2] > 1:
+                    release_hidden(layer)
+            return states
+        self._check_awaited(layer_idx)
+        if layer_idx == self.layer_indices[0]:
+            self._check_seen()
+        with self._progress.update((layer_idx, "keys"), self.layers):
             self._schedule.before_update(self.layers, layer, key_states.shape[-2])
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if isinstance(layer, RankKVLayer):
             self._awaited = layer_idx
-            hook.hand_off(self, layer_idx, states[0].shape[-2])
-        elif key_states.shape[-2] > 1:
-            release_hidden(layer)
+            states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        hook.hand_off(self, layer_idx, states[0].shape[-2])
         return states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Return the convolution state of a linear layer, which begins the layer's forward with this."""
+        held = super().get_conv_state(layer_idx, state_idx)
+        return self._note_linear((layer_idx, f"convolution state {state_idx}"), held)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Return the recurrent state of a linear layer, which begins the layer's forward with this."""
+        held = super().get_recurrent_state(layer_idx, state_idx)
+        return self._note_linear((layer_idx, f"recurrent state {state_idx}"), held)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Update the convolution state of a linear layer."""
+        self._check_shape((layer_idx, "convolution state"), conv_states)
+        self._check_rows(conv_states.shape[0])
+        with self._progress.change():
+            return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Update the recurrent state of a linear layer."""
+        self._check_shape((layer_idx, "recurrent state"), recurrent_states)
+        with self._progress.change():
+            return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def _note_linear(self, state: tuple[int, str], held: Tensor | None) -> Tensor | None:
+        if announces_linear_states():
+            self._progress.read(state, held, self.layers)
+        return held
+
+    def _check_shape(self, state: tuple[int, str], tensor: Tensor) -> None:
+        """Raise, before anything changes, if new keys or states cannot be those of the cache's model."""
+        layer = self.layers[state[0]]
+        kind = "update" if state[1] == "keys" else "update_conv_state"
+        keys = getattr(layer, "keys", None) if state not in self._progress.shapes else None
+        if not hasattr(layer, kind) or not self._progress.fits(state, tensor, keys):
+            raise CacheStateError(
+                f"this cache belongs to {self._owner.describe()}, and another model uses it: layer {state[0]} "
+                f"({type(layer).__name__}) cannot take new {state[1]} of shape {list(tensor.shape)}; build a cache "
+                "for each model."
+            )
 
     def _check_rows(self, rows: int) -> None:
         """Repeat the one row of the cache for as many rows as the new tokens have (beams, several answers)."""
@@ -505,6 +562,10 @@ class RankKVCache(AttentionObserver, DynamicCache):
         )
 
     def _check_complete(self) -> None:
+        self._check_seen()
+        self._progress.check(self.layers)
+
+    def _check_seen(self) -> None:
         seen = {self.layers[index].seen for index in self.layer_indices}
         if len(seen) > 1:
             raise CacheStateError(
@@ -514,9 +575,10 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens (a rejected draft), then compress the prompt if it had to wait for that."""
-        self._schedule.settle(self.layers)
-        super().crop(tokens_to_remove)
-        self._schedule.after_crop(self.layers)
+        with self._progress.change():
+            self._schedule.settle(self.layers)
+            super().crop(tokens_to_remove)
+            self._schedule.after_crop(self.layers)
 
     def activate_past_recording(self) -> None:
         """Allow rejected drafts to be removed (assisted decoding); the prompt is compressed after the first draft."""
@@ -539,58 +601,71 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
     def reset(self) -> None:
         """Forget everything: the next forward is a prefill."""
+        hook.take_back(self)
         super().reset()
+        for layer in self.layers:
+            drop_linear_states(layer)
         self._schedule.reset()
+        self._progress = Progress()
         self._awaited = self.prompt_ids = None
         for packer in self._packers.values():
             packer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row the state and budgets of row ``beam_idx``."""
-        self._schedule.settle(self.layers)
-        super().reorder_cache(beam_idx)
-        self._schedule.pick_rows(indices=beam_idx)
+        with self._progress.change():
+            self._schedule.settle(self.layers)
+            super().reorder_cache(beam_idx)
+            self._schedule.pick_rows(indices=beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row and its budgets ``repeats`` times."""
-        self._schedule.settle(self.layers)
-        super().batch_repeat_interleave(repeats)
-        self._schedule.pick_rows(repeats=repeats)
+        with self._progress.change():
+            self._schedule.settle(self.layers)
+            super().batch_repeat_interleave(repeats)
+            self._schedule.pick_rows(repeats=repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows ``indices`` and their budgets."""
-        self._schedule.settle(self.layers)
-        super().batch_select_indices(indices)
-        if self.prompt_ids is not None and len(self.prompt_ids) == len(self._schedule.row_start or []):
-            self.prompt_ids = self.prompt_ids[indices.cpu()]
-        self._schedule.pick_rows(indices=indices)
+        with self._progress.change():
+            self._schedule.settle(self.layers)
+            super().batch_select_indices(indices)
+            if self.prompt_ids is not None and len(self.prompt_ids) == len(self._schedule.row_start or []):
+                self.prompt_ids = self.prompt_ids[indices.cpu()]
+            self._schedule.pick_rows(indices=indices)
 
     # -- called by the attention hook ----------------------------------------------------------------------------
 
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the layer's attention with its own mask; during the prefill, then compress the layer."""
+        # The first layer stands for all: they get the same position_ids.
+        if layer_idx == self.layer_indices[0]:
+            try:
+                self._check_turn(self.layers[layer_idx], call)
+            except RankKVError:
+                # The new tokens leave again, so that the cache still serves as before.
+                self.layers[layer_idx].withdraw(call.steps)
+                self._progress.take_back((layer_idx, "keys"))
+                self._awaited = None
+                raise
+        output = self._attend(layer_idx, call)
+        # Not reached by an error: the next use says that this forward was interrupted.
         self._awaited = None
-        if layer_idx == self.layer_indices[0] and not self._owner.has(call.module):
-            # The new tokens leave again, so that the cache still serves its own model.
-            self.layers[layer_idx].crop(-call.steps)
+        return output
+
+    def _check_turn(self, layer: RankKVLayer, call: AttentionCall) -> None:
+        """Check that the new tokens come from the cache's model, and continue after those it has seen."""
+        steps = call.steps
+        if not self._owner.has(call.module):
             raise self._owner.refuse(call.module)
-        try:
-            return self._attend(layer_idx, call)
-        except BaseException as error:
-            # The next use says that this forward was interrupted; a refused turn leaves a compressed cache usable.
-            if not (isinstance(error, RankKVError) and self._schedule.compressed):
-                self._awaited = layer_idx
-            raise
+        self._owner.check_length(layer.seen - steps, layer.seen)
+        self._schedule.position_offset = self._owner.check_offset(
+            self._schedule.position_offset, steps, self._schedule.compressed
+        )
+        self._schedule.check_positions(layer, steps, call.options.get("position_ids"))
 
     def _attend(self, layer_idx: int, call: AttentionCall) -> Any:
         layer, steps = self.layers[layer_idx], call.steps
-        # The first layer stands for all: they get the same position_ids.
-        if layer_idx == self.layer_indices[0]:
-            self._owner.check_length(layer.seen - steps, layer.seen)
-            self._schedule.position_offset = self._owner.check_offset(
-                self._schedule.position_offset, steps, self._schedule.compressed
-            )
-            self._schedule.check_positions(layer, steps, call.options.get("position_ids"))
         slots = layer.slot_map
         self._attended[layer_idx] = (weakref.ref(call.key), slots)
         if layer_idx in self._packers:

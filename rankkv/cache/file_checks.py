@@ -112,9 +112,13 @@ class SavedCheck:
         offset = flow.get("position_offset")
         if offset is not None and (not isinstance(offset, list) or len(offset) not in (1, self.rows)):
             raise self.fail(f"position_offset is {shorten(offset)}, it must be a list of {self.rows} numbers")
-        for row in offset or ():
-            value = row[0] if isinstance(row, list) and len(row) == 1 else row
-            self._integer("position_offset", value, -_MOST_TOKENS, _MOST_TOKENS)
+        for value in offset or ():
+            # A row has one number, in a list of its own.
+            if not isinstance(value, list) or len(value) != 1:
+                raise self.fail(
+                    f"position_offset is {shorten(offset)}, each row of it must be a list of one number"
+                )
+            self._integer("position_offset", value[0], -_MOST_TOKENS, _MOST_TOKENS)
         unknown = sorted(set(flow) - {"row_start", "compressed_at", "streaming", "holes", "position_offset"})
         if unknown:
             raise self.fail(f"its flow has the unknown entry {shorten(unknown[0])}")

@@ -152,6 +152,10 @@ class RankKVLayer(DynamicLayer):
         self.check_removable(removed)
         if removed and self.buffer is not None:
             self.buffer.drop(removed)
+        self.withdraw(removed)
+
+    def withdraw(self, removed: int) -> None:
+        """Remove the newest tokens before their attention ran: none of their queries was stored."""
         if removed:
             # Cloned, so that the removed tokens' memory is freed and not only hidden.
             self.keys = self.keys[..., :-removed, :].clone(memory_format=torch.contiguous_format)
@@ -381,9 +385,9 @@ class StoredLayer(RankKVLayer):
         """Return the tensors that hold keys and values now."""
         return [tensor for store in self._stores.values() for tensor in store.held()]
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def withdraw(self, removed: int) -> None:
         """Remove the newest tokens, then convert the rest to its stored form again."""
-        super().crop(tokens_to_remove)
+        super().withdraw(removed)
         self.rest()
 
     def _map_rows(self, change: Any) -> None:

@@ -201,7 +201,10 @@ class CompressionSchedule:
         rows = [past - start - hidden for start, hidden in zip(self.row_start, holes, strict=True)]
         given = position_ids[:, 0].tolist() * (len(rows) // position_ids.shape[0])
         if all(position < row for position, row in zip(given, rows, strict=True)):
-            again = " (all ids came again: use_cache=False, or assisted decoding on a prefilled cache)"
+            again = (
+                " (all ids came again: an interrupted generate(), use_cache=False, or assisted decoding on a prefilled "
+                "cache)"
+            )
             raise CacheStateError(
                 f"the new tokens start at position {given[0]}, but the cache has seen {rows[0]} tokens"
                 f"{again if given[0] == 0 else ''}: give generate() all ids, or the new ids with an attention_mask "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..utils.files import write_text_atomically
+from ..utils.files import parse_json, shorten, write_text_atomically
 
 FORMAT = "rankkv-unfinished-calibration"
 VERSION = 1
@@ -118,7 +118,7 @@ class DoneRecords:
                 f"{str(path)!r} holds no measurements that this RankKV can resume: delete it, or name another file."
             )
         differing = [
-            _DIGESTS.get(name, f"{name}: file {found.get(name)!r}, now {value!r}")
+            _DIGESTS.get(name, f"{name}: file {shorten(found.get(name))}, now {shorten(value)}")
             for name, value in wanted.items()
             if found.get(name) != value
         ]
@@ -148,7 +148,7 @@ def _cut_unfinished_line(path: Path) -> bool:
 def _parse(line: bytes) -> dict[str, Any]:
     """Parse one line; empty if it is not a JSON object."""
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..config import AGGREGATIONS, RankKVConfig
-from ..errors import ConfigError, InputError, SourceUnavailableError, UnknownNameError
+from ..errors import ConfigError, UnknownNameError
+from ..utils.hub import check_model_name
 from .known import list_names, load_known
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -71,14 +71,7 @@ def check_aggregation(name: str) -> None:
 
 def check_model(model: str, dtype: str | None, device_map: str | None) -> None:
     """Raise if a model's path does not exist or a data type or device is unknown, before anything loads."""
-    if not model.strip():
-        raise InputError("--model is empty: give a hub id, a folder, a GGUF file or embedded.")
-    if (model.startswith((".", "/", "~")) or model.lower().endswith(".gguf")) and not Path(
-        model
-    ).expanduser().exists():
-        raise SourceUnavailableError(
-            f"no model at {model!r}: there is no such file or folder; check the path."
-        )
+    check_model_name(model)
     if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
         raise UnknownNameError.of("dtype", dtype, _DTYPES)
     if device_map is not None and not _DEVICE_MAP.fullmatch(device_map):

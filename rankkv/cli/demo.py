@@ -71,6 +71,8 @@ def demo(
             f"{context - max_new_tokens - _ROOM_FOR_QUESTION}."
         )
 
+    from ..evaluation.results import describe_origin
+
     busy = _measure_load()
     input_ids, document = _build_prompt(tokenizer, tokens)
     input_ids = input_ids.to(language_model.device)
@@ -94,6 +96,7 @@ def demo(
             runs.append(run)
 
     record = {
+        **describe_origin(),
         "versions": collect_versions(),
         "machine": {
             "cpus": os.cpu_count(),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return found
 
 
+def describe_origin() -> dict[str, Any]:
+    """Return the command that runs now and the commit of this code, as every record names them.
+
+    Examples
+    --------
+    >>> sorted(describe_origin())
+    ['command', 'commit']
+    """
+    return {"command": _describe_command(sys.orig_argv), "commit": _find_commit()}
+
+
 def describe_environment() -> dict[str, Any]:
-    """Return what a reader needs to repeat a measurement: versions, machine, device and commit."""
+    """Return what a reader needs to repeat a measurement: versions, machine, device, command and commit."""
     import platform
 
     import torch
@@ -261,8 +273,29 @@ def describe_environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": _find_commit(),
+        **describe_origin(),
     }
+
+
+def _describe_command(words: Sequence[str]) -> str:
+    """Return a command line without the paths of this machine: programs by name, files relative to the folder."""
+    folder = Path.cwd()
+
+    def shorten_path(word: str) -> str:
+        path = Path(word)
+        if not path.is_absolute():
+            return word
+        return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+
+    program, *rest = words
+    # A console script is a file that Python runs; a reader types its name.
+    is_script = rest[:1] and Path(rest[0]).parent.name in ("bin", "Scripts")
+    first = (
+        [Path(rest[0]).name]
+        if is_script
+        else ["python" if "python" in Path(program).name else program, *rest[:1]]
+    )
+    return shlex.join([*map(shorten_path, first), *map(shorten_path, rest[1:])])
 
 
 def _find_commit() -> str | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from transformers import AttentionInterface
+from torch import Tensor
+from transformers import AttentionInterface, cache_utils
 
 from ..errors import UnsupportedModelError
 
@@ -51,6 +52,45 @@ def accepts_argument(model: Any, name: str) -> bool:
     """Tell whether the model's forward, or that of the base model of a PEFT wrapper, has this argument."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(base.forward).parameters
+
+
+def announces_linear_states() -> bool:
+    """Tell whether every step of a linear layer goes through the cache's ``update_...`` methods.
+
+    Before 5.24 some models changed their states in place.
+    """
+    return Version(transformers.__version__) >= _RENAMED_IN
+
+
+def find_linear_state(layer: Any, kind: str, number: int) -> Tensor | None:
+    """Return a ``"convolution"`` or ``"recurrent"`` state of a linear cache layer, or None before its first update."""
+    states = layer.conv_states if kind == "convolution" else layer.recurrent_states
+    state: Tensor | None = states[number] if layer.has_previous_state[number] else None
+    return state
+
+
+def drop_linear_states(layer: Any) -> None:
+    """Drop the states of a linear cache layer: its own ``reset()`` keeps them as zeros for as many rows as before."""
+    if not (hasattr(layer, "update_conv_state") and announces_linear_states()):
+        return
+    for number in range(layer.number_of_states):
+        layer.conv_states[number] = layer.recurrent_states[number] = None
+        layer.is_conv_states_initialized[number] = layer.is_recurrent_states_initialized[number] = False
+
+
+def holds_state(layer: Any) -> bool:
+    """Tell whether every forward updates a cache layer, through the cache.
+
+    Examples
+    --------
+    >>> from transformers.cache_utils import DynamicLayer
+    >>> holds_state(DynamicLayer())
+    True
+    """
+    if hasattr(layer, "update_conv_state"):
+        return announces_linear_states()
+    # A layer without a cache has a stand-in, which nothing updates.
+    return type(layer) is not getattr(cache_utils, "DummyLayer", None)
 
 
 def takes_dynamic_cache(model: Any) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, InputError, SourceUnavailableError
-from ..utils.hub import is_hub_reachable, require
+from ..utils.hub import check_model_name, is_hub_reachable, looks_like_path, require
 from .checkpoints import from_pretrained, quiet_progress
 from .converted import load_converted
 from .embedded import EMBEDDED, load_embedded
@@ -76,9 +76,8 @@ def load_model(
         if dtype is None:
             options["dtype"] = _resolve_dtype("float32")
         return load_embedded(options)
-    if not text.strip():
-        raise InputError("the model's name is empty; give a hub id, a folder, a GGUF file or 'embedded'.")
-    if isinstance(name, os.PathLike) or _looks_like_path(text):
+    check_model_name(text)
+    if isinstance(name, os.PathLike) or looks_like_path(text):
         return _load_path(Path(text).expanduser(), options)
     return _load_hub(text, options)
 
@@ -107,10 +106,6 @@ def _resolve_dtype(dtype: torch.dtype | str | None) -> Any:
             f"dtype {dtype!r} is not a floating-point type of torch; use float32, bfloat16, float16 or None."
         )
     return resolved
-
-
-def _looks_like_path(text: str) -> bool:
-    return text.startswith((".", "/", "~")) or text.lower().endswith(".gguf") or Path(text).exists()
 
 
 def _load_path(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:

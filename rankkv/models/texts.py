@@ -253,7 +253,7 @@ def _is_plain(path: Path) -> bool:
 def _split_plain(content: str) -> list[str]:
     texts = _split_at_titles(content.splitlines(keepends=True))
     # Text before the first title is a document of its own, so even one title makes two documents.
-    return texts if len(texts) > 1 else [content]
+    return texts if len(texts) > 1 else [content] if content.strip() else []
 
 
 def _split_at_titles(lines: Iterable[str]) -> list[str]:

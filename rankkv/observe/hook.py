@@ -196,6 +196,13 @@ def hand_off(cache: AttentionObserver, layer_idx: int, key_length: int) -> None:
         )
 
 
+def take_back(cache: AttentionObserver) -> None:
+    """Take back the announcement of ``cache``, if it has one in this thread."""
+    pending = getattr(_local, "pending", None)
+    if pending is not None and pending[0]() is cache:
+        _local.pending = None
+
+
 def check_not_pending(cache: object) -> None:
     """Raise if the last layer that updated ``cache`` was never observed.
 
@@ -255,8 +262,9 @@ def _dispatch(call: AttentionCall) -> Any:
     # Another library's function around ours leads here twice; only the outer call is observed.
     if getattr(_local, "inside", False):
         return call.run()
-    _local.inside = True
     try:
+        # Inside, so that an interruption here does not leave it set.
+        _local.inside = True
         return _run_observed(call)
     finally:
         _local.inside = False
@@ -282,9 +290,10 @@ def _take_hand_off(module: nn.Module, key: Tensor) -> tuple[AttentionObserver, i
     if pending is None:
         return None
     layer_idx = getattr(module, "layer_idx", pending[1])
+    # An announcement is for the very next call: if another one comes, the forward that made it was interrupted.
+    _local.pending = None
     if layer_idx != pending[1] or key.shape[-2] != pending[2]:
         return None
-    _local.pending = None
     cache = pending[0]()
     return None if cache is None else (cache, pending[1])
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import InputError
+from ..utils.files import replace_atomically
 from .names import name_budgets, name_model
 from .style import (
     INK,
@@ -91,7 +90,7 @@ def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
 
     Raises
     ------
-    InputError
+    OutputError
         If a file cannot be written.
     """
     stem = Path(stem)
@@ -101,14 +100,13 @@ def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
         # Not `with_suffix`: a stem such as "rank_0.3" has no ending to replace.
         paths = [stem.with_name(stem.name + suffix) for suffix in (".png", "-dark.png", ".pdf")]
     for path in paths:
-        try:
-            if path.name == f"{stem.name}-dark.png":
-                with use_dark_colours(figure):
-                    _write(path, _draw_png(figure, transparent=True))
-            else:
-                _write(path, _draw_pdf(figure) if path.suffix.lower() == ".pdf" else _draw_png(figure))
-        except OSError as error:
-            raise InputError(f"cannot write the figure {str(path)!r}: {error.strerror or error}.") from error
+        if path.name == f"{stem.name}-dark.png":
+            with use_dark_colours(figure):
+                content = _draw_png(figure, transparent=True)
+        else:
+            content = _draw_pdf(figure) if path.suffix.lower() == ".pdf" else _draw_png(figure)
+        with replace_atomically(path) as temporary:
+            temporary.write_bytes(content)
     return paths
 
 
@@ -132,19 +130,6 @@ def _draw_png(figure: Figure, transparent: bool = False) -> bytes:
     return small.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def plot_ranks_and_budgets(result: LayerBudgets, path: str | Path | None = None) -> Figure:
     """Draw the effective rank and the budget of every layer, one above the other.
 
@@ -164,7 +149,7 @@ def plot_ranks_and_budgets(result: LayerBudgets, path: str | Path | None = None)
     ------
     MissingDependencyError
         If matplotlib is not installed.
-    InputError
+    OutputError
         If ``path`` cannot be written.
     """
     figure = new_figure(7.5, 5.2)

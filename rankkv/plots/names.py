@@ -44,6 +44,7 @@ BUDGETS = {
     "power": "Power of rank",
     "whole": "Rank of all attention",
     "inverse": "Inverse rank",
+    "global": "One top-k over all layers",
     "random": "Random budgets",
 }
 _CACHES = {"full": "Full cache", "blank": "Full cache, no answer in it"}

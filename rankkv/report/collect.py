@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..errors import InputError
 from ..evaluation.results import MANIFEST, read_rows
 from ..evaluation.sweep.sweep import PORTRAITS, ROWS
 from ..evaluation.task_runner import FULL
+from ..utils.files import read_json
 
 BENCH, DEMO = "bench.json", "demo.json"
 _NEEDED = {"label", "method", "ratio", "score", "sample", "setting"}
@@ -154,10 +154,7 @@ def _read_parquet(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {str(path)!r}: {error}.") from error
+    record = read_json(path)
     if not isinstance(record, dict):
         raise InputError(f"{str(path)!r} holds no object: it is not one of the files that RankKV writes.")
     return record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError, MissingDependencyError, RankKVError, SourceUnavailableError
@@ -35,6 +36,35 @@ def require(package: str, command: str, purpose: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise MissingDependencyError(f"{purpose} needs the package {package!r}; install it with: {command}")
+
+
+def looks_like_path(name: str) -> bool:
+    """Tell whether a model's name is a path: it begins with ``.``, ``/`` or ``~``, or ends in ``.gguf``, or exists.
+
+    Examples
+    --------
+    >>> looks_like_path("./model"), looks_like_path("organisation/name")
+    (True, False)
+    """
+    return name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or Path(name).exists()
+
+
+def check_model_name(name: str) -> None:
+    """Raise if a model's name is empty, or is a path where nothing is.
+
+    Raises
+    ------
+    InputError
+        If it is empty.
+    SourceUnavailableError
+        If nothing is at the path.
+    """
+    if not name.strip():
+        raise InputError("the model's name is empty: give a hub id, a folder, a GGUF file or 'embedded'.")
+    if looks_like_path(name) and not Path(name).expanduser().exists():
+        raise SourceUnavailableError(
+            f"no model at {name!r}: there is no such file or folder; check the path."
+        )
 
 
 def is_hub_reachable(name: str, kind: Literal["model", "dataset"], token: str | bool | None = None) -> bool:

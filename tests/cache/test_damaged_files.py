@@ -253,13 +253,22 @@ def test_a_cache_that_holds_nan_is_not_saved(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_offset_holes_and_prompt_return(model, tmp_path):
+@pytest.mark.parametrize("offset", [[[-3], [5]], [[-3]]], ids=["one per row", "one for all rows"])
+def test_offset_holes_and_prompt_return(model, tmp_path, offset):
     cache = compress(model, PROMPT.repeat(2, 1), compression_ratio=0.4)
-    cache._schedule.position_offset, cache._schedule.holes = torch.tensor([-3, 5]), [0, 2]
+    cache._schedule.position_offset, cache._schedule.holes = torch.tensor(offset), [0, 2]
     loaded = RankKVCache.load(cache.save(tmp_path / "cache.safetensors"), model)
-    assert torch.equal(loaded._schedule.position_offset, torch.tensor([-3, 5]))
+    assert loaded._schedule.position_offset.tolist() == offset
     assert loaded._schedule.holes == [0, 2]
     assert torch.equal(loaded.prompt_ids, cache.prompt_ids)
+
+
+@pytest.mark.parametrize("offset", [[[1], [2], [3]], [1, 2], [[1, 2], [3, 4]]], ids=str)
+def test_an_offset_that_does_not_fit_the_rows_is_refused(model, tmp_path, offset):
+    cache = compress(model, PROMPT.repeat(2, 1), compression_ratio=0.4)
+    cache._schedule.position_offset = torch.tensor(offset)
+    with pytest.raises(CacheStateError, match=r"position_offset is .* must be a list of"):
+        cache.save(tmp_path / "cache.safetensors")
 
 
 def test_a_file_of_the_first_format_is_refused_where_adapters_are(tmp_path):

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from rankkv import RankKVCache, RankKVConfig, compress
+from rankkv.cache.owner import Owner
 from rankkv.errors import CacheStateError, InputError, UnknownNameError, UnsupportedModelError
 from rankkv.integrations.generate import custom_generate
 from rankkv.models.compat import cache_argument
@@ -382,3 +383,21 @@ def test_an_image_context_keeps_its_offset_whatever_was_asked_in_between(vision_
     compress(model, **other, compression_ratio=1.0)
     with pytest.warns(UserWarning, match="position offset of another image"):
         generate(model, asked, cache)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_image_offset_is_checked_after_the_prefill_and_only_then(vision_model):
+    owner, holder = Owner(vision_model), vision_model.model
+    mine, same, other = torch.tensor([[-5]]), torch.tensor([[-5]]), torch.tensor([[7]])
+    holder.rope_deltas = mine
+    assert owner.check_offset(None, 90, compressed=False) is mine
+    # The prefill of a new prompt sets its own.
+    assert owner.check_offset(other, 90, compressed=False) is mine
+    assert owner.check_offset(mine, 1, compressed=True) is mine
+    assert owner.check_offset(same, 1, compressed=True) is same
+    for known in (other, None):
+        with pytest.raises(CacheStateError, match="position offset of another image"):
+            owner.check_offset(known, 1, compressed=True)
+        with pytest.warns(UserWarning, match="if this turn brings a new image"):
+            assert owner.check_offset(known, 4, compressed=True) is mine
+    holder.rope_deltas = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
+import families
 import oracles
 import pytest
 import torch
 from transformers import Cache, DynamicCache, pipeline
 
 from rankkv import RankKVCache, compress
+from rankkv.cache.layer import release_hidden
 from rankkv.errors import CacheStateError
 
 PROMPTS = (
@@ -400,3 +403,27 @@ def test_text_generation_pipeline(embedded):
 
     assert pipe(prompt, **options, **cache_argument(cache))[0]["generated_text"] == plain
     assert cache.seen_tokens > 40
+
+
+def test_a_sliding_layer_frees_what_lies_outside_its_window():
+    """Its keys are a view of the whole prompt's: the storage behind them counts."""
+    layer, whole = SimpleNamespace(), torch.rand(1, 2, 100, 8)
+    layer.keys, layer.values = whole[:, :, -31:], torch.rand(1, 2, 31, 8)
+    kept, values = layer.keys.clone(), layer.values
+    release_hidden(layer)
+    assert layer.keys.untyped_storage().nbytes() == 31 * 2 * 8 * 4
+    assert torch.equal(layer.keys, kept)
+    # A tensor that fills its storage is not copied.
+    assert layer.values is values
+
+
+@pytest.mark.parametrize("length", [20, 90])
+def test_bytes_of_sliding_layers_are_those_of_their_windows(length):
+    model = families.build("Gemma 3")
+    cache = compress(model, oracles.random_prompt(length), compression_ratio=0.3)
+    for index in set(range(4)) - set(cache.layer_indices):
+        layer = cache.layers[index]
+        slots = min(length, families.WINDOW - 1)
+        assert layer.keys.shape[-2] == layer.values.shape[-2] == slots
+        for tensor in (layer.keys, layer.values):
+            assert tensor.untyped_storage().nbytes() == slots * 2 * 16 * 4

@@ -136,9 +136,12 @@ def test_a_file_of_another_kind_is_refused_and_left_as_it_is(tmp_path, content):
     assert path.read_text() == content
 
 
-def test_a_damaged_line_is_named(written, tmp_path):
+@pytest.mark.parametrize(
+    "damaged", ["\0\0", "[" * 100_000, '{"piece": 1', "5"], ids=["zeros", "deep", "cut", "5"]
+)
+def test_a_damaged_line_is_named(written, tmp_path, damaged):
     path, lines = tmp_path / "unfinished", written.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:2], "\0\0\n", *lines[3:]]))
+    path.write_text("".join([*lines[:2], f"{damaged}\n", *lines[3:]]))
     with pytest.raises(InputError, match=r"line 3 of .* is damaged: delete that line"):
         DoneRecords(path, IDENTITY)
 

@@ -275,3 +275,31 @@ def test_ruler_scores_at_the_length_that_was_measured():
     sample = {"metrics": ["4096", "8192"], "4096": -1.0, "8192": 0.5}
     assert _choose_metric(sample) == "8192"
     assert _choose_metric({"metrics": ["acc", "other"], "acc": -1.0, "other": 1.0}) == "acc"
+
+
+def raise_own_error():
+    raise ValueError("the task's own function couldn't do it")
+
+
+def test_data_that_cannot_be_loaded_are_one_sentence_and_other_errors_stay(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from rankkv.errors import SourceUnavailableError
+    from rankkv.evaluation.lm_eval.rows import shorten_harness_errors
+
+    text = tmp_path / "some.txt"
+    text.write_text("a line")
+    loads = [
+        lambda: datasets.load_dataset("nobody/nothing-of-this-name"),
+        lambda: datasets.load_dataset("text", data_files=str(text), split="missing", cache_dir=str(tmp_path)),
+    ]
+    for load in loads:
+        with (
+            pytest.raises(SourceUnavailableError, match="the data set of mine cannot be loaded"),
+            shorten_harness_errors("mine"),
+        ):
+            load()
+    others = [raise_own_error, lambda: (tmp_path / "missing").read_text(), lambda: int("couldn't")]
+    for other in others:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught, shorten_harness_errors("mine"):
+            other()
+        assert not isinstance(caught.value, SourceUnavailableError)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from rankkv.evaluation import compute_continuation_loss
 from rankkv.evaluation.results import read_rows
 from rankkv.evaluation.sweep.config import parse_sweep_config
 from rankkv.evaluation.sweep.submitit import submit_sweep
-from rankkv.evaluation.sweep.sweep import Sweep
+from rankkv.evaluation.sweep.sweep import ModelSweep, Sweep
 from rankkv.utils.processes import ProcessRank
 
 RECORD = {
@@ -262,3 +263,23 @@ def test_processes_of_a_launcher_share_the_samples(config_file, whole, tmp_path,
     assert "process 1 of 2" in done.stderr
     assert "process 2 of 2" in done.stderr
     assert strip(read_rows([tmp_path / "rows.parquet"])) == strip(whole[1])
+
+
+def test_seconds_of_a_unit_are_the_sum_of_its_parts():
+    """Per prefilled token 2, per token of a built cache 3, per decode step 10 seconds, counted by hand."""
+    prompts = [
+        # Two tokens follow: at least one step. No answers: nothing is decoded.
+        SimpleNamespace(question_ids=[1], answer_ids=[2], answers=()),
+        # Eight tokens follow, 16 seconds; then the answer of 3 tokens and 8 more are decoded.
+        SimpleNamespace(question_ids=[1] * 5, answer_ids=[2] * 3, answers=("x",)),
+    ]
+    asking = 10 + 16 + 10 * (3 + 8)
+    for blank in (False, True):
+        for maps in (False, True):
+            sample = SimpleNamespace(prompts=prompts, context_ids=[0] * 100, blank_ids=[0] * 100)
+            unit = SimpleNamespace(sample=sample, maps_kept_tokens=maps)
+            sweep = object.__new__(ModelSweep)
+            sweep._settings = {"a": None, "b": None}
+            sweep._sweep = SimpleNamespace(config=SimpleNamespace(blank=blank))
+            expected = (1 + blank) * 100 * 2 + 3 * (100 * 3 + asking) + blank * asking + maps * 2 * 100 * 3
+            assert sweep._estimate_unit(unit, 2.0, 3.0, 10.0) == expected

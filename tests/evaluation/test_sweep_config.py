@@ -145,7 +145,7 @@ def test_merge_keys_are_supported(tmp_path):
          "more than 100,000 values"),
         ("a: 2001-99-99", "is not valid YAML"),
         ("a: !!int x", "is not valid YAML"),
-        ("a: " + "x" * 2**21, "characters but must have at most"),
+        ("a: " + "x" * 2**21, "bytes but must have at most 1,048,576"),
     ],
     ids=["deep", "loop", "aliases", "date", "tag", "long"],
 )  # fmt: skip
@@ -163,3 +163,10 @@ def test_an_error_does_not_repeat_the_whole_file(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_sweep_config(path)
     assert len(str(caught.value)) < 400
+
+
+def test_the_seed_of_a_sweep_that_names_none_is_zero():
+    config = parse_sweep_config(
+        {"tasks": [{"task": "needle"}], "selectors": ["snapkv"], "allocations": ["uniform"], "ratios": [0.3]}
+    )
+    assert config.seeds == (0,)

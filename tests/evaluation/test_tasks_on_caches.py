@@ -111,3 +111,23 @@ def test_rows_are_what_compress_and_generate_give(name, embedded, python_docs):
 def test_names_of_settings_that_are_taken(embedded, python_docs):
     with pytest.raises(ConfigError, match="'full'"):
         run(embedded, python_docs, "needle", {"full": {}}, lengths=(60,), count=1)
+
+
+@pytest.mark.parametrize("asked", [[], [5, 6]], ids=["no question", "a question"])
+def test_an_output_ends_eight_tokens_behind_the_length_of_the_answer(tiny_llama, asked):
+    """A model that never stops: 3 tokens of the answer and 8 more, with and without a question."""
+    from types import SimpleNamespace
+
+    import oracles
+
+    from rankkv.evaluation.prefill_record import record_prefill
+    from rankkv.evaluation.task_runner import _decode
+
+    model = tiny_llama(eos_token_id=None)
+    ids = oracles.random_prompt(60)
+    record = record_prefill(model, ids)
+    prompt = SimpleNamespace(question_ids=asked, answer_ids=[1, 2, 3])
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0)
+    said = _decode(record, tokenizer, prompt, record.build_cache(compression_ratio=1.0))
+    given = torch.cat([ids, torch.tensor([asked], dtype=torch.long)], dim=1)
+    assert said == oracles.generate(model, given, None, 3 + 8)[0].tolist()

@@ -91,6 +91,7 @@ def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "fine"}\n{"text": \n', InputError, "line 2"),
         ("a.jsonl", b'{"text": "fine"}\n\n{"body": "x"}\n', InputError, "line 3"),
         ("a.jsonl", b'["text"]\n', InputError, "line 1"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", InputError, "line 1.*nested too deeply"),
         ("a.jsonl", b'{"text": 5}\n', InputError, "line 1"),
         ("a.jsonl", b"\n \n", InputError, "empty"),
         ("a.txt", b"caf\xe9", InputError, "byte 3.*UTF-8"),

@@ -42,11 +42,13 @@ def _build_report() -> dict[str, Any]:
     import transformers
 
     from rankkv import __version__
+    from rankkv.evaluation.results import describe_origin
 
     total = {name: sum(tally[name] for tally in _tallies.values()) for name in COUNTS}
     return {
         "what": "sets of kept tokens, one a (method, model, kept length, layer, kv head): equal, equal but for ties, "
         "different as the selector's docstring states, different otherwise",
+        **describe_origin(),
         "versions": {
             "rankkv": __version__,
             "kvpress": version("kvpress"),

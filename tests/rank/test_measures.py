@@ -311,3 +311,44 @@ def test_a_row_that_attends_to_evicted_keys_alone_has_a_finite_error(model):
     layer = observe(model, PROMPT)[0]
     measured = measure(replace(layer, query=layer.query * 1e3), "distortion")[0]
     assert torch.isfinite(measured).all()
+
+
+class OtherShard:
+    """Stand for the process with the other half of the heads: sums add what it added."""
+
+    size = 2
+
+    def __init__(self, added=None):
+        self.added, self.seen = added, []
+
+    def sum(self, tensor):
+        self.seen.append(tensor)
+        return tensor if self.added is None else tensor + self.added[len(self.seen) - 1]
+
+
+@pytest.mark.parametrize("name", ["distortion", "head_distortion"])
+def test_a_process_with_half_of_the_heads_measures_its_part_of_the_whole(model, name):
+    """Side by side, without an output projection: squares add up over heads."""
+    whole = replace(observe(model, PROMPT)[0], module_ref=None, memory={})
+    kv_heads, heads = whole.keys.shape[1], whole.query.shape[1]
+    halves = []
+    for half in (0, 1):
+        own = slice(half * kv_heads // 2, (half + 1) * kv_heads // 2)
+        rows = slice(half * heads // 2, (half + 1) * heads // 2)
+        halves.append(
+            replace(
+                whole,
+                query=whole.query[:, rows],
+                keys=whole.keys[:, own],
+                values=whole.values[:, own],
+                kv_heads=kv_heads // 2,
+                memory={},
+            )
+        )
+    other = OtherShard()
+    measure(replace(halves[1], shards=other, memory={}), name)
+    first = measure(replace(halves[0], shards=OtherShard(other.seen), memory={}), name)
+    expected = measure(whole, name)
+    if name == "head_distortion":
+        expected = expected[:, : kv_heads // 2]
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-9)

@@ -283,9 +283,9 @@ def test_no_verdict_without_an_interval_of_several_pairs():
     [
         (None, "is no folder and no file"),
         ({"parts/one.parquet": ""}, "one.parquet' as Parquet"),
-        ({"bench.json": "[" * 100_000}, "cannot read"),
+        ({"bench.json": "[" * 100_000}, "nested too deeply"),
         ({}, "holds nothing to report"),
-        ({"bench.json": "{"}, "cannot read"),
+        ({"bench.json": "{"}, "damaged or not JSON"),
         ({"demo.json": "[]"}, "holds no object"),
     ],
 )

@@ -20,6 +20,7 @@ from rankkv.models.compat import cache_argument
 from rankkv.observe.queries import compute_query_moments
 from rankkv.observe.rotary import find_rotations
 from rankkv.selection import SELECTORS, get_selector
+from rankkv.selection.qfilter import FORMAT, load_query_filters
 from rankkv.selection.scoring import merge_ties
 
 LENGTH, SHORT, WINDOW, SINKS = 64, 41, 16, 4
@@ -495,3 +496,31 @@ def test_key_heads_that_share_a_cached_head_are_averaged(name):
 def test_wrong_values_are_named(name, options, error, message):
     with pytest.raises(error, match=message):
         get_selector(name, **options).compute_scores(oracles.observe_random(tokens=20))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1.0, 2.0], 5], "layer 0 is not a table"),
+        ([[1.0, 2.0], []], "layer 0 is not a table"),
+        ([[1.0, True]], "something other than finite numbers"),
+        ([[1.0, "x"]], "something other than finite numbers"),
+        ([[1.0, 1e300]], "beyond float32"),
+    ],
+)
+def test_filters_that_are_not_tables_of_numbers_are_named(rows, message, tmp_path):
+    path = tmp_path / "filters.json"
+    path.write_text(json.dumps({"format": FORMAT, "layers": {"0": rows}}))
+    with pytest.raises(InputError, match=message):
+        load_query_filters(path)
+
+
+def test_filters_of_a_large_model_are_read(tmp_path):
+    """128 heads of 256 numbers, at full precision: 0.7 MB for each layer."""
+    path, numbers = (
+        tmp_path / "filters.json",
+        torch.rand(128, 256, generator=torch.Generator().manual_seed(0)),
+    )
+    path.write_text(json.dumps({"format": FORMAT, "layers": {"0": numbers.tolist(), "1": numbers.tolist()}}))
+    assert path.stat().st_size > 1_000_000
+    assert torch.equal(load_query_filters(path)[1], numbers)

@@ -1,6 +1,6 @@
 """Random generation calls: any family, prompt, option and way of generating, checked against what must always hold.
 
-``python tests/soak.py --calls 200 --seed 0`` prints how many ran; the slow tests run the same.
+``python tests/support/soak.py --calls 200 --seed 0`` prints how many ran; the slow tests run the same.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,8 @@ from ...utils.hub import require
 from ..task_runner import BLANK, FULL
 from .model import RankKVLM
 
+#: Packages that load data sets: an error of theirs says that the data are not there.
+_LOADERS = {"datasets", "huggingface_hub", "fsspec"}
 #: Modules whose package has another name.
 _PACKAGES = {"sklearn": "scikit-learn", "bs4": "beautifulsoup4"}
 #: Modules that the harness' tasks import, by the beginning of their names.
@@ -100,13 +103,20 @@ def shorten_harness_errors(task: str) -> Iterator[None]:
             f"{task} needs data of nltk, which cannot be downloaded here: run python -m nltk.downloader punkt_tab once."
         ) from error
     except (OSError, ValueError) as error:
-        # The data set library says "Couldn't reach" or "Couldn't find". Any other ValueError is a bug: let it through.
-        if isinstance(error, ValueError) and "ouldn't" not in str(error):
+        # A ValueError of the harness or of a task is a bug: let it through. So is an OSError that no loader saw.
+        packages = _list_packages(error)
+        if not _LOADERS.intersection(packages[-1:] if isinstance(error, ValueError) else packages):
             raise
         raise SourceUnavailableError(
             f"the data set of {task} cannot be loaded ({_first_line(error)}): check the network and its name, or "
             "give your own tasks with --include-path."
         ) from error
+
+
+def _list_packages(error: BaseException) -> list[str]:
+    """Return the packages whose code an error passed, that where it was raised last."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame, _ in frames]
 
 
 def _first_line(error: BaseException) -> str:

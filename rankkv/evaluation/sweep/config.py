@@ -22,6 +22,7 @@ from .yaml_values import (
     check_mapping,
     check_ratio,
     check_string,
+    check_yaml_size,
     explain,
     load_yaml,
     take_list,
@@ -32,8 +33,6 @@ NAMED_ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
     **NAMED_STRATEGIES,
     "whole": {"strategy": "proportional", "scope": "full", "aggregation": "mean"},
 }
-#: Largest YAML file of a sweep, in bytes.
-SWEEP_LIMIT = 4 * 2**20
 _CACHE_OPTIONS = {item.name for item in fields(RankKVConfig)} - {"selector", "compression_ratio", "budget"}
 _TASK_KEYS = ("task", "label", "lengths", "count", "text", "question_aware", "chat")
 #: Where a task comes from: the package, lm-evaluation-harness, or the file of a benchmark.
@@ -163,11 +162,7 @@ def read_sweep_config(path: str | Path) -> SweepConfig:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > SWEEP_LIMIT:
-            raise InputError(
-                f"{str(path)!r} has {path.stat().st_size:,} bytes but must have at most {SWEEP_LIMIT:,}: give a sweep "
-                "file."
-            )
+        check_yaml_size(path.stat().st_size, str(path))
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the sweep file {str(path)!r}: {error}; give a UTF-8 file.") from error

@@ -8,10 +8,18 @@ from typing import Any
 from ...errors import ConfigError, InputError, MissingDependencyError, RankKVError
 from ...utils.files import shorten
 
-# Largest YAML text, in characters, and its most values once all aliases are written out.
-_MOST_CHARACTERS, _MOST_VALUES = 2**20, 100_000
+#: Largest YAML text, in bytes of UTF-8, and its most values once all aliases are written out.
+YAML_LIMIT, _MOST_VALUES = 2**20, 100_000
 _MERGE = "tag:yaml.org,2002:merge"
 _REASON = 300
+
+
+def check_yaml_size(size: int, path: str) -> None:
+    """Raise an InputError if a YAML text has more bytes than are parsed."""
+    if size > YAML_LIMIT:
+        raise InputError(
+            f"{path} has {size:,} bytes but must have at most {YAML_LIMIT:,}: give a sweep file."
+        )
 
 
 def load_yaml(text: str, path: str) -> Any:
@@ -20,7 +28,7 @@ def load_yaml(text: str, path: str) -> Any:
     Parameters
     ----------
     text : str
-        YAML of at most 1,048,576 characters and, with all aliases written out, 100,000 values.
+        YAML of at most 1,048,576 bytes and, with all aliases written out, 100,000 values.
     path : str
         Path of the file, for error messages.
 
@@ -37,10 +45,7 @@ def load_yaml(text: str, path: str) -> Any:
         import yaml
     except ImportError as error:
         raise MissingDependencyError("a sweep file needs PyYAML: pip install 'rankkv[eval]'.") from error
-    if len(text) > _MOST_CHARACTERS:
-        raise InputError(
-            f"{path} has {len(text):,} characters but must have at most {_MOST_CHARACTERS:,}: give a sweep file."
-        )
+    check_yaml_size(len(text.encode()), path)
     try:
         loader = yaml.SafeLoader(text)
         try:

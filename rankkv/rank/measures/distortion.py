@@ -138,14 +138,16 @@ def _split_heads(observation: Observation, wrong: Tensor, kv_heads: int) -> Tens
     """Compute the part of each key/value head in the square of that error, ``[kv_head, budget]``."""
     matrix = _find_matrix(observation, wrong)
     heads = wrong.unflatten(-1, (kv_heads, -1)).movedim(-2, 0)
-    whole = wrong[-1] if matrix is None else wrong[-1] @ matrix
+    # The output of all heads, those of other processes included.
     if matrix is None:
+        whole = observation.sum_over_shards(wrong[-1].pow(2).sum())
         squares = heads.pow(2).sum(dim=(-2, -1))
     else:
+        whole = observation.sum_over_shards(wrong[-1] @ matrix).pow(2).sum()
         # ||x W||^2 = x (W W^T) x^T is cheaper: W W^T is as wide as a head, W as the hidden state.
         part = matrix.unflatten(0, (kv_heads, -1))
         squares = ((heads.flatten(1, 2) @ (part @ part.mT)).view_as(heads) * heads).sum(dim=(-2, -1))
-    return _divide(squares[:, :-1].clamp(min=0.0), whole.pow(2).sum())
+    return _divide(squares[:, :-1].clamp(min=0.0), whole)
 
 
 def _find_matrix(observation: Observation, wrong: Tensor) -> Tensor | None:
