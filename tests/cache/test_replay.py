@@ -368,7 +368,7 @@ def test_a_bare_cache_names_the_way_that_works(model, name):
         {"selector": get_selector("kvzip", chunk_size=3)},
         {"selector": get_selector("kvzip", chunk_size=3.5)},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(f"{name}={value}" for name, value in options.items()),
 )
 def test_options_that_no_replay_serves_are_refused_before_the_model_runs(model, options, monkeypatch):
     monkeypatch.setattr(type(model), "forward", None)
