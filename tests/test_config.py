@@ -109,7 +109,10 @@ def test_the_cache_takes_the_options_of_the_config_with_the_same_defaults():
     taken = {
         name: item.default for name, item in parameters.items() if name not in ("self", "model", "config")
     }
-    assert taken == {item.name: item.default for item in dataclasses.fields(RankKVConfig)}
+    defaults = {item.name: item.default for item in dataclasses.fields(RankKVConfig)}
+    assert defaults["selector"] == "auto"
+    # A cache that generate() fills has the question in its prompt.
+    assert taken == {**defaults, "selector": "snapkv"}
 
 
 def test_the_cache_passes_every_option_on(tiny_llama):

@@ -27,8 +27,6 @@ def compress(
     model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    *,
-    tokenizer: Any = None,
     **options: Any,
 ) -> RankKVCache:
     """Prefill a context once and return its compressed cache, ready for many questions.
@@ -41,11 +39,10 @@ def compress(
         ``[batch, token]`` or ``[token]``: the context.
     attention_mask : Tensor, optional
         ``[batch, token]``, 0 at padding (on the left).
-    tokenizer : PreTrainedTokenizerBase or ReplayPrompt, optional
-        The model's tokenizer.  Selectors that replay the context (``"kvzip"``, ``"kvzip_plus"``) need it for their
-        instruction to the model; :class:`~rankkv.cache.ReplayPrompt` gives that instruction as token ids.
     **options
         ``config=``, or options of :class:`~rankkv.RankKVConfig`.
+        ``tokenizer=``: the model's tokenizer.  Selectors that replay the context (``"kvzip"``, ``"kvzip_plus"``) need
+        it for their instruction to the model; a :class:`~rankkv.cache.ReplayPrompt` gives that instruction as ids.
         Also further inputs of the model, such as ``pixel_values`` from a processor.  Questions come later here, so
         ``selector="auto"`` is ``"echo"`` where the model allows it; ``summary()`` says where it does not.
 
@@ -74,6 +71,7 @@ def compress(
     (60, 60)
     """
     input_ids = check_input_ids(input_ids, attention_mask)
+    tokenizer = options.pop("tokenizer", None)
     names = {option.name for option in fields(RankKVConfig)} | {"config"}
     model_inputs = {name: options.pop(name) for name in list(options) if name not in names}
     for name in model_inputs:

@@ -222,7 +222,7 @@ class RankKVTextGenerationPipeline(Pipeline):
                 "question_aware": question_aware,
                 "context_tokens": context.shape[1],
                 "dropped_tokens": input_tensors["dropped_tokens"],
-                "config": config.to_dict(),
+                "config": (config if shared is None else shared.config).to_dict(),
                 "caches": details,
             }
             if return_details

@@ -42,7 +42,7 @@ def test_budgets_bytes_and_first_token(model, prompts, selector):
 
 
 def test_ranks_differ_by_layer_and_are_those_of_the_analyzer(model, prompts):
-    cache = compress(model, prompts[0])
+    cache = compress(model, prompts[0], selector="snapkv")
     assert all(1.0 <= rank <= 32.0 for rank in cache.layer_ranks)
     assert max(cache.layer_ranks) > 1.2 * min(cache.layer_ranks)
     result = RankKVAnalyzer(model).analyze(prompts[0])

@@ -27,7 +27,9 @@ def kept(small):
     from rankkv import load_model
 
     model, tokenizer = load_model(small)
-    return analyze_kept_tokens(compress(model, tokenizer(PROMPT, return_tensors="pt")["input_ids"]))
+    return analyze_kept_tokens(
+        compress(model, tokenizer(PROMPT, return_tensors="pt")["input_ids"], selector="snapkv")
+    )
 
 
 def build_arguments(small, *more):

@@ -269,9 +269,9 @@ def test_seconds_of_a_unit_are_the_sum_of_its_parts():
     """Per prefilled token 2, per token of a built cache 3, per decode step 10 seconds, counted by hand."""
     prompts = [
         # Two tokens follow: at least one step. No answers: nothing is decoded.
-        SimpleNamespace(question_ids=[1], answer_ids=[2], answers=()),
+        SimpleNamespace(question_ids=[1], answer_ids=[2], answers=(), max_new_tokens=None),
         # Eight tokens follow, 16 seconds; then the answer of 3 tokens and 8 more are decoded.
-        SimpleNamespace(question_ids=[1] * 5, answer_ids=[2] * 3, answers=("x",)),
+        SimpleNamespace(question_ids=[1] * 5, answer_ids=[2] * 3, answers=("x",), max_new_tokens=None),
     ]
     asking = 10 + 16 + 10 * (3 + 8)
     for blank in (False, True):

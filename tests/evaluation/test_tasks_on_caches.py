@@ -126,7 +126,7 @@ def test_an_output_ends_eight_tokens_behind_the_length_of_the_answer(tiny_llama,
     model = tiny_llama(eos_token_id=None)
     ids = oracles.random_prompt(60)
     record = record_prefill(model, ids)
-    prompt = SimpleNamespace(question_ids=asked, answer_ids=[1, 2, 3])
+    prompt = SimpleNamespace(question_ids=asked, answer_ids=[1, 2, 3], max_new_tokens=None)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0)
     said = _decode(record, tokenizer, prompt, record.build_cache(compression_ratio=1.0))
     given = torch.cat([ids, torch.tensor([asked], dtype=torch.long)], dim=1)

@@ -122,7 +122,12 @@ class SweepConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain JSON types."""
-        return asdict(self)
+        record = asdict(self)
+        for task in record["tasks"]:
+            # Folders written before other sources existed name none.
+            if task["source"] == BUILT_IN:
+                del task["source"]
+        return record
 
 
 def read_sweep_config(path: str | Path) -> SweepConfig:
