@@ -39,11 +39,57 @@ CORE_SELECTORS = {"snapkv", "h2o", "streaming_llm", "expected_attention", "criti
 MANY_MODELS, ALL_MODELS = {"cache", "analysis", "budget"}, {"test_cache.py"}
 #: Ways to run a family that `make test` leaves to `make test-all`, where the family is run in other ways already.
 LATER_WAYS = {"chunked", "second turn"}
+#: Tests of five seconds and more, of which `make test` keeps one of a kind: programs of `experiments/`, the embedded
+#: model in further ways, and whatever starts other processes.
+LATER_TESTS = {
+    "test_ablation.py": {
+        "test_budgets_by_rank_lose_less_than_uniform_ones_at_a_tenth", "test_every_cell_is_there_once",
+        "test_what_a_killed_run_left_is_kept",
+    },
+    "test_method_quality.py": {
+        "test_every_cell_is_there_once_and_one_row_is_what_compress_says", "test_a_killed_run_goes_on",
+    },
+    "test_generation_ways.py": {"test_compiled_forward"},
+    "test_loading.py": {
+        "test_embedded_logits_equal_those_of_its_gguf", "test_second_process_waits_for_the_first",
+        "test_two_processes_convert_at_the_same_time",
+    },
+    "test_processes.py": {
+        "test_launched_processes_measure_the_same_profile", "test_launched_processes_find_the_same_numbers",
+        "test_every_prompt_is_analyzed_by_itself", "test_results_that_fit_no_split_are_refused_everywhere",
+    },
+    "test_needle_grid.py": {"test_every_cell_is_there_once"},
+    "test_ray.py": {"test_what_a_killed_worker_had_is_measured_by_another"},
+    "test_embedded_ways.py": {
+        "test_rows_of_a_batch_equal_the_rows_alone", "test_beams", "test_assisted_by_itself",
+        "test_a_chat_of_three_turns",
+    },
+    "test_embedded.py": {"test_rows_of_a_padded_batch", "test_decoding_equals_the_masked_full_cache"},
+    "test_tensor_parallel.py": {"test_two_processes_decide_as_one"},
+    "test_sweep.py": {
+        "test_a_sweep_that_is_killed_goes_on_where_it_was", "test_a_job_of_a_cluster_runs_the_sweep",
+    },
+    "test_experiment.py": {
+        "test_mean_and_deviation_follow_from_the_samples", "test_bad_input_is_one_sentence_and_exit_code_2",
+    },
+    "test_tasks_on_caches.py": {"test_full_cache_finds_what_a_blank_haystack_does_not_hold"},
+    "test_forced_needle.py": {"test_full_cache_finds_what_a_blank_haystack_does_not_hold"},
+    "test_tasks.py": {"test_continuations_share_no_token_and_are_not_in_the_blank_context"},
+    "test_demo.py": {"test_three_caches_spend_what_they_say"},
+    "test_benchmark_files.py": {"test_the_score_is_that_of_plain_generate"},
+    "test_quantized.py": {"test_eviction_and_int8_take_the_bytes_of_eviction_alone"},
+    "test_explain.py": {"test_a_terminal_gets_colours"},
+}  # fmt: skip
 
 
 def is_long_tail(item: pytest.Item) -> bool:
     """Tell whether a test repeats a law for one more selector, model, backend or way."""
     folder, name = item.path.parent.name, item.path.name
+    if getattr(item, "originalname", None) in LATER_TESTS.get(name, ()):
+        return True
+    if name == "test_readme.py" and item.name.endswith("[README.zh-CN.md]"):
+        # The same programs as in README.md.
+        return "test_snippets" in item.name
     callspec = getattr(item, "callspec", None)
     if callspec is None or folder in ("selection", "parity"):
         return False
