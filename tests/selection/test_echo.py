@@ -274,3 +274,17 @@ def test_a_model_that_cannot_turn_says_so_and_works(ids):
     cache = compress(model, ids)
     assert cache.selector.name == "snapkv"
     assert "selector 'echo', but how GPT2LMHeadModel applies positions is not known" in cache.summary()
+
+
+def test_a_model_that_cannot_be_probed_still_compresses(ids):
+    class WantsMore(LlamaForCausalLM):
+        def forward(self, input_ids, logits_to_keep=None, position_ids=None, **kwargs):
+            if logits_to_keep is None:
+                raise ValueError("this model wants logits_to_keep")
+            kwargs |= {"logits_to_keep": logits_to_keep, "position_ids": position_ids}
+            return super().forward(input_ids, **kwargs)
+
+    torch.manual_seed(5)
+    cache = compress(WantsMore(LlamaConfig(**SIZES)).eval(), ids)
+    assert cache.selector.name == "snapkv"
+    assert "could not be probed with six tokens (ValueError)" in cache.summary()
