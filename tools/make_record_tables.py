@@ -42,6 +42,9 @@ COMMANDS = {
     "method_quality": "experiments/method_quality.py --part 0.6 1.0 --samples 3",
     "unproven": "experiments/cache_options.py --part 0.6 1.0 --samples 5 --seed 21 --ratios 0.1 0.2 0.3 --setting ...",
     "unproven/storage": "experiments/storage_comparison.py --part 0.6 1.0 --samples 2 --seed 22 --steps 16",
+    "asked_later": "experiments/asked_later.py --part 0.6 1.0 --seed 7 --samples 4 --methods ...",
+    "asked_later_qwen": "experiments/asked_later.py --model Qwen2.5-Coder-0.5B-Instruct --part 0.6 1.0 --seed 7 "
+    "--samples 1 --ratios 0.0625 0.125 --methods ...",
     "sweep": "rankkv sweep experiments/sweep.yaml",
     "demo.json": "rankkv demo",
     "bench.json": "make bench, bench-compiled; python -m benchmarks.heads; python -m benchmarks.calibration --pieces 1",
@@ -188,6 +191,13 @@ def make_storages() -> str:
     return text[text.index("| cache |") :].strip()
 
 
+def make_asked_later(folder: str) -> str:
+    """Return the tables of questions that come after the compression, as the record's summary has them."""
+    summary = (RESULTS / folder / "summary.md").read_text(encoding="utf-8")
+    # One level lower than the headings of the page.
+    return "\n" + summary.strip().replace("### ", "#### ") + "\n"
+
+
 def make_demo() -> str:
     """Make the table of the recorded demo."""
     rows = []
@@ -317,6 +327,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "shares-of-uniform": make_shares_of_uniform,
         "storages": make_storages,
         "demo": make_demo,
+        "asked-later": lambda: make_asked_later("asked_later"),
+        "asked-later-qwen": lambda: make_asked_later("asked_later_qwen"),
         "origins": make_origins,
     },
     "docs/performance.md": {
