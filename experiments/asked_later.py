@@ -106,7 +106,7 @@ def build_cells(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
 
 
-def score_answer(model: Any, cache: Any, prompt: Any, first_logits: Any = None) -> tuple[float, bool]:
+def score_answer(model: Any, cache: Any, prompt: Any) -> tuple[float, bool]:
     """Return the mean loss of an answer's tokens after the cache, and True if each is the most likely one."""
     import torch
 
@@ -125,8 +125,6 @@ def score_answer(model: Any, cache: Any, prompt: Any, first_logits: Any = None) 
 def score_context(
     model: Any,
     tokenizer: Any,
-    kind: str,
-    index: int,
     ids: Any,
     samples: dict[str, Sequence[Any]],
     arguments: argparse.Namespace,
@@ -246,7 +244,7 @@ def run(arguments: argparse.Namespace) -> str:
             )
             for task in arguments.tasks
         }
-        rows = score_context(model, tokenizer, kind, index, ids, samples, arguments)
+        rows = score_context(model, tokenizer, ids, samples, arguments)
         store.write(unit, [{"kind": kind, "text": unit, "first_token": start, **row} for row in rows])
     return finish(store, arguments, summarize, lambda rows, folder: None)
 
