@@ -46,6 +46,7 @@ COMMANDS = {
     "asked_later_qwen": "experiments/asked_later.py --model Qwen2.5-Coder-0.5B-Instruct --part 0.6 1.0 --seed 7 "
     "--samples 1 --ratios 0.0625 0.125 --methods ...",
     "sweep": "rankkv sweep experiments/sweep.yaml",
+    "prefill_price.json": "OMP_NUM_THREADS=1 python -m benchmarks.prefill_price --repeats 4",
     "demo.json": "rankkv demo",
     "bench.json": "make bench, bench-compiled; python -m benchmarks.heads; python -m benchmarks.calibration --pieces 1",
     "quality_speed.json": "make bench-quality",
