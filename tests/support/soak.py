@@ -21,10 +21,11 @@ import torch
 from rankkv import RankKVCache
 from rankkv.budget_allocation import STRATEGIES
 from rankkv.cache.head_budget_layer import HeadBudgetLayer
-from rankkv.config import FLOOR_TOKENS
+from rankkv.config import FLOOR_TOKENS, GLOBAL_FLOOR_TOKENS
 from rankkv.errors import UnsupportedModelError
 from rankkv.models.compat import cache_argument
 from rankkv.rank.aggregation import AGGREGATIONS
+from rankkv.selection import get_selector
 
 #: Options with which a family may refuse by name: what they need is not there in every model.
 _MAY_BE_REFUSED = (
@@ -32,6 +33,8 @@ _MAY_BE_REFUSED = (
     ("prefill", "chunked"),
     ("decode", "periodic"),
     ("decode", "bounded"),
+    # Echo turns queries: a model without rotary embedding is refused.
+    ("selector", "echo"),
 )
 
 
@@ -99,6 +102,9 @@ def draw_call(number: int, seed: int) -> Call:
         "min_budget": draw.choice((None, None, 1, 7)),
         "protect": draw.choice((None, None, [(2, 9)], [(0, 3), (30, 41)])),
     }
+    if options["strategy"] == "global" and not get_selector(options["selector"]).comparable:
+        # Refused by name before anything runs; another test says so.
+        options["strategy"] = "uniform"
     chunk = None
     if prefill != "single":
         # A last chunk of one token cannot be told from a decode step.
@@ -137,7 +143,15 @@ def _expected_total(call: Call, length: int, layers: int) -> int:
     options = call.options
     total = round(options["compression_ratio"] * length * layers)
     bounded = options["decode"] == "bounded"
-    floor = options["min_budget"] or max(FLOOR_TOKENS, total // layers // 2)
+    by_scores = options["strategy"] == "global" or (
+        options["strategy"] is None and get_selector(options["selector"]).strategy == "global"
+    )
+    usual = (
+        max(GLOBAL_FLOOR_TOKENS, int(0.2 * total / layers))
+        if by_scores
+        else max(FLOOR_TOKENS, total // layers // 2)
+    )
+    floor = options["min_budget"] or usual
     spanned = len({i for start, stop in options["protect"] or () for i in range(start, min(stop, length))})
     floor = max(floor, spanned + FLOOR_TOKENS) if spanned else floor
     if bounded:
