@@ -26,20 +26,26 @@ from rankkv.evaluation.sweep.config import NAMED_ALLOCATIONS
 from rankkv.utils.files import write_text_atomically
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Loss of a continuation from a compressed context, for every strategy, selector and ratio.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def add_text_arguments(parser: argparse.ArgumentParser, *, samples: int, continuation: int) -> None:
+    """Add the arguments that choose the model and cut contexts from texts, with these defaults."""
     add = parser.add_argument
     add("--model", default="embedded", help="hub id, local folder, GGUF file, or embedded")
     add("--texts", action="append", metavar="NAME=PATH", help="a kind of text; default: python-docs")
     add(
         "--part", type=float, nargs=2, default=(0.0, 1.0), help="part of each file that contexts are cut from"
     )
-    add("--samples", type=int, default=20, help="contexts of each kind")
+    add("--samples", type=int, default=samples, help="contexts of each kind")
     add("--context", type=int, default=1024, help="tokens of a context")
-    add("--continuation", type=int, default=256, help="tokens that follow it and are scored")
+    add("--continuation", type=int, default=continuation, help="tokens that follow it and are scored")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Loss of a continuation from a compressed context, for every strategy, selector and ratio.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add_text_arguments(parser, samples=20, continuation=256)
     add("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="fractions of the cache kept")
     add("--selectors", nargs="+", default=["snapkv"], help="token selection methods")
     add(

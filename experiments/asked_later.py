@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from allocation_ablation import cut_contexts, describe, finish, main, read_texts
+from allocation_ablation import add_text_arguments, cut_contexts, describe, finish, main, read_texts
 from tqdm import tqdm
 
 from rankkv.errors import ConfigError
@@ -60,14 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default="embedded", help="hub id, local folder, GGUF file, or embedded")
-    add("--texts", action="append", metavar="NAME=PATH", help="a kind of text; default: python-docs")
-    add(
-        "--part", type=float, nargs=2, default=(0.0, 1.0), help="part of each file that contexts are cut from"
-    )
-    add("--samples", type=int, default=4, help="contexts of each kind")
-    add("--context", type=int, default=1024, help="tokens of a context")
-    add("--continuation", type=int, default=128, help="tokens that follow it and are scored")
+    add_text_arguments(parser, samples=4, continuation=128)
     add("--ratios", type=float, nargs="+", default=[0.0625, 0.125, 0.25], help="fractions of the cache kept")
     add(
         "--methods",

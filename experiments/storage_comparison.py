@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from allocation_ablation import cut_contexts, describe, finish, main, read_texts
+from allocation_ablation import add_text_arguments, cut_contexts, describe, finish, main, read_texts
 from tqdm import tqdm
 
 from rankkv.errors import ConfigError
@@ -48,15 +48,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default="embedded", help="hub id, local folder, GGUF file, or embedded")
+    add_text_arguments(parser, samples=2, continuation=256)
     add("--dtype", default=None, help="dtype of the weights; default: that of load_model")
-    add("--texts", action="append", metavar="NAME=PATH", help="a kind of text; default: python-docs")
-    add(
-        "--part", type=float, nargs=2, default=(0.0, 1.0), help="part of each file that contexts are cut from"
-    )
-    add("--samples", type=int, default=2, help="contexts of each kind")
-    add("--context", type=int, default=1024, help="tokens of a context")
-    add("--continuation", type=int, default=256, help="tokens that follow it and are scored")
     add("--ratio", type=float, default=0.3, help="fraction of the cache that RankKV keeps")
     add("--steps", type=int, default=24, help="timed decode steps of each cache and context; 0: none")
     add("--seed", type=int, default=0, help="of the starts of the contexts and of the bootstrap")

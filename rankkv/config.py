@@ -30,10 +30,15 @@ PROFILED_STRATEGY = "blend"
 #: Meaning of the selector "auto": the method that fits when the question comes.
 AUTO_SELECTOR = "auto"
 
+#: Message if an option would be ignored.
+BOTH_GIVEN = "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
+
 #: Fewest tokens per layer unless `min_budget` is given.
 FLOOR_TOKENS = 16
-#: Fewest tokens per head with strategy ``"global"``: 16 newest tokens and 4 sinks.
-GLOBAL_FLOOR_TOKENS = 20
+#: Newest tokens that strategy ``"global"`` protects in every head.
+GLOBAL_RECENT_TOKENS = 16
+#: Fewest tokens per head with strategy ``"global"``: its newest tokens and 4 sinks.
+GLOBAL_FLOOR_TOKENS = GLOBAL_RECENT_TOKENS + 4
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,27 @@ class RankKVConfig:
         if isinstance(self.profile, RankProfile):
             record["profile"] = self.profile.to_dict()
         return record
+
+
+def join_options(options: Mapping[str, Any]) -> RankKVConfig:
+    """Return the config that is given as ``config``, or the one of single options.
+
+    Raises
+    ------
+    ConfigError
+        If both are given, or ``config`` is something else.
+
+    Examples
+    --------
+    >>> join_options({"config": RankKVConfig(0.2)}) == join_options({"compression_ratio": 0.2})
+    True
+    """
+    config = options.get("config")
+    if config is None:
+        return RankKVConfig(**{name: value for name, value in options.items() if name != "config"})
+    if len(options) > 1 or not isinstance(config, RankKVConfig):
+        raise ConfigError(BOTH_GIVEN)
+    return config
 
 
 def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:

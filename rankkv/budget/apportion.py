@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,8 @@ IntArray = NDArray[np.int64]
 _SNAP = 1e-9
 # Much smaller weights are filled in a later round: bound / weight would overflow beside the largest weight.
 _LEVEL = 1e-200
+# Tokens that rounding may leave unallocated.
+_LEFT = 1e-6
 
 
 def _sum(values: FloatArray) -> float:
@@ -258,6 +261,40 @@ def allocate_integers(
     result: IntArray = floors.astype(np.int64)
     result[order[:missing]] += 1
     return result
+
+
+def spread_shares(shares: FloatArray, left: float, upper: FloatArray) -> FloatArray:
+    """Spread what is left evenly over the shares that lie below their upper bounds.
+
+    Examples
+    --------
+    >>> spread_shares(np.array([1.0, 4.0]), 3.0, np.array([2.0, 9.0])).tolist()
+    [2.0, 6.0]
+    """
+    while left > _LEFT and (shares < upper).any():
+        waiting = shares < upper
+        more = np.minimum(np.where(waiting, left / waiting.sum(), 0.0), upper - shares)
+        shares, left = shares + more, left - float(more.sum())
+    return shares
+
+
+def spread_tokens(counts: IntArray, left: int, upper: Sequence[int]) -> IntArray:
+    """Spread whole tokens evenly over the counts that lie below their upper bounds; earlier ones come first.
+
+    Examples
+    --------
+    >>> spread_tokens(np.array([1, 4]), 3, [2, 9]).tolist()
+    [2, 6]
+    """
+    counts = counts.copy()
+    while left > 0:
+        waiting = [index for index, bound in enumerate(upper) if counts[index] < bound]
+        step = max(1, left // len(waiting))
+        for index in waiting[:left]:
+            taken = min(step, left, upper[index] - int(counts[index]))
+            counts[index] += taken
+            left -= taken
+    return counts
 
 
 def check_integer(name: str, value: object, minimum: int) -> int:

@@ -13,14 +13,19 @@ from numpy.typing import ArrayLike
 
 from ..errors import ProfileError
 from ..profile.record import RankProfile
-from .apportion import FloatArray, IntArray, allocate_integers, allocate_shares
+from .apportion import (
+    FloatArray,
+    IntArray,
+    allocate_integers,
+    allocate_shares,
+    spread_shares,
+    spread_tokens,
+)
 from .calibrated import SENSITIVITY_FLOOR
 from .distortion import compute_hull, fit_error_curve
 
 # Below 1, because sensitivities measured on a few texts spread more than the true ones.
 _EXPONENT = 0.75
-# Tokens that rounding may leave unallocated.
-_EPSILON = 1e-6
 
 
 class HeadSplit(Protocol):
@@ -214,14 +219,7 @@ class HeadCurves:
             result[head] += taken
             left -= taken
         # Tokens beyond the curves are spread evenly, for example when a layer outgrows the prompt while decoding.
-        while left > 0:
-            waiting = [head for head in range(self.heads) if result[head] < room[head]]
-            step = max(1, left // len(waiting))
-            for head in waiting[:left]:
-                taken = min(step, left, room[head] - int(result[head]))
-                result[head] += taken
-                left -= taken
-        return result
+        return spread_tokens(result, left, room)
 
 
 def fit_head_curves(
@@ -317,8 +315,4 @@ def allocate_by_head_curves(
     taken = np.clip(left - (np.cumsum(width) - width), 0.0, width)
     result = low + np.bincount(owner, weights=taken, minlength=len(low))
     left -= float(taken.sum())
-    while left > _EPSILON and (result < high).any():
-        waiting = result < high
-        more = np.minimum(np.where(waiting, left / waiting.sum(), 0.0), high - result)
-        result, left = result + more, left - float(more.sum())
-    return result
+    return spread_shares(result, left, high)

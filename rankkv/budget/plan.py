@@ -9,11 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from ..config import FLOOR_TOKENS, GLOBAL_FLOOR_TOKENS, PROFILE_USERS, RankKVConfig, count_spanned
+from ..config import (
+    FLOOR_TOKENS,
+    GLOBAL_FLOOR_TOKENS,
+    GLOBAL_RECENT_TOKENS,
+    PROFILE_USERS,
+    RankKVConfig,
+    count_spanned,
+)
 from ..errors import BudgetError, ProfileError
 from ..limits import Limits
 from ..profile.record import RankProfile
-from .apportion import allocate_integers, allocate_shares, ceil_shares
+from .apportion import allocate_integers, allocate_shares, ceil_shares, spread_shares
 from .calibrated import compute_curve
 from .distortion import allocate_by_distortion
 from .heads import (
@@ -113,7 +120,8 @@ class BudgetPlan:
             minimum = config.min_budget
         elif self.reads_scores:
             # One top-k decides, so a layer's floor is that of its heads: sinks, newest tokens, a share of the average.
-            minimum = max(GLOBAL_FLOOR_TOKENS, int(config.head_floor * total / count))
+            protected = GLOBAL_RECENT_TOKENS + config.sink_size
+            minimum = max(GLOBAL_FLOOR_TOKENS, protected, int(config.head_floor * total / count))
         else:
             minimum = max(FLOOR_TOKENS, total // count // 2)
         #: Tokens in spans that the options protect.
@@ -346,13 +354,8 @@ class BudgetPlan:
         left = max(0.0, float(self.total_budget - reserved.sum()))
         self._pool.share(left)
         result = low + self._pool.count(count)
-        left -= float((result - low).sum())
         # Beyond all scores, the rest is spread evenly.
-        while left > 1e-6 and (result < high).any():
-            waiting = result < high
-            more = np.minimum(np.where(waiting, left / waiting.sum(), 0.0), high - result)
-            result, left = result + more, left - float(more.sum())
-        return result
+        return spread_shares(result, left - float((result - low).sum()), high)
 
     def _allocate_by_distortion(self, profile: RankProfile, count: int) -> np.ndarray:
         known = self._allocated.get(count)

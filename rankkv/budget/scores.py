@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .apportion import FloatArray, IntArray
+from .apportion import FloatArray, IntArray, spread_tokens
 from .heads import HeadCurves
 
 
@@ -83,12 +83,7 @@ class HeadScores:
         taken = np.minimum(np.bincount(owners, minlength=self.heads), high - result)
         result, left = result + taken, left - int(taken.sum())
         # Tokens beyond the scores are spread evenly, such as when a layer outgrows the prompt while decoding.
-        while left > 0:
-            waiting = np.flatnonzero(result < high)[:left]
-            more = np.minimum(max(1, left // len(waiting)), high[waiting] - result[waiting])
-            result[waiting] += more
-            left -= int(more.sum())
-        return result
+        return spread_tokens(result, left, room)
 
     def settle(self, budget: int) -> HeadCurves:
         """Return the split of this one budget in a form that needs no scores.

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
-from ..config import AUTO_SELECTOR, RankKVConfig
+from ..config import AUTO_SELECTOR, BOTH_GIVEN, RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, RankKVError, UnsupportedModelError
 from ..models.compat import announces_linear_states, check_transformers, drop_linear_states, warn_if_dropped
 from ..models.placement import find_layer_devices
@@ -34,7 +34,7 @@ from .owner import Owner
 from .progress import Progress
 from .replay import Replay, ReplayPlan, check_replay
 from .report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
-from .resolve import check_methods, resolve_options
+from .resolve import change_before_compression, check_methods, resolve_options
 from .schedule import CompressionSchedule
 
 
@@ -113,9 +113,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         # The first statement: the arguments are the only local variables yet.
         given = RankKVConfig(**_pick_options(locals()))
         if config is not None and given != RankKVConfig(selector="snapkv"):
-            raise ConfigError(
-                "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
-            )
+            raise ConfigError(BOTH_GIVEN)
         config = config or given
         check_transformers()
         hook.check_observable(model)
@@ -332,11 +330,13 @@ class RankKVCache(AttentionObserver, DynamicCache):
         Parameters
         ----------
         **options
-            Options of :class:`~rankkv.RankKVConfig` that are read at compression: budgets, strategy, scope,
-            aggregation, profile.
+            Options of :class:`~rankkv.RankKVConfig` that are read at compression, those of
+            :data:`rankkv.cache.resolve.READ_AT_COMPRESSION`.
 
         Raises
         ------
+        ConfigError
+            If an option was read earlier, or strategy ``"global"`` cannot compare the selector's scores.
         CacheStateError
             If the prompt is already compressed: build the cache with ``prefill="chunked"`` and do not finish it.
         """
@@ -345,8 +345,9 @@ class RankKVCache(AttentionObserver, DynamicCache):
                 "the prompt of this cache is already compressed, so other options come too late: build the cache with "
                 "prefill='chunked' and copy it before finish()."
             )
+        config = change_before_compression(self.config, self.selector, options)
         copied = self.copy()
-        copied._schedule.compressor.config = replace(self.config, **options)
+        copied._schedule.compressor.config = config
         return copied
 
     def take_prefill(

@@ -16,6 +16,7 @@ from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments
 from ..rank.measures import compute_measures
 from ..selection import GLOBAL_PROTECTION, Selector, raise_protected
+from ..selection.scoring import has_output_projection
 from .layer import RankKVLayer
 
 # Slots held above the budget during a prefill, as a fraction of (total budget + one layer).
@@ -82,7 +83,19 @@ class Compressor:
         scores = self.selector.refine(lasting, observation)
         layer.begin_compression(scores, observation, lasting)
         self.carry_queries(layer, observation)
+        self._note_projection(observation)
         return self._measure_and_shrink(layers, observation, scores)
+
+    def _note_projection(self, observation: Observation) -> None:
+        """Note it in the plans if the selector wants an output projection that is not found."""
+        if not self.selector.projects or has_output_projection(observation):
+            return
+        note = (
+            f"  the output projection of layer {observation.layer_idx} is not found: selector {self.selector.name!r} "
+            "weighs its values by their own norms"
+        )
+        for plan in self._open:
+            plan.notes.append(note)
 
     def _check_order(self, layer_idx: int) -> None:
         """Raise if a layer of this round was skipped: its attention never reached the cache."""

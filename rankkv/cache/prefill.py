@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AUTO_SELECTOR, RankKVConfig
+from ..config import AUTO_SELECTOR, RankKVConfig, join_options
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..models.compat import accepts_argument, cache_argument
 from ..models.placement import find_input_device
@@ -77,12 +77,7 @@ def compress(
     for name in model_inputs:
         if not accepts_argument(model, name):
             raise UnknownNameError.of("option", name, names)
-    config = options.pop("config", None)
-    if config is not None and options:
-        raise ConfigError(
-            "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
-        )
-    config, remarks = choose_for_questions(config or RankKVConfig(**options), model)
+    config, remarks = choose_for_questions(join_options(options), model)
     cache = build_cache(model, input_ids, tokenizer, model_inputs, config=config)
     cache.remarks += remarks
     run_prefill(model, cache, input_ids, attention_mask, model_inputs)

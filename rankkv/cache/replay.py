@@ -87,7 +87,7 @@ class ReplayPrompt:
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """What a cache needs to know of its prompt before the prefill, to replay it afterwards.
+    """Hold a prompt and the ids around its repeated parts, from before the prefill until the replay.
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -172,6 +173,23 @@ def resolve_global(config: RankKVConfig, selector: Selector, can_spread: bool) -
         config = replace(config, strategy=selector.strategy, profile=None)
     if config.strategy is None or not get_strategy(config.strategy).by_scores:
         return config
+    check_global(config, selector)
+    if config.head_budgets == "auto":
+        keeps_all = config.compression_ratio == 1.0 and config.budget is None
+        return replace(config, head_budgets="adaptive" if can_spread and not keeps_all else None)
+    return config
+
+
+def check_global(config: RankKVConfig, selector: Selector) -> None:
+    """Check that the scores of a selector compare as the strategy needs it.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`resolve_global`.
+    """
+    if not get_strategy(config.resolve_strategy()[0]).by_scores:
+        return
     if not selector.comparable:
         raise ConfigError(
             f"strategy={config.strategy!r} compares scores over all heads and layers, but those of selector "
@@ -183,10 +201,40 @@ def resolve_global(config: RankKVConfig, selector: Selector, can_spread: bool) -
             f"recent_fraction={selector.recent_fraction} of selector {selector.name!r} depends on a head's budget, but "
             f"strategy={config.strategy!r} protects the same newest tokens in all heads: leave one of them out."
         )
-    if config.head_budgets == "auto":
-        keeps_all = config.compression_ratio == 1.0 and config.budget is None
-        return replace(config, head_budgets="adaptive" if can_spread and not keeps_all else None)
-    return config
+
+
+#: Options that a prefill does not read, so that they may change before the compression.
+READ_AT_COMPRESSION = (
+    "compression_ratio", "budget", "min_budget", "strategy", "strategy_options", "scope", "aggregation", "profile",
+    "head_budgets", "head_floor", "protect",
+)  # fmt: skip
+
+
+def change_before_compression(
+    config: RankKVConfig, selector: Selector, changes: Mapping[str, Any]
+) -> RankKVConfig:
+    """Return the options of a prefill with some changed that it did not read.
+
+    Raises
+    ------
+    ConfigError
+        If one was read, or strategy ``"global"`` cannot compare the selector's scores.
+    """
+    late = sorted(set(changes) - set(READ_AT_COMPRESSION))
+    if late:
+        raise ConfigError(
+            f"{late[0]} is read during the prefill, which is over: build a new cache with it, or change one of: "
+            f"{', '.join(READ_AT_COMPRESSION)}."
+        )
+    changed = replace(config, **changes)
+    if (changed.head_budgets is None) != (config.head_budgets is None):
+        raise ConfigError(
+            f"head_budgets={changed.head_budgets!r} needs other cache layers than head_budgets="
+            f"{config.head_budgets!r}: build a new cache with it."
+        )
+    check_methods(changed)
+    check_global(changed, selector)
+    return changed
 
 
 def resolve_profile(

@@ -15,7 +15,7 @@ from ..cache.cache import RankKVCache
 from ..cache.prefill import build_cache, check_input_ids, run_prefill
 from ..cache.replay import ReplayPlan, ReplayPrompt, replay_prompt
 from ..cache.resolve import choose_for_questions
-from ..config import RankKVConfig
+from ..config import join_options
 from ..errors import ConfigError
 from ..models.placement import find_input_device
 from ..observe import hook
@@ -166,8 +166,7 @@ class PrefillRecord:
         ConfigError
             If ``prefill`` is not "single": a record holds one whole prefill.
         """
-        config = options["config"] if set(options) == {"config"} else RankKVConfig(**options)
-        config, remarks = choose_for_questions(config, self.model)
+        config, remarks = choose_for_questions(join_options(options), self.model)
         cache = build_cache(self.model, self.input_ids, self.tokenizer, config=config)
         cache.remarks += remarks
         config = cache.config

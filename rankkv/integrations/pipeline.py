@@ -15,7 +15,7 @@ from transformers.pipelines.base import Pipeline
 
 from ..cache.cache import RankKVCache
 from ..cache.prefill import build_cache, compress
-from ..config import RankKVConfig, complete_options
+from ..config import RankKVConfig, complete_options, join_options
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..models.compat import cache_argument
 from ..models.prompts import split_prompt
@@ -119,14 +119,11 @@ class RankKVTextGenerationPipeline(Pipeline):
         built_with = getattr(self, "_forward_params", {})
         cache_options = {name: value for name, value in given.items() if name in _CACHE_OPTIONS}
         if cache_options:
-            config = built_with.get("config", RankKVConfig())
             if "config" in cache_options:
-                config = cache_options.pop("config")
-                if cache_options or not isinstance(config, RankKVConfig):
-                    raise ConfigError(
-                        "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
-                    )
-            forward["config"] = replace(config, **complete_options(cache_options))
+                forward["config"] = join_options(cache_options)
+            else:
+                own = built_with.get("config", RankKVConfig())
+                forward["config"] = replace(own, **complete_options(cache_options))
         generate_options = {
             name: value for name, value in given.items() if name in _GENERATE_OPTIONS - _OWN_OPTIONS
         }

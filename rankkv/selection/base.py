@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import GLOBAL_RECENT_TOKENS
 from ..errors import ConfigError
 from ..observe.observation import Observation
 
@@ -17,8 +18,6 @@ from ..observe.observation import Observation
 REPLAY = "a replay of the prompt"
 #: Values of :attr:`Selector.needs`: inputs that a method may read.
 NEEDS = ("window attention", "whole attention", "queries", "keys only", "keys and values", REPLAY, "nothing")
-#: Newest tokens that strategy ``"global"`` protects in every head.
-GLOBAL_RECENT = 16
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,9 @@ class Selector:
         True if the method reads every query of the prompt, so that a prompt in chunks must keep its queries.
     comparable : bool
         True if scores compare over the heads and layers of a model, which strategy ``"global"`` needs.
+    projection_option : str, optional
+        Option without which the method does not read the layer's output projection, empty if it always does; None if it
+        never does.
     strategy : str, optional
         Budget strategy that ``strategy=None`` stands for with this method; None leaves the usual default.
     recent_tokens : int, optional
@@ -84,6 +86,7 @@ class Selector:
     turns: bool = False
     whole_prompt: bool = False
     comparable: bool = False
+    projection_option: str | None = None
     strategy: str | None = None
     recent_tokens: int | None = None
 
@@ -139,6 +142,12 @@ class Selector:
         return f"selector {self.name}: {self.fallback[1]}"
 
     @property
+    def projects(self) -> bool:
+        """True if the method reads the layer's output projection; the cache's summary says where none is found."""
+        option = self.projection_option
+        return option is not None and bool(self.options.get(option, True))
+
+    @property
     def needs_rotation(self) -> bool:
         """True if the method needs to know how the layer turns queries and keys with position."""
         return self.turns or self.past_queries == "unturned"
@@ -165,6 +174,7 @@ class Selector:
         """
         sinks = min(sink_size, budget // 4)
         if self.recent_tokens is not None:
+            sinks = min(sink_size, max(budget // 4, budget - self.recent_tokens))
             return min(self.recent_tokens, window_size, budget - sinks), sinks
         if self.recent_fraction is None:
             return min(window_size, budget // 2), sinks
@@ -272,6 +282,11 @@ class WrappingSelector(Selector):
         )
 
     @property
+    def projects(self) -> bool:
+        """True if the method or its base reads the layer's output projection."""
+        return super().projects or self._base.projects
+
+    @property
     def replay_chunk(self) -> Any:
         """Value of the base's option ``chunk_size``."""
         return self._base.replay_chunk
@@ -297,5 +312,5 @@ class WrappingSelector(Selector):
 # One top-k over all heads needs the same protected tokens in each of them, whatever their budgets.
 #: Counts the protected tokens of strategy ``"global"``; it scores nothing.
 GLOBAL_PROTECTION = Selector(
-    "global", lambda observation: observation.keys, "nothing", "", recent_tokens=GLOBAL_RECENT
+    "global", lambda observation: observation.keys, "nothing", "", recent_tokens=GLOBAL_RECENT_TOKENS
 )

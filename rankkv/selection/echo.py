@@ -132,22 +132,24 @@ def _compute_lookups(observation: Observation, chunk_size: int, gap: int, own_ke
             rows = slice(begin, begin + number * size)
             table = [part[:, :, rows].unflatten(2, (number, size)) for part in (back, keys)[: 1 + own_keys]]
             table.insert(1, sinks[:, :, None].expand(-1, -1, number, -1, -1))
-            found = _look_up(observation, rows, torch.cat(table, dim=-2), size, begin + first == 0)
+            own = columns - size if own_keys else columns
+            found = _look_up(observation, rows, torch.cat(table, dim=-2), own, begin + first == 0)
             lookups[:, :, first + begin : first + rows.stop] = found
     return lookups
 
 
-def _look_up(observation: Observation, rows: slice, table: Tensor, size: int, is_first: bool) -> Tensor:
+def _look_up(observation: Observation, rows: slice, table: Tensor, own: int, is_first: bool) -> Tensor:
     """Compute the largest probability of each key of some chunks, ``[batch, head, key]``.
 
-    ``table`` is ``[batch, kv_head, chunk, column, head_dim]``: the chunk's keys, the sinks, the chunk's own new keys.
+    ``table`` is ``[batch, kv_head, chunk, column, head_dim]``: the chunk's keys, the sinks, and from column ``own`` on
+    the keys that a replay would add.
     """
     batch, key_heads, number, columns, dim = table.shape
+    size = (rows.stop - rows.start) // number
     query = observation.query[:, :, rows].view(batch, key_heads, -1, number, size, dim).transpose(2, 3)
     # A long chunk of many heads is taken in parts, so that a block of logits stays small.
     step = max(16, min(size, observation.count_block_rows(columns) // number))
     most: Tensor | None = None
-    own = columns - size if columns >= 2 * size else columns
     index = torch.arange(size, device=table.device)
     for row in range(0, size, step):
         part = query[..., row : row + step, :]

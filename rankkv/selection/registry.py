@@ -80,6 +80,7 @@ SELECTORS: dict[str, Selector] = {
             turns=True,
             whole_prompt=True,
             comparable=True,
+            projection_option="value_norms",
             strategy="global",
         ),
         Selector(
@@ -103,6 +104,7 @@ SELECTORS: dict[str, Selector] = {
             "arXiv:2502.03805",
             "O(window x keys + hidden x keys)",
             wraps=("window attention", "whole attention", "queries"),
+            projection_option="projection",
         ),
         WrappingSelector.of(_SNAPKV, "chunkkv", refine_chunkkv, "arXiv:2502.00299", "O(window x keys)"),
         Selector(
@@ -121,6 +123,7 @@ SELECTORS: dict[str, Selector] = {
             "arXiv:2601.07891",
             "O(chunk x keys + keys x head_dim)",
             comparable=True,
+            projection_option="",
             strategy="global",
         ),
         Selector("random", score_random, "nothing", "control", "O(keys)", step="rescore"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ConfigError
@@ -111,6 +111,17 @@ def check_integer_option(selector: str, name: str, value: object, least: int) ->
         )
 
 
+def has_output_projection(observation: Observation) -> bool:
+    """Return True if the layer's output projection is found."""
+    return _find_projection(observation) is not None
+
+
+def _find_projection(observation: Observation) -> nn.Module | None:
+    width = observation.query.shape[1] * observation.values.shape[-1]
+    parts = 1 if observation.shards is None else observation.shards.size
+    return find_output_projection(observation.module, width, parts)
+
+
 def compute_output_norms(observation: Observation) -> Tensor:
     """Compute how long each value is in the layer's output, for each query head.
 
@@ -131,7 +142,7 @@ def compute_output_norms(observation: Observation) -> Tensor:
     groups = heads // values.shape[1]
     parts = 1 if observation.shards is None else observation.shards.size
     width = values.shape[-1]
-    found = find_output_projection(observation.module, heads * width, parts)
+    found = _find_projection(observation)
     if found is None:
         norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
         return norms.repeat_interleave(groups, dim=1)

@@ -34,10 +34,10 @@ def ids():
     return torch.randint(3, 96, (1, LENGTH), generator=torch.Generator().manual_seed(4))
 
 
-def take_scores(model, ids, selector):
+def take_scores(model, ids, selector, sinks=4):
     """Return every layer's scores, ``[layer, head, token]``, as a cache computes them."""
     taken = []
-    cache = RankKVCache(model, selector=selector, strategy="global", compression_ratio=0.4)
+    cache = RankKVCache(model, selector=selector, strategy="global", compression_ratio=0.4, sink_size=sinks)
     compressor = cache._schedule.compressor
     compute = compressor._compute_lasting_scores
     compressor._compute_lasting_scores = lambda *given: taken.append(compute(*given)) or taken[-1]
@@ -46,12 +46,12 @@ def take_scores(model, ids, selector):
     return torch.stack([scores[0] for scores in taken])
 
 
-def keep_globally(scores, average):
+def keep_globally(scores, average, sinks=4):
     """Keep the floor of each head, then the best of all: the rule, written without budgets or a cascade."""
     layers, heads, tokens = scores.shape
     scores = scores.clone()
-    scores[..., :4] = scores[..., tokens - 16 :] = float("inf")
-    floor = max(FLOOR, int(0.2 * average))
+    scores[..., :sinks] = scores[..., tokens - 16 :] = float("inf")
+    floor = max(FLOOR, 16 + sinks, int(0.2 * average))
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept.scatter_(-1, scores.topk(floor, dim=-1).indices, True)
     rest = average * layers * heads - int(kept.sum())
@@ -61,11 +61,12 @@ def keep_globally(scores, average):
 
 
 @pytest.mark.parametrize("selector", ["echo", "snapkv", "h2o", "expected_attention"])
-@pytest.mark.parametrize("average", [24, 40, 75])
-def test_the_best_of_all_heads_and_layers_stay(model, ids, selector, average):
-    cache = oracles.prefill(model, ids, selector=selector, strategy="global", budget=average)
+@pytest.mark.parametrize(("average", "sinks"), [(24, 4), (40, 4), (40, 9), (75, 0)])
+def test_the_best_of_all_heads_and_layers_stay(model, ids, selector, average, sinks):
+    options = {"selector": selector, "strategy": "global", "budget": average, "sink_size": sinks}
+    cache = oracles.prefill(model, ids, **options)
     assert sum(cache.budgets) == average * 4
-    expected = keep_globally(take_scores(model, ids, selector), average)
+    expected = keep_globally(take_scores(model, ids, selector, sinks), average, sinks)
     different = 0
     for layer, rows in enumerate(oracles.kept_tokens(cache)):
         for head, tokens in enumerate(rows[0]):
@@ -140,3 +141,17 @@ def test_a_later_layer_only_takes_places_away(layers, places):
         assert counts.sum() <= places + 1e-6
         assert (counts[:place] <= before + 1e-9).all()
         before = counts
+
+
+def test_a_prefill_takes_only_options_that_it_has_not_read(model, ids):
+    """What comes too late would be said by the summary and not be done."""
+    cache = RankKVCache(model, 0.4, selector="knorm", strategy="uniform", prefill="chunked")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert cache.copy_with(strategy="inverse", compression_ratio=0.5).finish().config.strategy == "inverse"
+    with pytest.raises(ConfigError, match="only order the tokens of one head"):
+        cache.copy_with(strategy="global")
+    with pytest.raises(ConfigError, match="selector is read during the prefill"):
+        cache.copy_with(selector="h2o")
+    with pytest.raises(ConfigError, match="needs other cache layers"):
+        cache.copy_with(head_budgets="adaptive")

@@ -60,7 +60,7 @@ def rotate(model, query, key, start):
     return apply_rotary_pos_emb(query, key, cos, sin)
 
 
-def replay_scores(model, inputs, chunk_size, gap, sinks=4):
+def replay_scores(model, inputs, chunk_size, gap, own_keys=True, sinks=4):
     """Score by queries and keys that the model's own rotary embedding places behind the prompt: nothing is turned."""
     query, key, value, module = inputs
     tokens = query.shape[-2]
@@ -74,7 +74,8 @@ def replay_scores(model, inputs, chunk_size, gap, sinks=4):
             weight = module.o_proj.weight[:, head * module.head_dim : (head + 1) * module.head_dim]
             most = torch.zeros(stop - start)
             for row in range(start, stop):
-                columns = [cached[0, own, start:stop], later_key[0, own, start : row + 1]]
+                columns = [cached[0, own, start:stop]]
+                columns += [later_key[0, own, start : row + 1]] if own_keys else []
                 columns += [cached[0, own, :sinks]] if start else []
                 logits = torch.cat(columns) @ later_query[0, head, row] * module.head_dim**-0.5
                 most = torch.maximum(most, logits.softmax(-1)[: stop - start])
@@ -83,12 +84,13 @@ def replay_scores(model, inputs, chunk_size, gap, sinks=4):
     return scores
 
 
-@pytest.mark.parametrize(("chunk_size", "gap"), [(32, 8), (40, 3), (512, 8)])
-def test_the_scores_are_those_of_queries_placed_behind_the_prompt(model, ids, chunk_size, gap):
-    selector = get_selector("echo", chunk_size=chunk_size, gap=gap, expected=0)
+@pytest.mark.parametrize("own_keys", [True, False])
+@pytest.mark.parametrize(("chunk_size", "gap"), [(3, 8), (32, 8), (40, 3), (512, 8)])
+def test_the_scores_are_those_of_queries_placed_behind_the_prompt(model, ids, chunk_size, gap, own_keys):
+    selector = get_selector("echo", chunk_size=chunk_size, gap=gap, own_keys=own_keys, expected=0)
     for inputs, observation in zip(read_inputs(model, ids), observe_turning(model, ids), strict=True):
         with torch.no_grad():
-            expected = replay_scores(model, inputs, chunk_size, gap)
+            expected = replay_scores(model, inputs, chunk_size, gap, own_keys)
         found = selector.compute_scores(observation)[0]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -288,3 +290,21 @@ def test_a_model_that_cannot_be_probed_still_compresses(ids):
     cache = compress(WantsMore(LlamaConfig(**SIZES)).eval(), ids)
     assert cache.selector.name == "snapkv"
     assert "could not be probed with six tokens (ValueError)" in cache.summary()
+
+
+@pytest.mark.parametrize(
+    "selector",
+    ["echo", "criticalkv", get_selector("chunkkv", base="criticalkv")],
+    ids=["echo", "criticalkv", "chunkkv"],
+)
+def test_the_summary_says_where_no_output_projection_is_found(ids, selector):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    # Two children fit: which of them is the projection is not clear.
+    model.model.layers[1].self_attn.other = torch.nn.Linear(32, 32)
+    told = oracles.prefill(model, ids, selector=selector, compression_ratio=0.5).summary()
+    assert "the output projection of layer 1 is not found" in told
+    assert "of layer 0 is not found" not in told
+    plain = oracles.prefill(
+        model, ids, selector=get_selector("echo", value_norms=False), compression_ratio=0.5
+    )
+    assert "is not found" not in plain.summary()

@@ -147,7 +147,7 @@ def _expected_total(call: Call, length: int, layers: int) -> int:
         options["strategy"] is None and get_selector(options["selector"]).strategy == "global"
     )
     usual = (
-        max(GLOBAL_FLOOR_TOKENS, int(0.2 * total / layers))
+        max(GLOBAL_FLOOR_TOKENS, 16 + options["sink_size"], int(0.2 * total / layers))
         if by_scores
         else max(FLOOR_TOKENS, total // layers // 2)
     )
