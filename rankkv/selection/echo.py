@@ -76,8 +76,8 @@ def score_echo(
 
     Notes
     -----
-    Differs from a replay in three points: hidden states are those of the first pass, no instruction precedes the
-    chunk, and chunks may be short, since what a token would look up lies close behind it.
+    Echo differs from a replay in three points.  Hidden states are those of the first pass.  No instruction precedes the
+    chunk.  Chunks may be short, since what a token would look up lies close behind it.
 
     References
     ----------
