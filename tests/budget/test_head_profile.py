@@ -410,6 +410,9 @@ def test_a_prompt_in_chunks_keeps_what_one_in_one_piece_keeps(model, batch):
         ({"compression_ratio": 1.0, "budget": 40}, "distortion"),
         ({"head_budgets": "adaptive"}, "adaptive"),
         ({"head_budgets": None}, None),
+        ({"selector": "echo"}, "adaptive"),
+        ({"selector": "echo", "compression_ratio": 1.0}, None),
+        ({"selector": "echo", "compression_ratio": 1.0, "budget": 40}, "adaptive"),
     ],
     ids=str,
 )

@@ -133,6 +133,24 @@ def test_what_is_wrong_is_named(model, saved, tmp_path, change, fragment):
     assert fragment in str(caught.value)
 
 
+def test_a_layer_that_differs_from_the_first_is_named_where_projections_are_fused(tmp_path):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None}
+    model = Phi3ForCausalLM(Phi3Config(**sizes, **heads)).eval()
+    cache = compress(model, PROMPT, compression_ratio=0.4, head_budgets=None)
+    path = cache.save(tmp_path / "cache.safetensors")
+    with safe_open(str(path), framework="pt") as file:
+        header = json.loads(file.metadata()["rankkv"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert RankKVCache.load(write(tmp_path / "same", header, tensors), model).seen_tokens == 90
+    tensors["2.keys"] = tensors["2.keys"][..., :-2].clone()
+    with pytest.raises(InputError, match=r"'2.keys' is"):
+        RankKVCache.load(write(tmp_path / "broken", header, tensors), model)
+
+
 def damage(draw, content, header, tensors):
     """Return the bytes of a file with one random damage."""
     kind = draw.choice(["cut", "flip", "header", "rename", "drop"])

@@ -215,6 +215,10 @@ def test_a_prompt_shorter_than_what_is_kept_is_said(small, folder, caplog):
     assert "Nothing was evicted" in caplog.text
 
 
+def test_the_block_of_rolling_likelihoods_is_the_documented_one(small):
+    assert wrap(small).get_model_info()["rankkv"]["rolling_block"] == 512
+
+
 def test_refusals(small, folder):
     with pytest.raises(UnknownNameError, match="'snapkv'"):
         wrap(small, selector="snapvk")

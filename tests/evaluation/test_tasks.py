@@ -239,6 +239,7 @@ def test_a_task_of_ones_own(tokenizer, haystack):
         ("niah_multikey", {"keys": 500}, "keys=500 must be at most"),
         ("variable_tracking", {"hops": 0}, "hops=0"),
         ("variable_tracking", {"chains": 900}, "chains=900"),
+        ("variable_tracking", {"chains": 250, "hops": 4}, "chains=250 of 5 variables"),
         ("common_words", {"contrast": 1}, "contrast=1"),
         ("frequent_words", {"frequent": 40}, "frequent=40"),
         ("perplexity", {"continuation": 1}, "continuation=1"),
