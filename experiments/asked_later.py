@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "echo uniform": {"selector": "echo", "strategy": "uniform", **_EQUAL},
     "echo equal heads": {"selector": "echo", "strategy": "global", "head_budgets": None},
 }
-TASKS = ("multi_question", "niah_multivalue", "variable_tracking")
+TASKS = ("multi_question", "niah_multivalue", "variable_tracking", "quotation")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -73,6 +73,7 @@ def test_contexts_have_the_length_asked_for(name, tokenizer, haystack):
         ("niah_multiquery", 4, 4, 1),
         ("multi_question", 4, 1, 4),
         ("variable_tracking", 10, 5, 1),
+        ("quotation", 0, 1, 3),
         ("common_words", 0, 10, 1),
         ("frequent_words", 0, 3, 1),
     ],
@@ -176,6 +177,22 @@ def test_tracked_variables_are_those_that_follow_from_the_value(tokenizer, hayst
             assert found == list(sample.prompts[0].answers)[:count]
 
 
+def test_a_quotation_follows_its_first_words_in_the_context(tokenizer, haystack):
+    for sample in make("quotation", tokenizer, haystack, count=4, lengths=(900,), questions=2):
+        context, blank = (tokenizer.decode(ids) for ids in (sample.context_ids, sample.blank_ids))
+        for prompt in sample.prompts:
+            begins = tokenizer.decode(prompt.question_ids).split("following words. ")[1]
+            said = tokenizer.decode(prompt.answer_ids)
+            assert context.count(begins + said) == 1
+            assert begins in blank
+            assert begins + said not in blank
+
+
+def test_a_text_without_passages_is_refused(tokenizer):
+    with pytest.raises(InputError, match="hold no passage"):
+        make("quotation", tokenizer, "word " * 2000)
+
+
 @pytest.mark.parametrize("name", WORD_LISTS)
 def test_words_asked_for_are_the_most_frequent_of_the_list(name, tokenizer, haystack):
     for sample in make(name, tokenizer, haystack, lengths=(700,)):
@@ -240,6 +257,7 @@ def test_a_task_of_ones_own(tokenizer, haystack):
         ("variable_tracking", {"hops": 0}, "hops=0"),
         ("variable_tracking", {"chains": 900}, "chains=900"),
         ("variable_tracking", {"chains": 250, "hops": 4}, "chains=250 of 5 variables"),
+        ("quotation", {"asked": 0}, "asked=0"),
         ("common_words", {"contrast": 1}, "contrast=1"),
         ("frequent_words", {"frequent": 40}, "frequent=40"),
         ("perplexity", {"continuation": 1}, "continuation=1"),

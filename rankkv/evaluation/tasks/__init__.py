@@ -7,6 +7,7 @@ from ...utils.registry import add_entry, remove_entry
 from .base import Draft, Haystack, Question, SampleSpec, Task
 from .continuation import make_continuation
 from .needles import make_needles
+from .quotation import make_quotations
 from .samples import Prompt, Sample, list_options, make_samples
 from .tracking import make_tracking
 from .words import make_common_words, make_frequent_words
@@ -28,6 +29,7 @@ TASKS: dict[str, Task] = {
         Task("niah_multikey", make_needles, "recall", _RULER, {"keys": 4}),
         Task("niah_multivalue", make_needles, "recall", _RULER, {"values": 4}),
         Task("niah_multiquery", make_needles, "recall", _RULER, {"keys": 4, "queries": 4}),
+        Task("quotation", make_quotations, "recall", "passages of the text itself"),
         Task("variable_tracking", make_tracking, "recall", _RULER),
         Task("common_words", make_common_words, "recall", _RULER),
         Task("frequent_words", make_frequent_words, "recall", _RULER),
