@@ -78,6 +78,10 @@ def summarize(cache: Any) -> str:
         f"selector {cache.selector}, strategy {cache.config.resolve_strategy()[0]}, scope {cache.config.scope}, "
         f"decode {cache.config.decode}, positions {cache.config.positions}, prefill {cache.config.prefill}",
     ]
+    if not cache.seen_tokens:
+        lines.append(
+            "no forward has used this cache (transformers' paged cache and generate_batch ignore the one they are given)"
+        )
     if cache.selector.remark:
         lines.append(cache.selector.remark)
     lines += cache.remarks

@@ -296,6 +296,18 @@ def test_a_new_cache_observes_again_after_another_library_registered_its_functio
     assert max(cache.kept_lengths) < 90
 
 
+@pytest.mark.slow
+def test_a_cache_that_a_paged_cache_replaced_says_that_no_forward_used_it(model):
+    cache = RankKVCache(model, 0.3)
+    model.generate(
+        PROMPT, **cache_argument(cache), cache_implementation="paged", max_new_tokens=2, do_sample=False
+    )
+    assert "0 tokens seen" in cache.summary()
+    assert "no forward has used this cache" in cache.summary()
+    generate(model, PROMPT, cache)
+    assert "no forward" not in cache.summary()
+
+
 # -- models with a way of their own -------------------------------------------------------------------------------
 
 
