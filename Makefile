@@ -11,7 +11,7 @@ VERSIONS := 5.0.0 5.2.0
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers bench-quality bench-compiled docs dist clean
+.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers bench-quality bench-compiled results docs dist clean
 .SECONDARY:
 
 help: ## list the targets
@@ -80,6 +80,9 @@ bench-quality: $(STAMP) ## loss against the time of a decode step and bytes, as 
 
 bench-compiled: $(STAMP) ## decoding with torch.compile in bounded mode (needs a C++ compiler)
 	$(BIN)/python -m benchmarks.compiled
+
+results: $(STAMP) ## remake the records of results/ and their tables (hours): make results TEXTS=folder MODELS="NAME=PATH ..."
+	$(BIN)/python tools/make_results.py $(if $(TEXTS),--texts $(TEXTS)) $(if $(MODELS),--models $(MODELS)) $(if $(ONLY),--only $(ONLY))
 
 docs: $(STAMP) ## build the documentation site into build/site, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

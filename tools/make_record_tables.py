@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from make_results import describe_command, read_records
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 
@@ -27,34 +29,6 @@ MEASURED_HEADS = {
     ),
     "README.zh-CN.md": ("保留", "损失，每 token 奈特", "均匀预算", "KV 缓存", "首 token 时间", "每步解码"),
 }  # fmt: skip
-
-#: What `rankkv` is run with for each record, without the files of text.
-COMMANDS = {
-    "ablation": "experiments/allocation_ablation.py --part 0.6 1.0 --samples 20 --selectors snapkv h2o "
-    "--strategies uniform default auto --seed 11",
-    "ablation_others": "experiments/allocation_ablation.py --part 0.6 1.0 --samples 5 --seed 13 --ratios 0.1 0.2 "
-    "--strategies uniform default layers whole pyramid cake inverse random",
-    "ablation_long": "experiments/allocation_ablation.py --part 0.6 1.0 --samples 3 --context 3072 --continuation 128 "
-    "--seed 12 --ratios 0.05 0.1 0.2 --strategies uniform layers layers-profile default auto",
-    "ablation_4096": "experiments/allocation_ablation.py --part 0.6 1.0 --samples 2 --context 4096 --continuation 128 "
-    "--seed 14 --ratios 0.05 0.1 0.2 --strategies uniform default auto",
-    "needle": "experiments/needle_grid.py --part 0.6 1.0",
-    "method_quality": "experiments/method_quality.py --part 0.6 1.0 --samples 3",
-    "unproven": "experiments/cache_options.py --part 0.6 1.0 --samples 5 --seed 21 --ratios 0.1 0.2 0.3 --setting ...",
-    "unproven/storage": "experiments/storage_comparison.py --part 0.6 1.0 --samples 2 --seed 22 --steps 16",
-    "asked_later": "experiments/asked_later.py --part 0.6 1.0 --seed 7 --samples 4 --methods ...",
-    "asked_later_qwen": "experiments/asked_later.py --model Qwen2.5-Coder-0.5B-Instruct --part 0.6 1.0 --seed 7 "
-    "--samples 1 --ratios 0.0625 0.125 --methods ...",
-    "sweep": "rankkv sweep experiments/sweep.yaml",
-    "prefill_price.json": "OMP_NUM_THREADS=1 python -m benchmarks.prefill_price --repeats 4",
-    "demo.json": "rankkv demo",
-    "bench.json": "make bench, bench-compiled; python -m benchmarks.heads; python -m benchmarks.calibration --pieces 1",
-    "quality_speed.json": "make bench-quality",
-    "parity.json": "make parity",
-    "families.json": "python tools/make_family_table.py",
-    "mutants.json": "OMP_NUM_THREADS=1 python tools/mutants.py --jobs 1",
-    "rank_analysis.json": "experiments/rank_analysis_exp.py --model embedded --dataset python-docs --num_samples 4",
-}
 
 
 def read_record(name: str) -> Any:
@@ -295,7 +269,7 @@ def make_commands() -> str:
 def make_origins() -> str:
     """Make the table of where each record comes from: command and commit."""
     rows = []
-    for name, command in COMMANDS.items():
+    for name, entry in read_records().items():
         if name.endswith(".json"):
             record = read_record(name)
             parts = [record, *(part for part in record.values() if isinstance(part, dict))]
@@ -309,7 +283,7 @@ def make_origins() -> str:
             environment = read_record(f"{name}/manifest.json")["environment"]
             commits = {str(environment["commit"])} if environment.get("commit") else set()
         shown = ", ".join(f"`{commit[:7]}`" for commit in sorted(commits)) or "not recorded"
-        rows.append((f"`results/{name}`", f"`{command}`", shown))
+        rows.append((f"`results/{name}`", f"`{describe_command(entry)}`", shown))
     return write_table(("record", "command", "commit"), rows)
 
 

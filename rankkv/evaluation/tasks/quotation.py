@@ -82,7 +82,9 @@ def _find_passage(
         ends = range(begin, min(begin + _EXTRA_TOKENS, last))
         return next((at for at in ends if decode([ids[at]])[:1].isspace()), None)
 
-    starts = [at for at in range(max(1, first), last - shown - asked) if ids[at - 1] in haystack.sentence_ends]
+    starts = [
+        at for at in range(max(1, first), last - shown - asked) if ids[at - 1] in haystack.sentence_ends
+    ]
     place.draw.shuffle(starts)
     whole = decode(ids)
     for start in starts:
@@ -92,7 +94,12 @@ def _find_passage(
             continue
         begins, rest = decode(ids[start:middle]).strip(), decode(ids[middle:stop]).strip()
         # Each must stand in the text once, or another passage answers too.
-        if begins and rest and "\ufffd" not in begins + rest and whole.count(begins) == whole.count(rest) == 1:
+        if (
+            begins
+            and rest
+            and "\ufffd" not in begins + rest
+            and whole.count(begins) == whole.count(rest) == 1
+        ):
             return start, middle, stop
     raise InputError(
         f"tokens {first} to {last} of the context hold no passage of {shown} + {asked} tokens that begins where a "
