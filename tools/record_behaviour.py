@@ -287,7 +287,9 @@ def run_setting(setting: Setting) -> dict[str, Any]:
                 cache.finish()
             record["prefill"] = describe_cache(cache)
         else:
-            record["prefill"] = describe_cache(compress(model, ids, mask, **setting.options))
+            # Left open, compress() takes another selector than generate(); the record is of one for both.
+            options = {"selector": "snapkv", **setting.options}
+            record["prefill"] = describe_cache(compress(model, ids, mask, **options))
     output = model.generate(
         ids,
         attention_mask=mask,
