@@ -36,13 +36,24 @@ CORE_SELECTORS = {"snapkv", "h2o", "streaming_llm", "expected_attention", "criti
 
 
 #: Folders whose files ask the same of several models and backends, and those of them that ask all in `make test` too.
-MANY_MODELS, ALL_MODELS = {"cache", "analysis", "budget"}, {"test_cache.py"}
+MANY_MODELS = {"cache", "analysis", "budget", "rank", "observe", "selection"}
+ALL_MODELS = {"test_cache.py", "test_formulas.py", "test_hook.py"}
+#: Families that stand for one kind each: plain, sliding, fused, hybrid, partly rotated, without rotation, latent, linear.
+FEW_FAMILIES = {
+    "Llama", "Mistral", "Phi-3", "Gemma 3", "Gemma 4", "GPT-NeoX", "GPT-2", "gpt-oss", "Llama 4", "DeepSeek-V3", "Jamba",
+    "Qwen3-Next", "Qwen2-VL", "BioGPT",
+}  # fmt: skip
+#: Tests of all families beside their conformance, which `make test` asks of one family of a kind.
+FEW_FAMILIES_TESTS = {
+    "test_the_analyzer_finds_the_ranks_that_the_cache_goes_by", "test_packed_positions_change_nothing_or_are_refused",
+}  # fmt: skip
 #: Ways to run a family that `make test` leaves to `make test-all`, where the family is run in other ways already.
 LATER_WAYS = {"chunked", "second turn"}
 #: Tests of five seconds and more, of which `make test` keeps one of a kind: programs of `experiments/`, the embedded
 #: model in further ways, and whatever starts other processes.
 LATER_TESTS = {
     "test_ablation.py": {
+        "test_other_options_in_the_same_folder_are_refused",
         "test_budgets_by_rank_lose_less_than_uniform_ones_at_a_tenth", "test_every_cell_is_there_once",
         "test_what_a_killed_run_left_is_kept",
     },
@@ -78,6 +89,7 @@ LATER_TESTS = {
     "test_demo.py": {"test_three_caches_spend_what_they_say"},
     "test_benchmark_files.py": {"test_the_score_is_that_of_plain_generate"},
     "test_quantized.py": {"test_eviction_and_int8_take_the_bytes_of_eviction_alone"},
+    "test_cli.py": {"test_unreachable_hub_names_the_embedded_model_in_a_real_process"},
     "test_explain.py": {"test_a_terminal_gets_colours"},
 }  # fmt: skip
 
@@ -91,11 +103,13 @@ def is_long_tail(item: pytest.Item) -> bool:
         # The same programs as in README.md.
         return "test_snippets" in item.name
     callspec = getattr(item, "callspec", None)
-    if callspec is None or folder in ("selection", "parity"):
+    if callspec is None or folder == "parity":
         return False
     selector = callspec.params.get("selector")
-    if isinstance(selector, str) and selector not in CORE_SELECTORS:
+    if isinstance(selector, str) and selector not in CORE_SELECTORS and folder != "selection":
         return True
+    if getattr(item, "originalname", None) in FEW_FAMILIES_TESTS:
+        return not FEW_FAMILIES & set(callspec.params.values())
     parts = callspec.id.split("-")
     if folder in MANY_MODELS and "eager" in parts:
         return True
