@@ -80,7 +80,7 @@ def summarize(cache: Any) -> str:
     ]
     if not cache.seen_tokens:
         lines.append(
-            "no forward has used this cache (transformers' paged cache and generate_batch ignore the one they are given)"
+            "no forward has used this cache (transformers' paged cache and generate_batch ignore theirs)"
         )
     if cache.selector.remark:
         lines.append(cache.selector.remark)

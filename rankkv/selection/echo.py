@@ -20,7 +20,8 @@ GROUPS = ("sum", "max")
 @without_padding
 def score_echo(
     observation: Observation,
-    chunk_size: int = 256,
+    chunk_size: int = 64,
+    far_keys: int = 64,
     gap: int = 8,
     group: str = "sum",
     value_norms: bool = True,
@@ -34,14 +35,16 @@ def score_echo(
     ``q_i . R(D)`` needs no second pass.  With ``n`` tokens in the row, ``D = n + gap``.  For the chunk ``a <= i < b``
     and the query head ``g``:
 
-    ``p^g_i = softmax over [k_j for a <= j < b | R(D) k_j for a <= j <= i | the sinks if a > 0] of s (R(D) q^g_i) k``
+    ``p^g_i = softmax of s (R(D) q^g_i) k over k in [k_a .. k_b-1 | sinks if a > 0 | far keys | R(D) k_a .. R(D) k_i]``
 
     ``score_j = sum over the heads g of the group of (max over i of p^g_ij + expected * e^g_j) ||W^g v_j||_2``
 
-    The first part is not causal: a replayed token sees the whole chunk.  The second part stands for the keys that a
-    replay would add itself.  ``e^g_j`` is the expected attention of future queries, as in ``expected_attention``.
-    Lookups keep single facts; expected attention keeps what any text that goes on attends to.  ``W^g`` holds the rows
-    of the output projection that belong to head g.
+    The first part is not causal: a replayed token sees the whole chunk.  The far keys are spread evenly over the other
+    chunks.  Each of the ``m`` far keys counts for ``(n - b + a) / m`` keys, which is its factor in the softmax.  So a
+    head that attends to all of the text gives no key of its chunk a large share, however short the chunk.  The last
+    part stands for the keys that a replay would add itself.  ``e^g_j`` is the expected attention of future queries, as
+    in ``expected_attention``.  Lookups keep single facts; expected attention keeps what any text that goes on attends
+    to.  ``W^g`` holds the rows of the output projection that belong to head g.
 
     Queries that come after the first forward also score all other keys, by their plain attention.
 
@@ -49,8 +52,10 @@ def score_echo(
     ----------
     observation : Observation
         The layer's queries, keys, values and rotary embedding.
-    chunk_size : int, default 256
+    chunk_size : int, default 64
         Tokens of a chunk.  A remainder shorter than half a chunk joins the chunk before.
+    far_keys : int, default 64
+        Keys that stand for all other chunks in the softmax; 0 leaves the other chunks out.
     gap : int, default 8
         Positions between the prompt and the turned queries, for the instruction of a replay.
     group : {"sum", "max"}, default "sum"
@@ -58,7 +63,7 @@ def score_echo(
     value_norms : bool, default True
         Multiply by ``||W^g v_j||_2``; by ``||v_j||_2`` if no output projection is found.
     own_keys : bool, default True
-        Use the second part of the softmax.
+        Use the last part of the softmax.
     expected : float, default 10
         Number of expected queries that weigh as much as one lookup; 0 leaves expected attention out.
 
@@ -92,13 +97,13 @@ def score_echo(
     >>> str(get_selector("echo", chunk_size=128))
     'echo(chunk_size=128)'
     """
-    _check(chunk_size, gap, group, value_norms, own_keys, expected)
+    _check(chunk_size, far_keys, gap, group, value_norms, own_keys, expected)
     if observation.position_bias is not None:
         raise UnsupportedModelError(
             f"layer {observation.layer_idx} adds a position bias to its attention, so its queries cannot be turned to "
             "later positions: use selector='snapkv' or 'h2o' with this model."
         )
-    lookups = _compute_lookups(observation, chunk_size, gap, own_keys)
+    lookups = _compute_lookups(observation, chunk_size, far_keys, gap, own_keys)
     if observation.query_start > min(observation.row_start):
         for weights in observation.attention_blocks():
             most = weights.amax(dim=-2)
@@ -113,7 +118,9 @@ def score_echo(
     return grouped.sum(dim=2) if group == "sum" else grouped.amax(dim=2)
 
 
-def _compute_lookups(observation: Observation, chunk_size: int, gap: int, own_keys: bool) -> Tensor:
+def _compute_lookups(
+    observation: Observation, chunk_size: int, far_keys: int, gap: int, own_keys: bool
+) -> Tensor:
     """Compute the largest probability that a turned query of its chunk gives each key, ``[batch, head, key]``."""
     batch, heads, queries = observation.query.shape[:3]
     first = observation.key_length - queries
@@ -122,30 +129,70 @@ def _compute_lookups(observation: Observation, chunk_size: int, gap: int, own_ke
     sinks = _turn_back(
         observation, observation.keys[:, :, : min(observation.sink_size, first or queries)], gap
     )
+    # The sinks have columns of their own.
+    places = spread_places(0 if first else sinks.shape[2], queries, far_keys).to(keys.device)
+    far = back[:, :, places]
     lookups = observation.keys.new_zeros(batch, heads, observation.key_length, dtype=torch.float32)
     # Chunks of one size go together: few large products, whatever the number of chunks.
     for start, count, size in group_chunks(split_chunks(queries, chunk_size)):
-        columns = size + sinks.shape[2] + (size if own_keys else 0)
+        columns = size + sinks.shape[2] + len(places) + (size if own_keys else 0)
         together = max(1, observation.count_block_rows(columns) // size)
         for chunk in range(0, count, together):
             begin, number = start + chunk * size, min(together, count - chunk)
             rows = slice(begin, begin + number * size)
             table = [part[:, :, rows].unflatten(2, (number, size)) for part in (back, keys)[: 1 + own_keys]]
-            table.insert(1, sinks[:, :, None].expand(-1, -1, number, -1, -1))
-            own = columns - size if own_keys else columns
-            found = _look_up(observation, rows, torch.cat(table, dim=-2), own, begin + first == 0)
+            table[1:1] = [part[:, :, None].expand(-1, -1, number, -1, -1) for part in (sinks, far)]
+            found = _look_up(
+                observation,
+                rows,
+                torch.cat(table, dim=-2),
+                sinks.shape[2],
+                begin + first == 0,
+                weigh_far_keys(places, begin, number, size, queries),
+            )
             lookups[:, :, first + begin : first + rows.stop] = found
     return lookups
 
 
-def _look_up(observation: Observation, rows: slice, table: Tensor, own: int, is_first: bool) -> Tensor:
+def spread_places(first: int, stop: int, count: int) -> Tensor:
+    """Return at most ``count`` evenly spread numbers from ``first`` to ``stop - 1``, ascending.
+
+    Examples
+    --------
+    >>> spread_places(4, 16, 3).tolist(), spread_places(4, 6, 3).tolist()
+    ([6, 10, 14], [4, 5])
+    """
+    count = max(0, min(count, stop - first))
+    return first + ((torch.arange(count) + 0.5) * (stop - first) / max(1, count)).long()
+
+
+def weigh_far_keys(places: Tensor, begin: int, number: int, size: int, tokens: int) -> Tensor:
+    """Return the logarithm of the keys that each far key stands for, ``[chunk, far_key]`` float32.
+
+    A far key inside a chunk is none of it: its logarithm is minus infinity.  The others share the tokens outside.
+
+    Examples
+    --------
+    >>> weigh_far_keys(torch.tensor([1, 5, 9]), 0, 2, 4, 12).exp().tolist()
+    [[0.0, 4.0, 4.0], [4.0, 0.0, 4.0]]
+    """
+    starts = begin + size * torch.arange(number, device=places.device)[:, None]
+    outside = (places < starts) | (places >= starts + size)
+    shared = (tokens - size) / outside.sum(dim=1, keepdim=True).clamp(min=1)
+    return shared.log().expand(-1, len(places)).masked_fill(~outside, float("-inf"))
+
+
+def _look_up(
+    observation: Observation, rows: slice, table: Tensor, sinks: int, is_first: bool, far_weights: Tensor
+) -> Tensor:
     """Compute the largest probability of each key of some chunks, ``[batch, head, key]``.
 
-    ``table`` is ``[batch, kv_head, chunk, column, head_dim]``: the chunk's keys, the sinks, and from column ``own`` on
-    the keys that a replay would add.
+    ``table`` is ``[batch, kv_head, chunk, column, head_dim]``: the chunk's keys, the ``sinks`` first keys of the text,
+    the far keys with their weights, and the keys that a replay would add.
     """
     batch, key_heads, number, columns, dim = table.shape
     size = (rows.stop - rows.start) // number
+    far, own = size + sinks, size + sinks + far_weights.shape[1]
     query = observation.query[:, :, rows].view(batch, key_heads, -1, number, size, dim).transpose(2, 3)
     # A long chunk of many heads is taken in parts, so that a block of logits stays small.
     step = max(16, min(size, observation.count_block_rows(columns) // number))
@@ -157,11 +204,13 @@ def _look_up(observation: Observation, rows: slice, table: Tensor, own: int, is_
         if observation.softcap is not None:
             logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
         logits = logits.view(*part.shape[:-1], columns)
+        if own > far:
+            logits[..., far:own].add_(far_weights[:, None, None])
         if own < columns:
             logits[..., own:].masked_fill_(index > index[row : row + step, None], float("-inf"))
         if is_first:
             # The first chunk holds the sinks itself.
-            logits[:, :, 0, ..., size:own] = float("-inf")
+            logits[:, :, 0, ..., size:far] = float("-inf")
         logits = logits.permute(0, 1, 3, 2, 4, 5) if observation.sink_logits is not None else logits
         found = _normalize(observation, logits, size)
         most = found if most is None else torch.maximum(most, found)
@@ -220,9 +269,16 @@ def _turn_back(observation: Observation, keys: Tensor, gap: int) -> Tensor:
 
 
 def _check(
-    chunk_size: object, gap: object, group: object, value_norms: object, own_keys: object, expected: object
+    chunk_size: object,
+    far_keys: object,
+    gap: object,
+    group: object,
+    value_norms: object,
+    own_keys: object,
+    expected: object,
 ) -> None:
     check_integer_option("echo", "chunk_size", chunk_size, 1)
+    check_integer_option("echo", "far_keys", far_keys, 0)
     check_integer_option("echo", "gap", gap, 0)
     if group not in GROUPS:
         raise ConfigError(f"group={group!r} of selector 'echo' must be one of: {', '.join(GROUPS)}.")

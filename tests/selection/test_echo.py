@@ -60,7 +60,7 @@ def rotate(model, query, key, start):
     return apply_rotary_pos_emb(query, key, cos, sin)
 
 
-def replay_scores(model, inputs, chunk_size, gap, own_keys=True, sinks=4):
+def replay_scores(model, inputs, chunk_size, gap, own_keys=True, far_keys=0, sinks=4):
     """Score by queries and keys that the model's own rotary embedding places behind the prompt: nothing is turned."""
     query, key, value, module = inputs
     tokens = query.shape[-2]
@@ -68,7 +68,10 @@ def replay_scores(model, inputs, chunk_size, gap, own_keys=True, sinks=4):
     later_query, later_key = rotate(model, query, key, tokens + gap)
     groups = query.shape[1] // key.shape[1]
     scores = torch.zeros(key.shape[1], tokens)
+    width = (tokens - sinks) / max(1, min(far_keys, tokens - sinks))
+    middles = [int(sinks + (number + 0.5) * width) for number in range(min(far_keys, tokens - sinks))]
     for start, stop in split_chunks(tokens, chunk_size):
+        far = [place for place in middles if not start <= place < stop]
         for head in range(query.shape[1]):
             own = head // groups
             weight = module.o_proj.weight[:, head * module.head_dim : (head + 1) * module.head_dim]
@@ -77,20 +80,27 @@ def replay_scores(model, inputs, chunk_size, gap, own_keys=True, sinks=4):
                 columns = [cached[0, own, start:stop]]
                 columns += [later_key[0, own, start : row + 1]] if own_keys else []
                 columns += [cached[0, own, :sinks]] if start else []
-                logits = torch.cat(columns) @ later_query[0, head, row] * module.head_dim**-0.5
-                most = torch.maximum(most, logits.softmax(-1)[: stop - start])
+                shares = (torch.cat(columns) @ later_query[0, head, row] * module.head_dim**-0.5).exp()
+                others = (cached[0, own, far] @ later_query[0, head, row] * module.head_dim**-0.5).exp()
+                total = shares.sum() + (others.mean() * (tokens - stop + start) if far else 0)
+                most = torch.maximum(most, shares[: stop - start] / total)
             norms = torch.stack([(weight @ one).norm() for one in value[0, own, start:stop]])
             scores[own, start:stop] += most * norms
     return scores
 
 
 @pytest.mark.parametrize("own_keys", [True, False])
-@pytest.mark.parametrize(("chunk_size", "gap"), [(3, 8), (32, 8), (40, 3), (512, 8)])
-def test_the_scores_are_those_of_queries_placed_behind_the_prompt(model, ids, chunk_size, gap, own_keys):
-    selector = get_selector("echo", chunk_size=chunk_size, gap=gap, own_keys=own_keys, expected=0)
+@pytest.mark.parametrize(
+    ("chunk_size", "gap", "far_keys"), [(3, 8, 0), (32, 8, 5), (40, 3, 64), (32, 8, 999), (512, 8, 64)]
+)
+def test_the_scores_are_those_of_queries_placed_behind_the_prompt(
+    model, ids, chunk_size, gap, far_keys, own_keys
+):
+    options = {"chunk_size": chunk_size, "gap": gap, "far_keys": far_keys, "own_keys": own_keys}
+    selector = get_selector("echo", **options, expected=0)
     for inputs, observation in zip(read_inputs(model, ids), observe_turning(model, ids), strict=True):
         with torch.no_grad():
-            expected = replay_scores(model, inputs, chunk_size, gap, own_keys)
+            expected = replay_scores(model, inputs, **options)
         found = selector.compute_scores(observation)[0]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -112,11 +122,21 @@ def test_a_remainder_below_half_a_chunk_joins_the_chunk_before():
 
 
 @pytest.mark.parametrize(
-    "options", [{"group": "max"}, {"value_norms": False}, {"own_keys": False}, {"gap": 900}, {"expected": 0}]
+    "options",
+    [
+        {"group": "max"},
+        {"value_norms": False},
+        {"own_keys": False},
+        {"far_keys": 0},
+        {"gap": 900},
+        {"expected": 0},
+    ],
 )
 def test_every_option_changes_the_scores(model, ids, options):
     observation = observe_turning(model, ids)[1]
-    usual, other = (get_selector("echo", **given).compute_scores(observation) for given in ({}, options))
+    usual, other = (
+        get_selector("echo", chunk_size=16, **given).compute_scores(observation) for given in ({}, options)
+    )
     assert not torch.allclose(usual, other, rtol=1e-3)
 
 
@@ -125,6 +145,7 @@ def test_every_option_changes_the_scores(model, ids, options):
     [
         {"chunk_size": 0},
         {"chunk_size": 2.5},
+        {"far_keys": -1},
         {"gap": -1},
         {"group": "mean"},
         {"own_keys": 1},
