@@ -79,6 +79,8 @@ class Observation:
         Hidden states that entered the layer's attention, ``[batch, query, hidden]``; known in a replay only.
     replayed : Tensor, optional
         Scores of the keys from a replay of the prompt, ``[batch, kv_head, key]``, if the selector needs them.
+    part_of : tuple of int, optional
+        First query head that is shown, and number of the layer's query heads, if only some heads are shown.
     """
 
     layer_idx: int
@@ -109,6 +111,7 @@ class Observation:
     memory: dict[Any, Tensor] | None = None
     hidden: Tensor | None = None
     replayed: Tensor | None = None
+    part_of: tuple[int, int] | None = None
 
     @property
     def module(self) -> nn.Module | None:
@@ -391,6 +394,7 @@ class Observation:
             position_bias=_pick_heads(self.position_bias, heads),
             sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[heads],
             past_moments=_pick_heads(self.past_moments, heads),
+            part_of=(heads.start, self.query.shape[1]),
         )
         return group.take_row(row)
 
@@ -410,6 +414,7 @@ class Observation:
             attention_mask=_pick_heads(self.attention_mask, heads),
             position_bias=_pick_heads(self.position_bias, heads),
             sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[heads],
+            part_of=(head, self.query.shape[1]),
         )
 
     def _find_visible(self, rows: slice, key_stop: int) -> tuple[Tensor, Tensor | None]:

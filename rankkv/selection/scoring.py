@@ -117,7 +117,8 @@ def has_output_projection(observation: Observation) -> bool:
 
 
 def _find_projection(observation: Observation) -> nn.Module | None:
-    width = observation.query.shape[1] * observation.values.shape[-1]
+    heads = observation.query.shape[1] if observation.part_of is None else observation.part_of[1]
+    width = heads * observation.values.shape[-1]
     parts = 1 if observation.shards is None else observation.shards.size
     return find_output_projection(observation.module, width, parts)
 
@@ -146,8 +147,9 @@ def compute_output_norms(observation: Observation) -> Tensor:
     if found is None:
         norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
         return norms.repeat_interleave(groups, dim=1)
-    matrix = compute_projection_matrix(found, heads * width, values, parts).float()
-    by_head = matrix.view(values.shape[1], groups, width, -1)
+    first, total = (0, heads) if observation.part_of is None else observation.part_of
+    matrix = compute_projection_matrix(found, total * width, values, parts).float()
+    by_head = matrix[first * width : (first + heads) * width].view(values.shape[1], groups, width, -1)
     squares = by_head @ by_head.mT
     value = values.float()
     norms = value.new_empty(values.shape[0], groups, values.shape[1], values.shape[2])
