@@ -30,10 +30,8 @@ CACHES: dict[str, dict[str, Any]] = {
     "snapkv, uniform": {"strategy": "uniform", "head_budgets": None, "profile": None},
     "snapkv, default": {"profile": None},
     "echo": {"selector": "echo"},
-    "echo, chunks of 64": {"selector": get_selector("echo", chunk_size=64)},
-    "echo, chunks of 64, no expected attention": {
-        "selector": get_selector("echo", chunk_size=64, expected=0)
-    },
+    "echo, no expected attention": {"selector": get_selector("echo", expected=0)},
+    "echo, chunks of 256": {"selector": get_selector("echo", chunk_size=256)},
 }
 
 

@@ -267,7 +267,7 @@ def test_the_command_measures_the_same_profile_as_without_ray(
     assert shown[0] == "Reading the texts ..."
     assert [line for line in shown[2:] if not line.startswith("Calibrating")] == [
         "Starting Ray ...",
-        f"5 pieces, 2 layers. Written: {path}",
+        f"5 text chunks, 2 layers. Written: {path}",
     ]
     run([*command, "-o", str(tmp_path / "alone.json")])
     assert RankProfile.load(tmp_path / "alone.json") == profile
@@ -373,7 +373,7 @@ def test_a_dead_worker_is_told_beside_the_results(tiny_llama: Any, tmp_path: Pat
             workers = [process for process in family.seen.values() if _read_name(process) == "ray::_measure"]
             time.sleep(0.01)
         workers[0].kill()
-        shown, told = running.communicate(timeout=300)
+        shown, told = running.communicate(timeout=900)
     assert running.returncode == 0
     assert json.loads(shown)["calibration"]["texts"] == pieces
     assert "(attempt 2 of 6)" in told
