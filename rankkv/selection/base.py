@@ -48,10 +48,11 @@ class Selector:
         none.
     fallback : (str, str), optional
         An option that the method should get, and a sentence on what replaces it if it is missing.
-    step : {"decay", "sum", "max", "rescore"}
+    step : {"decay", "mean", "sum", "max", "rescore"}
         Update of the scores by each new query. ``"sum"`` adds the query's attention. ``"decay"`` does so over an
-        exponential window as long as the observation window. ``"max"`` keeps the larger of the old score and the one
-        that the new queries give. ``"rescore"`` recomputes the scores from the keys.
+        exponential window as long as the observation window. ``"mean"`` averages the scores that the new queries give
+        over such a window. ``"max"`` keeps the larger of the old score and the one that the new queries give.
+        ``"rescore"`` recomputes the scores from the keys.
     turns : bool
         True if the method turns queries or keys to other positions, so that it needs the layer's rotary embedding.
     whole_prompt : bool

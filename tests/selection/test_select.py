@@ -115,7 +115,9 @@ def test_every_selector_conforms(model, name, check):
 @pytest.mark.parametrize("name", SELECTORS)
 def test_sources_are_papers(name):
     source = SELECTORS[name].source
-    assert source in ("control", "this project") or re.fullmatch(r"arXiv:\d{4}\.\d{5}", source)
+    assert source in ("control", "this project") or re.fullmatch(
+        r"arXiv:\d{4}\.\d{5}|OpenReview:\w{10}", source
+    )
 
 
 # -- select_tokens ------------------------------------------------------------------------------------------
