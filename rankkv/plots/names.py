@@ -27,6 +27,7 @@ SELECTORS = {
     "capkv": "CapKV",
     "compactor": "Compactor",
     "r_kv": "R-KV",
+    "triattention": "TriAttention",
     "random": "Random tokens",
 }
 BUDGETS = {

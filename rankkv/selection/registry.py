@@ -31,6 +31,7 @@ from .random import score_random
 from .snapkv import score_snapkv
 from .streaming_llm import score_streaming_llm
 from .tova import score_tova
+from .triattention import score_triattention
 
 _SNAPKV = Selector(
     "snapkv", score_snapkv, "window attention", "arXiv:2404.14469", "O(window x keys)", comparable=True
@@ -177,6 +178,16 @@ SELECTORS: dict[str, Selector] = {
             "arXiv:2505.24133",
             "O(window x keys + keys^2)",
             wraps=("window attention", "whole attention"),
+        ),
+        Selector(
+            "triattention",
+            score_triattention,
+            "keys only",
+            "arXiv:2604.04921",
+            "O(keys)",
+            step="rescore",
+            turns=True,
+            required="centres",
         ),
         Selector("random", score_random, "nothing", "control", "O(keys)", step="rescore"),
     )

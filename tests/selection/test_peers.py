@@ -205,7 +205,7 @@ def test_compactor_joins_leverage_and_the_attention_of_chunks(model, layer):
             rows = (rows - rows.mean(0)) @ build_sketch(rows.shape[-1], sketch).double()
             inverse = torch.linalg.inv(rows.T @ rows + 0.01 * torch.eye(sketch, dtype=torch.float64))
             leverage.append([float(row @ inverse @ row) for row in rows])
-            sums = {j: 0.0 for j in middle}
+            sums = dict.fromkeys(middle, 0.0)
             for query in queries[head * groups : (head + 1) * groups]:
                 for start in range(8, length - 4, chunk):
                     own = range(start, min(start + chunk, length - 4))
@@ -251,9 +251,7 @@ def test_r_kv_takes_away_what_other_keys_say_too(layer, weight, threshold):
         for head, keys in enumerate(layer.keys[row, :, first:].double()):
             means = [0.0] * length
             for i in range(length):
-                cosines = [
-                    float(torch.nn.functional.cosine_similarity(keys[i], key, dim=0)) for key in keys
-                ]
+                cosines = [float(torch.nn.functional.cosine_similarity(keys[i], key, dim=0)) for key in keys]
                 cosines[i] = 0.0
                 similar = [j for j in range(length) if cosines[j] > threshold]
                 if similar:
@@ -297,7 +295,9 @@ def test_new_queries_join_the_mean_of_scores(tiny_llama):
     object.__setattr__(
         cache._schedule.compressor,
         "selector",
-        _Noting(cache._schedule.selector, lambda observation: noted.append(compute(observation)) or noted[-1]),
+        _Noting(
+            cache._schedule.selector, lambda observation: noted.append(compute(observation)) or noted[-1]
+        ),
     )
     oracles.forward(model, cache, step)
     expected = noted[1] / WINDOW
