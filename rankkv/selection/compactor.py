@@ -18,7 +18,6 @@ _LEAST_SPREAD = 0.01
 _SEED = 0
 
 
-@without_padding
 def score_compactor(
     observation: Observation, chunk_size: int = 256, sketch_size: int = 48, blending: float = 0.5
 ) -> Tensor:
@@ -32,7 +31,7 @@ def score_compactor(
 
     ``c_j`` is ``||v_j||_2`` times the mean over the heads of the group of ``sum over i of softmax over j of q_i k_j``,
     for all queries i and keys j of a chunk of ``chunk_size`` tokens, average-pooled over three keys. The 8 first and
-    the 4 last tokens are left out, and score as high as the best key.
+    the 4 last tokens held are left out, and score as high as the best key.
 
     Parameters
     ----------
@@ -80,29 +79,54 @@ def score_compactor(
     check_integer_option("compactor", "sketch_size", sketch_size, 1)
     if isinstance(blending, bool) or not isinstance(blending, int | float) or not 0 <= blending <= 1e6:
         raise ConfigError(f"blending={blending!r} of selector 'compactor' must be a number in [0, 1e6].")
-    tokens = observation.key_length
-    # After an eviction only the protected sinks are sure to be there.
-    is_whole = observation.available == observation.lengths
-    first = min(_FIRST if is_whole else observation.sink_size, tokens)
-    stop = max(first, tokens - _LAST)
-    middle = slice(first, stop)
-    scores = observation.keys.new_zeros(
-        (observation.keys.shape[0], observation.kv_heads, tokens), dtype=torch.float32
+    # Heads may hold different tokens: the parts are computed for each head alone, their spread over all of them.
+    is_middle = _mark_middle(observation) > 0
+    leverage, attended = _score_leverage(observation, sketch_size), _score_attention(observation, chunk_size)
+    scores = blending * _standardize(observation, leverage, is_middle)
+    scores += _standardize(observation, attended, is_middle)
+    best = scores.masked_fill(~is_middle, float("-inf")).amax(dim=-1, keepdim=True)
+    return torch.where(is_middle, scores, torch.where(best.isneginf(), 0.0, best))
+
+
+def _find_middle(observation: Observation) -> slice:
+    """Return the tokens held but for those at both ends."""
+    first = min(_FIRST, observation.key_length)
+    return slice(first, max(first, observation.key_length - _LAST))
+
+
+@without_padding
+def _mark_middle(observation: Observation) -> Tensor:
+    """Return 1 for tokens that are not at an end, ``[batch, kv_head, key]``."""
+    marks = torch.zeros(
+        (observation.keys.shape[0], observation.kv_heads, observation.key_length),
+        device=observation.keys.device,
     )
-    if first == stop:
-        return scores
-    keys = turn_to_zero(observation)[:, :, middle]
-    leverage = observation.compute_group_mean(
-        compute_leverage(keys, build_sketch(keys.shape[-1], sketch_size))
-    )
-    attended = _attend(observation, first, stop, chunk_size)
-    attended = attended * torch.linalg.vector_norm(
-        observation.values[:, :, middle], dim=-1, dtype=torch.float32
-    )
-    attended = functional.avg_pool1d(observation.compute_group_mean(attended), 3, stride=1, padding=1)
-    scored = blending * _standardize(observation, leverage) + _standardize(observation, attended)
-    scores += scored.amax(dim=-1, keepdim=True)
-    scores[..., middle] = scored
+    marks[..., _find_middle(observation)] = 1.0
+    return marks
+
+
+@without_padding
+def _score_leverage(observation: Observation, sketch_size: int) -> Tensor:
+    """Compute the leverage of the keys in the middle, ``[batch, kv_head, key]``; 0 at the ends."""
+    middle = _find_middle(observation)
+    scores = _mark_middle(observation)
+    if middle.start < middle.stop:
+        keys = turn_to_zero(observation)[:, :, middle]
+        leverage = compute_leverage(keys, build_sketch(keys.shape[-1], sketch_size))
+        scores[..., middle] = observation.compute_group_mean(leverage)
+    return scores
+
+
+@without_padding
+def _score_attention(observation: Observation, chunk_size: int) -> Tensor:
+    """Compute the pooled attention of chunks times the values' norms, ``[batch, kv_head, key]``; 0 at the ends."""
+    middle = _find_middle(observation)
+    scores = _mark_middle(observation)
+    if middle.start < middle.stop:
+        attended = _attend(observation, middle.start, middle.stop, chunk_size)
+        norms = torch.linalg.vector_norm(observation.values[:, :, middle], dim=-1, dtype=torch.float32)
+        attended = observation.compute_group_mean(attended * norms)
+        scores[..., middle] = functional.avg_pool1d(attended, 3, stride=1, padding=1)
     return scores
 
 
@@ -170,16 +194,15 @@ def _attend(observation: Observation, first: int, stop: int, chunk_size: int) ->
     return torch.cat(parts, dim=-1)
 
 
-def _standardize(observation: Observation, scores: Tensor) -> Tensor:
-    """Subtract the mean over heads and tokens, and divide by the standard deviation."""
-    rows, count = (
-        scores.shape[0],
-        scores[0].numel() * (1 if observation.shards is None else observation.shards.size),
-    )
-    total = observation.sum_over_shards(scores.flatten(1).sum(dim=-1))
-    centred = scores - (total / count).view(rows, 1, 1)
+def _standardize(observation: Observation, scores: Tensor, is_used: Tensor) -> Tensor:
+    """Subtract the mean over the used tokens of all heads, and divide by their standard deviation."""
+    rows = scores.shape[0]
+    sums = torch.stack([is_used.flatten(1).sum(dim=-1).float(), (scores * is_used).flatten(1).sum(dim=-1)])
+    count, total = observation.sum_over_shards(sums)
+    mean = total / count.clamp(min=1)
+    centred = (scores - mean.view(rows, 1, 1)) * is_used
     squares = observation.sum_over_shards(centred.square().flatten(1).sum(dim=-1))
-    deviation = (squares / max(1, count - 1)).sqrt()
+    deviation = (squares / (count - 1).clamp(min=1)).sqrt()
     # Scores that are as good as equal, such as leverages of fewer keys than dimensions, differ by rounding.
-    least = (_LEAST_SPREAD * total.abs() / count).clamp(min=1e-6)
+    least = (_LEAST_SPREAD * mean.abs()).clamp(min=1e-6)
     return centred / torch.maximum(deviation, least).view(rows, 1, 1)
