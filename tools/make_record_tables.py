@@ -45,6 +45,8 @@ COMMANDS = {
     "asked_later": "experiments/asked_later.py --part 0.6 1.0 --seed 7 --samples 4 --methods ...",
     "asked_later_qwen": "experiments/asked_later.py --model Qwen2.5-Coder-0.5B-Instruct --part 0.6 1.0 --seed 7 "
     "--samples 1 --ratios 0.0625 0.125 --methods ...",
+    "asked_later_peers": "experiments/asked_later.py --part 0.6 1.0 --seed 11 --samples 2 --ratios 0.125 0.25 "
+    "--methods ...",
     "sweep": "rankkv sweep experiments/sweep.yaml",
     "prefill_price.json": "OMP_NUM_THREADS=1 python -m benchmarks.prefill_price --repeats 4",
     "demo.json": "rankkv demo",
@@ -330,6 +332,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "demo": make_demo,
         "asked-later": lambda: make_asked_later("asked_later"),
         "asked-later-qwen": lambda: make_asked_later("asked_later_qwen"),
+        "asked-later-peers": lambda: make_asked_later("asked_later_peers"),
         "origins": make_origins,
     },
     "docs/performance.md": {
