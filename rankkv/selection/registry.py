@@ -172,7 +172,7 @@ SELECTORS: dict[str, Selector] = {
             comparable=True,
         ),
         WrappingSelector.of(
-            _SNAPKV.with_options(kernel_size=7),
+            _SNAPKV,
             "r_kv",
             refine_r_kv,
             "arXiv:2505.24133",

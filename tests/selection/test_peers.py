@@ -244,7 +244,7 @@ def test_compactor_scores_keys_whose_queries_are_gone_by_plain_attention():
 
 @pytest.mark.parametrize(("weight", "threshold"), [(0.07, 0.5), (0.5, 0.1)])
 def test_r_kv_takes_away_what_other_keys_say_too(layer, weight, threshold):
-    attention = get_selector("snapkv", kernel_size=7).compute_scores(layer)
+    attention = get_selector("snapkv").compute_scores(layer)
     scores = get_selector("r_kv", weight=weight, threshold=threshold).compute_scores(layer)
     for row, length in enumerate(layer.lengths):
         first = layer.key_length - length
