@@ -42,9 +42,9 @@ def refine_r_kv(
     Notes
     -----
     Made for ``decode="periodic"`` (the authors compress every 128 tokens) and ``"bounded"``. Three points differ from
-    the authors' code. The option ``base`` (default SnapKV) gives the attention: pooled over 5 keys, theirs over 7, and a
-    mean over the heads of a group, where theirs takes the largest logit of the group. It reads ``window_size`` queries, theirs 8. If
-    no key is similar, none is spared; theirs then spares the first.
+    the authors' code. The option ``base`` (default SnapKV) gives the attention: pooled over 5 keys, theirs over 7, and
+    a mean over the heads of a group, where theirs takes the largest logit of the group. It reads ``window_size``
+    queries, theirs 8. If no key is similar, none is spared; theirs then spares the first.
 
     References
     ----------
