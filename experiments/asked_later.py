@@ -24,17 +24,14 @@ from rankkv.errors import ConfigError
 from rankkv.evaluation.settings import NAMED_STRATEGIES
 
 _EQUAL = {"head_budgets": None, "profile": None}
+#: Equal layers, whose heads compete by their scores, as in Ada-KV.
+_HEADS = {"strategy": "uniform", "head_budgets": "adaptive", "profile": None}
 #: Name of each method, and its options of RankKVCache.  `selector` may be a name with options.
 METHODS: dict[str, dict[str, Any]] = {
     "snapkv uniform": {"selector": "snapkv", "strategy": "uniform", **_EQUAL},
     "snapkv pyramid": {"selector": "snapkv", "strategy": "pyramid", **_EQUAL},
     "snapkv cake": {"selector": "snapkv", "strategy": "cake", **_EQUAL},
-    "snapkv heads": {
-        "selector": "snapkv",
-        "strategy": "uniform",
-        "head_budgets": "adaptive",
-        "profile": None,
-    },
+    "snapkv heads": {"selector": "snapkv", **_HEADS},
     "snapkv default": {"selector": "snapkv", **NAMED_STRATEGIES["default"]},
     "snapkv profile": {"selector": "snapkv", **NAMED_STRATEGIES["auto"]},
     "snapkv global": {"selector": "snapkv", "strategy": "global"},
@@ -43,6 +40,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "h2o global": {"selector": "h2o", "strategy": "global"},
     "expected default": {"selector": "expected_attention", **NAMED_STRATEGIES["default"]},
     "expected global": {"selector": "expected_attention", "strategy": "global"},
+    "criticalkv heads": {"selector": "criticalkv", **_HEADS},
+    "dropkv heads": {"selector": "dropkv", **_HEADS},
+    "dropkv default": {"selector": "dropkv", **NAMED_STRATEGIES["default"]},
+    "defensivekv heads": {"selector": "defensivekv", **_HEADS},
+    "defensivekv default": {"selector": "defensivekv", **NAMED_STRATEGIES["default"]},
+    "capkv default": {"selector": "capkv", **NAMED_STRATEGIES["default"]},
+    "compactor heads": {"selector": "compactor", **_HEADS},
+    "compactor default": {"selector": "compactor", **NAMED_STRATEGIES["default"]},
+    "kvzip kvcompose": {"selector": "kvzip", "strategy": "kvcompose"},
     "kvzip": {"selector": "kvzip"},
     "kvzip plus": {"selector": "kvzip_plus"},
     "echo": {"selector": "echo"},

@@ -304,6 +304,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "demo": make_demo,
         "asked-later": lambda: make_asked_later("asked_later"),
         "asked-later-qwen": lambda: make_asked_later("asked_later_qwen"),
+        "asked-later-peers": lambda: make_asked_later("asked_later_peers"),
         "origins": make_origins,
     },
     "docs/performance.md": {

@@ -58,6 +58,8 @@ class Strategy:
         True if the weights also depend on the layers' effective ranks.
     by_scores : bool
         True if the selector's scores of all heads and layers compete for the total; ``function`` is not called then.
+    equal_heads : bool
+        True if all heads of a layer keep the same number of tokens, whatever their scores.
     """
 
     function: Callable[..., FloatArray]
@@ -71,6 +73,7 @@ class Strategy:
     windows: int = 1
     ranked: bool = False
     by_scores: bool = False
+    equal_heads: bool = False
 
     @property
     def uses_ranks(self) -> bool:
@@ -191,11 +194,22 @@ STRATEGIES: dict[str, Strategy] = {
         weights.weigh_uniform,
         True,
         "one top-k of the selector's scores over all heads and layers",
-        "J.-H. Kim et al., KVzip, arXiv:2505.23416; equal heads: KVCompose, arXiv:2509.05165",
+        "J.-H. Kim et al., KVzip, arXiv:2505.23416",
         None,
         "scores",
         "O(keys log keys)",
         by_scores=True,
+    ),
+    "kvcompose": Strategy(
+        weights.weigh_uniform,
+        True,
+        "one top-k over all layers of the heads' mean sorted scores; heads keep equally many",
+        "D. Akulov et al., KVCompose, arXiv:2509.05165",
+        None,
+        "scores",
+        "O(keys log keys)",
+        by_scores=True,
+        equal_heads=True,
     ),
 }
 

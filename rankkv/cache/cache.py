@@ -118,6 +118,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         check_transformers()
         hook.check_observable(model)
         self.selector = get_selector(config.selector)
+        self.selector.check_complete()
         if config.selector == AUTO_SELECTOR:
             config = replace(config, selector=self.selector.name)
         #: Sentences on what was decided for the user; `summary` tells them.

@@ -63,7 +63,7 @@ class Compressor:
             self.config.decode == "bounded" or self.config.prefill != "single" or self.config.recompress_turns
         )
         adds_up = self.selector.step in ("sum", "max") and (continued or self.config.decode == "periodic")
-        return adds_up or (self.config.decode == "bounded" and self.selector.step == "decay")
+        return adds_up or (self.config.decode == "bounded" and self.selector.step in ("decay", "mean"))
 
     def add_layer(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
         """Add the next layer of a round and shrink the layers so far; return True when the round is finished.
@@ -112,7 +112,7 @@ class Compressor:
         if self.selector.step == "rescore":
             lasting = self.selector.compute_lasting_scores(observation)
         else:
-            by_attention = self.selector.step != "max"
+            by_attention = self.selector.step in ("decay", "sum")
             new = (
                 observation.compute_column_sums()
                 if by_attention

@@ -165,8 +165,8 @@ def resolve_global(config: RankKVConfig, selector: Selector, can_spread: bool) -
     Raises
     ------
     ConfigError
-        If the strategy is ``"global"`` and the selector's scores do not compare over heads and layers, or it protects a
-        fraction of each budget.
+        If the strategy compares scores and those of the selector do not compare over heads and layers, or it protects
+        a fraction of each budget; if the strategy keeps heads equal and ``head_budgets`` does not.
     """
     asks = config.strategy is None and not config.strategy_options
     if asks and selector.strategy is not None and config.head_budgets not in ("distortion", "profile"):
@@ -174,6 +174,13 @@ def resolve_global(config: RankKVConfig, selector: Selector, can_spread: bool) -
     if config.strategy is None or not get_strategy(config.strategy).by_scores:
         return config
     check_global(config, selector)
+    if get_strategy(config.strategy).equal_heads:
+        if config.head_budgets not in ("auto", None):
+            raise ConfigError(
+                f"head_budgets={config.head_budgets!r} lets heads keep different numbers of tokens, and strategy="
+                f"{config.strategy!r} gives all heads of a layer the same: use strategy='global' with it."
+            )
+        return replace(config, head_budgets=None)
     if config.head_budgets == "auto":
         keeps_all = config.compression_ratio == 1.0 and config.budget is None
         return replace(config, head_budgets="adaptive" if can_spread and not keeps_all else None)

@@ -227,7 +227,7 @@ class CompressionSchedule:
         """Raise if the newest tokens left traces in scores or query statistics that cannot be taken back."""
         config = self.config
         carried = self.selector.past_queries or self.selector.step in ("sum", "max")
-        carried = carried or (config.decode == "bounded" and self.selector.step == "decay")
+        carried = carried or (config.decode == "bounded" and self.selector.step in ("decay", "mean"))
         if config.decode != "grow" and carried and self.compressed:
             raise CacheStateError(
                 f"cannot rewind: with decode={config.decode!r} the scores of selector {self.selector.name!r} follow "

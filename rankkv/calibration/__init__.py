@@ -1,6 +1,13 @@
 """Calibration: measures a RankProfile or query filters from a model and texts."""
 
 from .calibrate import calibrate
+from .query_centres import compute_query_centres, save_query_centres
 from .query_filters import compute_query_filters, save_query_filters
 
-__all__ = ["calibrate", "compute_query_filters", "save_query_filters"]
+__all__ = [
+    "calibrate",
+    "compute_query_centres",
+    "compute_query_filters",
+    "save_query_centres",
+    "save_query_filters",
+]

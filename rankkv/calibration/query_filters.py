@@ -80,7 +80,7 @@ def compute_query_filters(
 
     collector = Selector("query moments", score, "queries", "control")
     for text in texts:
-        ids = _read_ids(text, tokenizer)[:, :max_tokens].to(find_input_device(model))
+        ids = read_ids(text, tokenizer)[:, :max_tokens].to(find_input_device(model))
         run_prefill(model, RankKVCache(model, 1.0, selector=collector, strategy="uniform"), ids)
     if not moments:
         raise InputError("there is no text to compute query filters from: give at least one.")
@@ -113,7 +113,8 @@ def save_query_filters(filters: Mapping[int, Tensor], path: str | Path) -> Path:
     return path
 
 
-def _read_ids(text: str | Tensor, tokenizer: Any) -> Tensor:
+def read_ids(text: str | Tensor, tokenizer: Any) -> Tensor:
+    """Return the token ids of one text, ``[1, token]``."""
     if isinstance(text, str):
         if tokenizer is None:
             raise ConfigError("texts that are strings need tokenizer=: give it, or give token ids.")

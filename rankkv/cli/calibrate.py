@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,9 @@ def calibrate(
         str,
         typer.Option(help="measured: one run per layer and head; gradient: a fast estimate of all of them."),
     ] = "measured",
+    queries: Annotated[
+        bool, typer.Option(help="Also measure the centres of the queries, for selector triattention.")
+    ] = False,
     dtype: DtypeName = None,
     device_map: DeviceMap = None,
     engine: Annotated[
@@ -83,6 +87,10 @@ def calibrate(
     console = make_console()
     check_at_least_one("--max-texts", max_texts)
     check_output(output)
+    if queries and engine != "local":
+        raise ConfigError(
+            f"--queries needs the model in this process, and --engine is {engine!r}: leave it out."
+        )
     _check_engine(engine, {"address": address, "workers": workers, "gpus-per-worker": gpus_per_worker})
     main = is_main_process()
     console.quiet = not main
@@ -137,6 +145,8 @@ def calibrate(
                 share_processes=True,
                 **options,
             )
+        if queries:
+            profile = _add_query_centres(console, profile, language_model, tokenizer, documents, max_texts)
     if main:
         _keep(console, profile, output, resume_path, push_to, json)
 
@@ -155,6 +165,21 @@ def _check_engine(engine: str, given: dict[str, Any]) -> None:
             f"--engine ray runs in {find_process_rank().size} launched processes but must run in one, because it "
             "starts workers itself: leave accelerate launch or torchrun out."
         )
+
+
+def _add_query_centres(
+    console: Console, profile: RankProfile, model: Any, tokenizer: Any, documents: list[str], max_texts: int
+) -> RankProfile:
+    """Return the profile with the centres of the model's queries over the texts."""
+    from ..calibration.query_centres import compute_query_centres, describe_query_centres
+
+    with show_step(console, "Measuring the queries"):
+        ids = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in documents]
+        chunks = [chunk for text in ids for chunk in text.split(2048) if len(chunk) > 1]
+        # An equal part of every text.
+        step = max(1, len(chunks) // max_texts)
+        centres = compute_query_centres(model, chunks[::step][:max_texts])
+    return replace(profile, query_centres=describe_query_centres(centres))
 
 
 def _find_resume_path(model: str) -> Path:

@@ -22,6 +22,12 @@ SELECTORS = {
     "echo": "Echo",
     "kvzip": "KVzip",
     "kvzip_plus": "KVzip+",
+    "dropkv": "DropKV",
+    "defensivekv": "DefensiveKV",
+    "capkv": "CapKV",
+    "compactor": "Compactor",
+    "r_kv": "R-KV",
+    "triattention": "TriAttention",
     "random": "Random tokens",
 }
 BUDGETS = {
@@ -45,6 +51,7 @@ BUDGETS = {
     "whole": "Rank of all attention",
     "inverse": "Inverse rank",
     "global": "One top-k over all layers",
+    "kvcompose": "KVCompose",
     "random": "Random budgets",
 }
 _CACHES = {"full": "Full cache", "blank": "Full cache, no answer in it"}

@@ -61,6 +61,8 @@ class RankProfile:
     head_gain_divergence : sequence of sequence of float
         ``[layer][kv_head]``: as ``gain_divergence``, when this head alone gets its full cache back. Empty if not
         measured.
+    query_centres : mapping
+        Centres of each head's queries, for selector ``"triattention"``; empty if not measured.
 
     Raises
     ------
@@ -90,6 +92,7 @@ class RankProfile:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     head_gain_divergence: tuple[tuple[float, ...], ...] = ()
+    query_centres: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -126,6 +129,8 @@ class RankProfile:
                 )
         if not isinstance(self.ranks, Mapping) or not isinstance(self.calibration, Mapping):
             raise TypeError("ranks and calibration must be mappings")
+        if not isinstance(self.query_centres, Mapping):
+            raise TypeError(f"query_centres is {shorten(self.query_centres)}, it must be a mapping")
         count = len(self.layer_indices)
         for name, measured in self.ranks.items():
             if not isinstance(measured, Mapping):

@@ -48,10 +48,11 @@ class Selector:
         none.
     fallback : (str, str), optional
         An option that the method should get, and a sentence on what replaces it if it is missing.
-    step : {"decay", "sum", "max", "rescore"}
+    step : {"decay", "mean", "sum", "max", "rescore"}
         Update of the scores by each new query. ``"sum"`` adds the query's attention. ``"decay"`` does so over an
-        exponential window as long as the observation window. ``"max"`` keeps the larger of the old score and the one
-        that the new queries give. ``"rescore"`` recomputes the scores from the keys.
+        exponential window as long as the observation window. ``"mean"`` averages the scores that the new queries give
+        over such a window. ``"max"`` keeps the larger of the old score and the one that the new queries give.
+        ``"rescore"`` recomputes the scores from the keys.
     turns : bool
         True if the method turns queries or keys to other positions, so that it needs the layer's rotary embedding.
     whole_prompt : bool
@@ -63,6 +64,8 @@ class Selector:
         never does.
     strategy : str, optional
         Budget strategy that ``strategy=None`` stands for with this method; None leaves the usual default.
+    required : str
+        Option without which a cache cannot use the method, a file of calibrated values; empty for none.
     recent_tokens : int, optional
         Number of newest tokens protected, whatever the budget, as long as it also holds the sinks.
 
@@ -89,6 +92,7 @@ class Selector:
     projection_option: str | None = None
     strategy: str | None = None
     recent_tokens: int | None = None
+    required: str = ""
 
     def with_options(self, **options: Any) -> Selector:
         """Return this selector with ``options`` bound.
@@ -133,6 +137,20 @@ class Selector:
     def description(self) -> str:
         """One sentence, the first line of the docstring of ``score``."""
         return (inspect.getdoc(self.score) or "").partition("\n")[0]
+
+    def check_complete(self) -> None:
+        """Check that the option ``required`` is given.
+
+        Raises
+        ------
+        ConfigError
+            If it is not; the message says how to make the file.
+        """
+        if self.required and self.options.get(self.required) is None:
+            raise ConfigError(
+                f"selector {self.name!r} needs {self.required}, calibrated values of the model, and none are given: "
+                f"run rankkv calibrate --queries, and give get_selector({self.name!r}, {self.required}=path)."
+            )
 
     @property
     def remark(self) -> str:

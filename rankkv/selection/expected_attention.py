@@ -112,7 +112,7 @@ def compute_expected_attention(
     spread = spread / count.clamp(min=1)
     if observation.rotation is not None:
         frequencies = observation.rotation.frequencies.to(observation.keys.device)
-        cos, sin = _average_rotation(observation, frequencies, future_positions)
+        cos, sin = average_rotation(observation, frequencies, future_positions)
         mean = observation.rotation.combine(mean, cos, sin)
         half = observation.rotation.combine(spread, cos, sin)
         spread = observation.rotation.combine(half.mT, cos, sin)
@@ -138,7 +138,7 @@ def compute_expected_attention(
     return weights.masked_fill(is_sink[:, :, None], 0.0).flatten(1, 2)
 
 
-def _average_rotation(
+def average_rotation(
     observation: Observation, frequencies: Tensor, future_positions: int
 ) -> tuple[Tensor, Tensor]:
     """Average cosine and sine over the future positions, ``[batch, 1, 1, pair]``."""

@@ -10,9 +10,13 @@ from ..config import AUTO_SELECTOR
 from ..errors import ConfigError, UnknownNameError
 from ..utils.registry import add_entry, remove_entry
 from .base import NEEDS, REPLAY, Selector, WrappingSelector
+from .capkv import score_capkv
 from .chunkkv import refine_chunkkv
+from .compactor import score_compactor
 from .criticalkv import refine_criticalkv
 from .cur import score_cur
+from .defensivekv import score_defensivekv
+from .dropkv import score_dropkv
 from .echo import score_echo
 from .expected_attention import score_expected_attention
 from .h2o import score_h2o
@@ -22,10 +26,12 @@ from .kvzip import score_kvzip, score_kvzip_plus
 from .lagkv import score_lagkv
 from .lava import score_lava
 from .qfilter import score_qfilter
+from .r_kv import refine_r_kv
 from .random import score_random
 from .snapkv import score_snapkv
 from .streaming_llm import score_streaming_llm
 from .tova import score_tova
+from .triattention import score_triattention
 
 _SNAPKV = Selector(
     "snapkv", score_snapkv, "window attention", "arXiv:2404.14469", "O(window x keys)", comparable=True
@@ -125,6 +131,63 @@ SELECTORS: dict[str, Selector] = {
             comparable=True,
             projection_option="",
             strategy="global",
+        ),
+        Selector(
+            "dropkv",
+            score_dropkv,
+            "window attention",
+            "OpenReview:MqfNzH3TVH",
+            "O(window x keys)",
+            step="mean",
+            comparable=True,
+        ),
+        Selector(
+            "defensivekv",
+            score_defensivekv,
+            "window attention",
+            "arXiv:2510.13334",
+            "O(window x keys + hidden x keys)",
+            step="max",
+            comparable=True,
+            projection_option="projection",
+        ),
+        Selector(
+            "capkv",
+            score_capkv,
+            "queries",
+            "arXiv:2604.25975",
+            "O(queries x head_dim + keys x head_dim)",
+            step="rescore",
+            past_queries="unturned",
+        ),
+        Selector(
+            "compactor",
+            score_compactor,
+            "queries",
+            "arXiv:2507.08143",
+            "O(chunk x queries + keys x sketch)",
+            step="mean",
+            turns=True,
+            whole_prompt=True,
+            comparable=True,
+        ),
+        WrappingSelector.of(
+            _SNAPKV,
+            "r_kv",
+            refine_r_kv,
+            "arXiv:2505.24133",
+            "O(window x keys + keys^2)",
+            wraps=("window attention", "whole attention"),
+        ),
+        Selector(
+            "triattention",
+            score_triattention,
+            "keys only",
+            "arXiv:2604.04921",
+            "O(keys)",
+            step="rescore",
+            turns=True,
+            required="centres",
         ),
         Selector("random", score_random, "nothing", "control", "O(keys)", step="rescore"),
     )

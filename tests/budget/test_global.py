@@ -81,12 +81,11 @@ def test_layers_released_early_end_as_if_all_had_waited(model, ids):
     assert oracles.kept_tokens(early) == oracles.kept_tokens(at_once)
 
 
+@pytest.mark.parametrize("options", [{"strategy": "global", "head_budgets": None}, {"strategy": "kvcompose"}])
 @pytest.mark.parametrize("selector", ["echo", "snapkv"])
-def test_equal_heads_share_by_the_mean_of_their_curves(model, ids, selector):
+def test_equal_heads_share_by_the_mean_of_their_curves(model, ids, selector, options):
     average = 40
-    cache = oracles.prefill(
-        model, ids, selector=selector, strategy="global", budget=average, head_budgets=None
-    )
+    cache = oracles.prefill(model, ids, selector=selector, budget=average, **options)
     scores = take_scores(model, ids, selector)
     scores[..., :4] = scores[..., LENGTH - 16 :] = float("inf")
     curves = scores.sort(dim=-1, descending=True).values.mean(dim=1)[:, FLOOR:]
@@ -95,10 +94,18 @@ def test_equal_heads_share_by_the_mean_of_their_curves(model, ids, selector):
     assert all(len(set(map(len, rows[0]))) == 1 for rows in oracles.kept_tokens(cache))
 
 
-@pytest.mark.parametrize("name", [name for name, known in SELECTORS.items() if not known.comparable])
-def test_scores_that_do_not_compare_are_refused(model, name):
+@pytest.mark.parametrize("strategy", ["global", "kvcompose"])
+@pytest.mark.parametrize(
+    "name", [name for name, known in SELECTORS.items() if not known.comparable and not known.required]
+)
+def test_scores_that_do_not_compare_are_refused(model, name, strategy):
     with pytest.raises(ConfigError, match="only order the tokens of one head"):
-        RankKVCache(model, selector=name, strategy="global")
+        RankKVCache(model, selector=name, strategy=strategy)
+
+
+def test_head_budgets_with_equal_heads_are_refused(model):
+    with pytest.raises(ConfigError, match=r"head_budgets='adaptive' .* strategy='global'"):
+        RankKVCache(model, strategy="kvcompose", head_budgets="adaptive")
 
 
 def test_a_protected_fraction_of_each_budget_is_refused(model):

@@ -195,7 +195,7 @@ def test_a_fully_masked_row_is_zero(additive):
     assert torch.allclose(attention[:, :, others].sum(-1), torch.ones(()), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(SELECTORS))
+@pytest.mark.parametrize("name", sorted(name for name, known in SELECTORS.items() if not known.required))
 def test_padding_that_is_not_a_number_does_not_leak(model, name):
     ids, mask = oracles.left_pad(PROMPTS)
     for clean, call in zip(
@@ -277,7 +277,7 @@ class LargestOutput(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("name", sorted(SELECTORS))
+@pytest.mark.parametrize("name", sorted(name for name, known in SELECTORS.items() if not known.required))
 @pytest.mark.parametrize("scope", ["window", "evictable"])
 def test_no_intermediate_grows_with_the_square_of_the_length(monkeypatch, name, scope):
     length, heads = 1500, 4

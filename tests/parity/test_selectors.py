@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from rankkv import compute_query_filters, save_query_filters
 from rankkv.selection import get_selector
+from rankkv.selection.compactor import build_sketch
 
 WINDOW = 16
 SINKS = 4
@@ -48,6 +49,7 @@ class Method:
     newest: int = 0
     difference: str = ""
     same_scores: bool = True
+    atol: float = 1e-6
 
 
 def divide_out_queries(scores: Tensor) -> Tensor:
@@ -124,6 +126,15 @@ METHODS = {
         ),
         "expected_attention",
         {"recent_fraction": 0.0, "future_positions": 64, "covariance": False, "value_norms": False},
+        window_size=1,
+        sink_size=SINKS,
+        newest=1,
+        difference=NEWEST,
+    ),
+    "capkv": Method(
+        lambda kvpress, ratio: kvpress.CapPress(ratio, n_future_positions=64, n_sink=SINKS),
+        "capkv",
+        {"recent_fraction": 0.0, "future_positions": 64},
         window_size=1,
         sink_size=SINKS,
         newest=1,
@@ -216,7 +227,7 @@ def compare(method: Method, name: str, model: Any, input_ids: Tensor, tally: Any
             scores = method.expect(peer.scores)
             if method.same_scores:
                 free = slice(method.sink_size, length - method.window_size)
-                torch.testing.assert_close(mine.scores[:, free], scores[:, free], rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(mine.scores[:, free], scores[:, free], rtol=1e-3, atol=method.atol)
             ranked = scores.clone()
             ranked[:, length - method.newest :] = float("inf")
             expected = peers.pick_highest(ranked, [kept] * len(scores))
@@ -287,6 +298,53 @@ def test_qfilter_on_tiny_models(family, own, tally, tmp_path):
     other = None if own else oracles.random_prompt(2 * TINY_TOKENS, seed=1)
     method = build_qfilter(model, other, prompt, tmp_path / "filters.json")
     assert compare(method, "qfilter, own queries" if own else "qfilter", model, prompt, tally) == []
+
+
+def build_compactor(monkeypatch: Any, chunk: int, key_dim: int, blending: float | None) -> Method:
+    """Give the press RankKV's sketch, where it would draw its own, and chunks that leave no remainder."""
+    sketch = build_sketch(key_dim, 48) * 48**0.5
+    draw = torch.randn
+
+    def draw_known(*shape: Any, **options: Any) -> Tensor:
+        return sketch.expand(*shape) if shape[2:] == sketch.shape else draw(*shape, **options)
+
+    monkeypatch.setattr(torch, "randn", draw_known)
+
+    def build_press(kvpress: Any, ratio: float) -> Any:
+        return kvpress.CompactorPress(ratio, chunk_size=chunk, blending=blending)
+
+    options = {"recent_fraction": 0.0, "chunk_size": chunk, "blending": blending}
+    # kvpress inverts X^T X in float32, which loses half of the digits.
+    return Method(build_press, "compactor", options, window_size=4, sink_size=8, atol=5e-3)
+
+
+def test_compactor_on_the_embedded_model(embedded, python_docs, tally, monkeypatch):
+    model, tokenizer = embedded
+    ids = tokenizer(python_docs[:4000], return_tensors="pt").input_ids[:, :EMBEDDED_TOKENS]
+    method = build_compactor(monkeypatch, 122, model.config.head_dim, 0.5)
+    assert compare(method, "compactor", model, ids, tally) == []
+
+
+@pytest.mark.parametrize("blending", [0.0, 0.75])
+@pytest.mark.parametrize("family", peers.TINY_FAMILIES)
+def test_compactor_on_tiny_models(family, blending, tally, monkeypatch):
+    model = peers.build_tiny(family)
+    method = build_compactor(monkeypatch, 37, 16, blending)
+    assert compare(method, "compactor", model, oracles.random_prompt(TINY_TOKENS), tally) == []
+
+
+def test_compactor_s_last_chunk_has_no_padding_where_that_of_kvpress_takes_part():
+    """Each empty query of kvpress gives every key an equal share, and empty keys take attention."""
+    from kvpress.presses.non_causal_attention_press import NonCausalAttnPress
+
+    chunk, rest = 20, 7
+    query, key = (torch.randn(1, 1, rest, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    theirs = NonCausalAttnPress.non_causal_chunked_attn(query, key, chunk)[0, 0]
+    logits = (query @ key.mT)[0, 0].exp()
+    empty = chunk - rest
+    padded = (logits / (logits.sum(-1, keepdim=True) + empty)).sum(0) + empty / chunk
+    torch.testing.assert_close(theirs, padded)
+    assert not torch.allclose(theirs, logits.div(logits.sum(-1, keepdim=True)).sum(0), rtol=0.05)
 
 
 def compare_chunks(model: Any, input_ids: Tensor, base: str, chunks: int, tally: Any) -> None:

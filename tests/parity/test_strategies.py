@@ -1,13 +1,19 @@
-"""The pyramid of kvpress has the lengths of the strategy, but for what the strategy's docstring states."""
+"""PyramidKV and KVCompose of kvpress give the lengths of the strategies, but for what these state."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import oracles
+import peers
 import pytest
+import torch
+from transformers import DynamicCache
 
 from rankkv.budget.strategies import compute_weights
 from rankkv.limits import Limits
+from rankkv.models.compat import cache_argument
+from rankkv.selection import Selector
 
 WINDOW = 16
 LAYERS = 9
@@ -44,3 +50,53 @@ def test_is_uniform_where_the_last_layer_would_hold_less_than_the_window():
     ours = compute_lengths(1000, 0.2, 20, window=WINDOW)
     assert ours[-1] == pytest.approx(16 + 184 / 20)
     assert ours[0] > 2 * ours[-1]
+
+
+class Composed:
+    """KVCompose of kvpress on one prompt: its scores, and what it keeps, ``[layer, kv_head, token]``.
+
+    Every head's 16 newest tokens score highest, as RankKV protects them. Layer 0 has the best scores: kvpress gives it
+    at least as many tokens as any other layer, whatever its scores, and RankKV does not.
+    """
+
+    def __init__(self, model, ids, kept):
+        import kvpress
+
+        layers, length = model.config.num_hidden_layers, ids.shape[1]
+        press = kvpress.KVComposePress(compression_ratio=1 - (kept * layers + 0.5) / (layers * length))
+        enhance, prepare = press.enhance_scores, press.prepare_important_masks
+
+        def enhance_more():
+            enhance()
+            curves = press.scores.sort(dim=-1, descending=True).values.mean(dim=1)
+            press.scores[0] *= float((curves.amax(dim=0) / curves[0].clamp(min=1e-12)).max())
+            press.scores[..., -16:] += 1e3
+
+        def prepare_and_note():
+            prepare()
+            self.scores = press.scores.clone()
+            self.kept = torch.stack([torch.stack(heads) for heads in press.important_mask_per_kv_head])
+
+        press.enhance_scores, press.prepare_important_masks = enhance_more, prepare_and_note
+        with torch.no_grad(), press(model):
+            model.model(input_ids=ids, **cache_argument(DynamicCache()))
+
+
+@pytest.mark.parametrize("kept", [40, 80])
+@pytest.mark.parametrize("family", peers.TINY_FAMILIES)
+def test_kvcompose_splits_the_same_scores_over_layers(family, kept, tally):
+    ids = oracles.random_prompt(160)
+    theirs = Composed(peers.build_tiny(family), ids, kept)
+
+    def score(observation):
+        return theirs.scores[observation.layer_idx][None]
+
+    selector = Selector("theirs", score, "nothing", "kvpress", comparable=True)
+    options = {"selector": selector, "strategy": "kvcompose", "budget": kept, "min_budget": 16}
+    cache = oracles.prefill(peers.build_tiny(family), ids, sink_size=0, head_floor=0.0, **options)
+    for layer, rows in enumerate(oracles.kept_tokens(cache)):
+        for head, tokens in enumerate(rows[0]):
+            other = theirs.kept[layer, head].nonzero()[:, 0]
+            verdict = peers.compare_kept(torch.tensor(tokens), other, theirs.scores[layer, head])
+            tally("kvcompose", verdict)
+            assert verdict != "different", f"layer {layer}, head {head}"

@@ -35,8 +35,8 @@ from rankkv.selection import SELECTORS
 OLD_GENERATE = Version(transformers.__version__) < Version("5.24")
 needs_recent_generate = pytest.mark.skipif(OLD_GENERATE, reason="older generate() does this another way")
 
-#: Selectors that a cache alone can use; the others repeat the prompt (tests/cache/test_replay.py).
-ONE_PASS = [name for name, selector in SELECTORS.items() if not selector.replays]
+#: Selectors that a cache alone can use; the others repeat the prompt (tests/cache/test_replay.py) or need a file.
+ONE_PASS = [name for name, selector in SELECTORS.items() if not selector.replays and not selector.required]
 
 MASKED_ORACLE = "masked_oracle"
 PAD = 0

@@ -98,6 +98,8 @@ def run_rankkv(
         recent_fraction=chosen.recent_fraction,
         step=chosen.step,
         past_queries=chosen.past_queries,
+        turns=chosen.turns,
+        whole_prompt=chosen.whole_prompt,
     )
     cache = RankKVCache(
         model,
