@@ -502,8 +502,8 @@ def check_name(name: object) -> str:
     # An id names its own context only.
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith(("ctx_", "conv_")):
         raise RequestError(
-            f"name {shorten(name)} must have 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or digit, "
-            "not with ctx_ or conv_.",
+            f"name {shorten(name)} must have 1 to 64 letters, digits, '.', '_' or '-', begin with a letter or digit, "
+            "and not with ctx_ or conv_.",
             param="name",
         )
     return name

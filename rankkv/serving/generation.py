@@ -77,7 +77,7 @@ class PinnedModelManager(ModelManager):
         """Raise a RequestError (404) if a client names another model; None is the pinned one."""
         if name is not None and name != self.force_model:
             raise RequestError(
-                f"this server has the model {self.force_model!r} alone, not {str(name)[:80]!r}: name that one, or none.",
+                f"this server has only the model {self.force_model!r}, not {str(name)[:80]!r}: name that one, or none.",
                 404,
                 "model_not_found",
                 "model",
