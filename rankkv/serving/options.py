@@ -110,6 +110,10 @@ def check_options(kind: str, body: dict[str, Any], vocabulary: int, most_tokens:
         raise RequestError(f"stream {shorten(body['stream'])} must be true or false.", param="stream")
     _check_stop(body.get("stop"))
     _check_bias(body.get("logit_bias"), vocabulary)
+    if "logit_bias" in body:
+        # transformers takes floats alone, and refuses an empty object.
+        biases = {token: float(value) for token, value in (body["logit_bias"] or {}).items()}
+        body["logit_bias"] = biases or None
     for name in ("tools",):
         if not isinstance(body.get(name), list | None) or not all(
             isinstance(item, dict) for item in body.get(name) or []

@@ -26,7 +26,7 @@ def wait_for(holds, seconds=60):
 
 
 def open_stream(live, tokens, **options):
-    """Begin a streamed answer, read its first bytes, and return the open connection."""
+    """Begin a streamed answer, read its first token, and return the open connection."""
     connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
     body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": tokens, "stream": True, **options}
     # No end-of-text token: the answer is as long as it may be.
@@ -34,7 +34,8 @@ def open_stream(live, tokens, **options):
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     assert response.status == 200
-    response.read(20)
+    while b'"content"' not in response.readline():
+        pass
     return connection
 
 
