@@ -135,6 +135,16 @@ class Service:
                 )
             if not isinstance(body.get("input"), str | list) or not body["input"]:
                 raise RequestError("input must be a text or a list of messages.", param="input")
+            try:
+                messages = self.handlers[kind]._normalize_input(body)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise RequestError(
+                    f"input has an item that is neither a message nor a tool call ({shorten(str(error))}): give role "
+                    "and content.",
+                    param="input",
+                ) from error
+            # transformers drops the parts that are not text.
+            check_messages(messages)
 
     async def _generate(self, job: Job, body: dict[str, Any]) -> Response:
         await self.turns.take(job.key)

@@ -29,7 +29,9 @@ def get_text(reply):
     return reply.json["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize("options", [{}, {"compression_ratio": 0.5, "selector": "snapkv"}, {"selector": "kvzip"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"compression_ratio": 0.5, "selector": "snapkv"}, {"selector": "kvzip"}]
+)
 def test_answers_equal_generation_with_a_copy(live, tiny, document, options):
     model, tokenizer = tiny
     made = live.post("/v1/contexts", {"text": document, **options})
@@ -221,7 +223,9 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("content", [{"text": " One fact.\n"}, {"messages": [{"role": "user", "content": "A fact "}]}])
+@pytest.mark.parametrize(
+    "content", [{"text": " One fact.\n"}, {"messages": [{"role": "user", "content": "A fact "}]}]
+)
 def test_tokens_of_a_context_begin_every_conversation_with_it(tiny, template, content):
     import copy
 
@@ -255,7 +259,12 @@ def test_a_model_without_a_chat_template(tiny, document, tmp_path: Path):
     tokenizer.chat_template = None
     with run_live(model, tokenizer, tmp_path) as live:
         context = live.post("/v1/contexts", {"text": document}).json
-        body = {"prompt": " And then", "max_tokens": 6, "temperature": 0, "rankkv": {"context": context["id"]}}
+        body = {
+            "prompt": " And then",
+            "max_tokens": 6,
+            "temperature": 0,
+            "rankkv": {"context": context["id"]},
+        }
         reply = live.post("/v1/completions", body).json
         ids = tokenizer(document + " And then")["input_ids"]
         stored = compress(model, torch.tensor([ids[: context["tokens"]]]), compression_ratio=0.3)

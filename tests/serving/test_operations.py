@@ -28,7 +28,12 @@ def wait_for(holds, seconds=60):
 def open_stream(live, tokens, **options):
     """Begin a streamed answer, read its first token, and return the open connection."""
     connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
-    body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": tokens, "stream": True, **options}
+    body = {
+        "messages": [{"role": "user", "content": "Go on."}],
+        "max_tokens": tokens,
+        "stream": True,
+        **options,
+    }
     # No end-of-text token: the answer is as long as it may be.
     body["logit_bias"] = {"2": -100}
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -80,7 +85,11 @@ def test_each_key_has_its_own_contexts(keyed, document):
     for name in ("doc", made["id"]):
         for method in ("GET", "DELETE"):
             assert keyed.send(method, f"/v1/contexts/{name}", Authorization=bob).status == 404
-        body = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2, "rankkv": {"context": name}}
+        body = {
+            "messages": [{"role": "user", "content": "What?"}],
+            "max_tokens": 2,
+            "rankkv": {"context": name},
+        }
         assert keyed.post("/v1/chat/completions", body, Authorization=bob).status == 404
     # Nor does the text find the context of another key.
     body = {"messages": [{"role": "user", "content": f"{document}\n\nWhat?"}], "max_tokens": 2}

@@ -32,7 +32,11 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        lines = [line.removeprefix("data: ") for line in self.data.decode().split("\n") if line.startswith("data: ")]
+        lines = [
+            line.removeprefix("data: ")
+            for line in self.data.decode().split("\n")
+            if line.startswith("data: ")
+        ]
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
