@@ -152,6 +152,7 @@ class Service:
             response: Response = await self.handlers[job.kind].handle_request(body, job.id)
         except (TemplateError, KeyError, TypeError, ValueError) as error:
             if not job.submitted and find_request_error(error) is None:
+                log.warning("%s %s was refused by its template: %s", job.kind, job.id, type(error).__name__)
                 raise refuse_conversation(error) from error
             raise
         finally:
@@ -278,6 +279,8 @@ class Service:
 
     async def show_health(self, request: Request) -> JSONResponse:
         """Tell that the server runs; it listens only once the model is loaded."""
+        if not self.manager.is_alive:
+            return JSONResponse({"status": "unhealthy", "reason": "the thread of the model has ended"}, 503)
         return JSONResponse({"status": "ok", "model": self.settings.model})
 
     async def show_metrics(self, request: Request) -> Response:
@@ -333,7 +336,6 @@ def build_app(service: Service) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        service.turns.close()
         await asyncio.to_thread(service.close)
 
     routes = [

@@ -416,7 +416,7 @@ class ContextStore:
         try:
             # Documents of users: no one else reads them.
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            owner = FileLock(self._folder / ".lock", timeout=0)
+            owner = FileLock(self._folder / ".lock", timeout=0, thread_local=False)
             owner.acquire()
         except Timeout as error:
             raise ConfigError(

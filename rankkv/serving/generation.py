@@ -241,12 +241,18 @@ class ContextGenerateManager(GenerateManager):
             cache = compress(self._model, ids, tokenizer=self._tokenizer, **context.options)
             context.seconds = time.perf_counter() - start
             context.bytes, context.full_bytes = cache.cache_bytes(), cache.full_cache_bytes()
-            lengths = [cache.kept_lengths[index] for index in cache.layer_indices]
-            context.kept = sum(lengths) / (len(lengths) * context.tokens)
+            if cache.layer_indices:
+                lengths = [cache.kept_lengths[index] for index in cache.layer_indices]
+                context.kept = sum(lengths) / (len(lengths) * context.tokens)
             self._check_wanted(job)
             self._store.add(context, cache)
 
         await self._run_job(job, run)
+
+    @property
+    def is_alive(self) -> bool:
+        """True as long as the thread takes jobs."""
+        return self._thread._thread.is_alive()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -350,10 +356,7 @@ class ContextGenerateManager(GenerateManager):
     def _generate(
         self, job: Job, context: Context | None, inputs: Any, gen_config: Any, streamer: Any
     ) -> torch.Tensor:
-        if context is None:
-            cache = RankKVCache(self._model, config=_WHOLE)
-        else:
-            cache = self._store.check_out(context)
+        context, cache = self._open(job, context)
         output = self._model.generate(
             **inputs,
             generation_config=gen_config,
@@ -364,6 +367,19 @@ class ContextGenerateManager(GenerateManager):
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         self._keep(job, sequences[0], cache, context)
         return sequences
+
+    def _open(self, job: Job, context: Context | None) -> tuple[Context | None, RankKVCache]:
+        """Return a cache for an answer, and the context that it is a copy of."""
+        if context is not None:
+            try:
+                return context, self._store.check_out(context)
+            except RequestError as error:
+                # A client that named no context did not ask for it.
+                if job.context is not None:
+                    raise
+                _log_failure(job, error)
+                job.cached_tokens, job.matched = 0, None
+        return None, RankKVCache(self._model, config=_WHOLE)
 
     def _keep(self, job: Job, sequence: torch.Tensor, cache: RankKVCache, parent: Context | None) -> None:
         """Keep the conversation, whose next turn begins with it."""

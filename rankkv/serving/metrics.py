@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from .contexts import ContextStore
 from .turns import Job, Turns
@@ -13,6 +15,19 @@ from .turns import Job, Turns
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _TTFT_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 _TPOT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+
+
+class _StoreCounters(Collector):
+    """Counts that the store keeps itself."""
+
+    def __init__(self, store: ContextStore) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Yield both counters."""
+        store = self._store
+        yield CounterMetricFamily("rankkv_cache_evictions", "Caches that left memory.", store.evicted)
+        yield CounterMetricFamily("rankkv_cache_loads", "Caches that came back from disk.", store.loaded)
 
 
 class Metrics:
@@ -67,10 +82,9 @@ class Metrics:
         )
         self._gauge("rankkv_contexts", "Stored contexts.", lambda: store.count(stored=True))
         self._gauge("rankkv_conversations", "Conversations in memory.", lambda: store.count(stored=False))
-        self._gauge("rankkv_cache_evictions", "Caches that left memory.", lambda: store.evicted)
-        self._gauge("rankkv_cache_loads", "Caches that came back from disk.", lambda: store.loaded)
         self._gauge("rankkv_queue_waiting", "Requests that wait for their turn.", lambda: turns.waiting)
         self._gauge("rankkv_queue_running", "Requests that the model works on.", lambda: turns.running)
+        self.registry.register(_StoreCounters(store))
 
     def note_request(self, route: str, status: int) -> None:
         """Count one finished request."""

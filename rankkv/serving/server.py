@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from transformers.utils import logging as transformers_logging
 
 from ..models.loading import load_model
 from .app import Service, build_app
@@ -27,17 +29,26 @@ class Server(uvicorn.Server):
         What to serve.
     on_ready : callable
         Called with the port once the server listens.
+    on_stop : callable
+        Called on the event loop when the server begins to stop.
     """
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[int], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_ready: Callable[[int], None], on_stop: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._on_ready = on_ready
+        self._on_ready, self._on_stop = on_ready, on_stop
 
     async def startup(self, sockets: Any = None) -> None:
         """Listen, and say so."""
         await super().startup(sockets)
         if self.started:
             self._on_ready(self.servers[0].sockets[0].getsockname()[1])
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Refuse what waits, and give what runs its time."""
+        self._on_stop()
+        await super().shutdown(sockets)
 
 
 def serve(
@@ -62,6 +73,8 @@ def serve(
     RankKVError
         If the model cannot be loaded or served.
     """
+    # transformers writes a line for each request, and warns of options that clients may give.
+    transformers_logging.set_verbosity_error()
     model, tokenizer = load_model(settings.model, dtype, device_map)
     service = Service(settings, model, tokenizer)
     server = build_server(service, on_ready)
@@ -90,9 +103,9 @@ def build_server(service: Service, on_ready: Callable[[int], None] = lambda port
         # The guard writes one line for each request.
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(settings.grace_seconds) or None,
+        timeout_graceful_shutdown=math.ceil(settings.grace_seconds),
     )
-    return Server(config, on_ready)
+    return Server(config, on_ready, service.turns.close)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -44,6 +44,17 @@ def open_stream(live, tokens, **options):
     return connection
 
 
+def hold_first_layer(live):
+    """Hold every forward at its first layer; return what tells that one is there, what lets it go on, and the hook."""
+    inside, gone = threading.Event(), threading.Event()
+
+    def hold(*_):
+        inside.set()
+        gone.wait(60)
+
+    return inside, gone, live.service.model.model.layers[0].register_forward_pre_hook(hold)
+
+
 def test_health_needs_no_key_and_models_lists_one(tiny, tmp_path):
     with run_live(*tiny, tmp_path, api_keys=KEYS) as live:
         assert live.send("GET", "/health", Authorization="").json == {"status": "ok", "model": "tiny"}
@@ -221,9 +232,7 @@ def test_a_client_that_leaves_a_plain_request_frees_its_place(live, document, st
     text, running = "Hello", None
     if stage == "prefill":
         # Every layer of a prefill asks if the client is still there: hold the first one until it has left.
-        inside, gone = threading.Event(), threading.Event()
-        layer = live.service.model.model.layers[0]
-        hook = layer.register_forward_pre_hook(lambda *_: (inside.set(), gone.wait(60)) and None)
+        inside, gone, hook = hold_first_layer(live)
         text = document
     elif stage == "queue":
         running = open_stream(live, 3000)
@@ -253,9 +262,7 @@ def test_a_client_that_leaves_a_plain_request_frees_its_place(live, document, st
 
 
 def test_a_context_whose_client_leaves_is_not_stored(live, document):
-    inside, gone = threading.Event(), threading.Event()
-    layer = live.service.model.model.layers[0]
-    hook = layer.register_forward_pre_hook(lambda *_: (inside.set(), gone.wait(60)) and None)
+    inside, gone, hook = hold_first_layer(live)
     connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
     connection.request(
         "POST", "/v1/contexts", json.dumps({"text": document}), {"Content-Type": "application/json"}
@@ -295,6 +302,7 @@ def test_a_failure_in_a_stream_has_the_form_of_the_api_and_hides_its_message(liv
     assert streamed[-1]["error"]["type"] == "server_error"
     assert (whole.status, whole.error["type"]) == (500, "server_error")
     told = json.dumps(streamed[-1]) + whole.data.decode() + caplog.text
-    assert document[:20] not in told and "RuntimeError" in caplog.text
+    assert document[:20] not in told
+    assert "RuntimeError" in caplog.text
     # The context is whole, and the next answer is right.
     assert live.chat("What?", rankkv={"context": "doc"}).status == 200
