@@ -62,6 +62,8 @@ class Service:
 
     def __init__(self, settings: ServeSettings, model: Any, tokenizer: Any) -> None:
         check_observable(model)
+        # The first call drops a truncation that the tokenizer's file may set; later ones only read.
+        tokenizer("a", add_special_tokens=False)
         self.settings, self.tokenizer, self.model = settings, tokenizer, model
         length = get_context_length(model)
         given = settings.max_context_tokens

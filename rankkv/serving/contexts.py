@@ -32,6 +32,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FILE = re.compile(r"ctx_[0-9a-f]{32}")
 _NAMESPACE = re.compile(r"public|[0-9a-f]{16}")
 _DIGITS = 16
+# Records are written by the server itself, from bodies that may be larger than the JSON files that others give.
+_RECORD_LIMIT = 2**32
 
 log = logging.getLogger("rankkv.serving")
 
@@ -446,7 +448,7 @@ class ContextStore:
     def _take_up(self, path: Path) -> None:
         try:
             context = self._read_record(path)
-        except (InputError, KeyError, TypeError, ValueError) as error:
+        except (InputError, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             log.warning("%s is left out: %s", path, type(error).__name__)
             return
         if not path.with_suffix(".safetensors").is_file():
@@ -456,7 +458,7 @@ class ContextStore:
         self._contexts[context.id] = context
 
     def _read_record(self, path: Path) -> Context:
-        record = read_json(path)
+        record = read_json(path, _RECORD_LIMIT)
         if record["format"] != FORMAT or record["fingerprint"] != self.fingerprint:
             raise ValueError("another format or model")
         ids = np.asarray(record["ids"], dtype=np.int64)

@@ -24,29 +24,43 @@ LIMITS = {
     "responses": ("max_output_tokens",),
 }
 
-# Fields that transformers leaves unread although they change an answer, with the values that do not.
-_UNREAD: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "background": (None, False),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "function_call": (None,),
-    "functions": (None,),
-    "logprobs": (None, False),
-    "max_tool_calls": (None,),
-    "modalities": (None, ["text"]),
-    "n": (None, 1),
-    "prediction": (None,),
-    "presence_penalty": (None, 0),
-    "previous_response_id": (None,),
-    "prompt_cache_key": (None,),
-    "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
-    "text": (None, {"format": {"type": "text"}}),
-    "tool_choice": (None, "auto"),
-    "top_logprobs": (None, 0),
-    "truncation": (None, "disabled"),
-    "web_search_options": (None,),
+#: Fields that transformers reads, by route.
+READ = {
+    "chat": {
+        "chat_template_kwargs", "frequency_penalty", "generation_config", "logit_bias", "max_completion_tokens",
+        "max_tokens", "messages", "model", "seed", "stop", "stream", "temperature", "tools", "top_p",
+    },
+    "completions": {
+        "frequency_penalty", "generation_config", "max_tokens", "model", "prompt", "seed", "stop", "stream", "suffix",
+        "temperature", "top_p",
+    },
+    "responses": {
+        "generation_config", "input", "instructions", "max_output_tokens", "model", "seed", "stream", "temperature",
+        "tools", "top_p",
+    },
+}  # fmt: skip
+#: Fields that are left unread, and change no answer.
+HARMLESS = {
+    "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "stream_options", "user",
+}  # fmt: skip
+
+# Values that change no answer, of the other fields that are left unread; null is one for all.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "best_of": (1,),
+    "echo": (False,),
+    "include": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "text": ({"format": {"type": "text"}},),
+    "tool_choice": ("auto",),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
 }
 _RANGES = {
     "temperature": (0.0, 2.0),
@@ -90,10 +104,10 @@ def check_options(kind: str, body: dict[str, Any], vocabulary: int, most_tokens:
     RequestError
         If an option has a value outside its range, or would be ignored although it changes the answer.
     """
-    for name, harmless in _UNREAD.items():
-        if name in body and body[name] not in harmless:
-            allowed = " or ".join(json.dumps(value) for value in harmless if value is not None)
-            remedy = f"give {allowed}, or leave it out" if allowed else "leave it out"
+    for name in sorted(body.keys() - READ[kind] - HARMLESS):
+        allowed = _WITHOUT_EFFECT.get(name, ())
+        if body[name] is not None and body[name] not in allowed:
+            remedy = f"give {json.dumps(allowed[0])}, or leave it out" if allowed else "leave it out"
             raise RequestError(
                 f"{name} {shorten(body[name])} is not supported by this server: {remedy}.",
                 code="unsupported_option",

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from live import run_live
+from live import generate, run_live
+
+from rankkv import RankKVCache
 
 #: Facts that a document of other text hides, and what an answer must contain.
 FACT, QUESTION, WORD = (
@@ -147,6 +149,14 @@ def test_all_clients_find_a_fact_with_the_embedded_model(embedded, python_docs, 
         assert plain.usage.prompt_tokens_details.cached_tokens == made["tokens"]
         named = live.chat(QUESTION, rankkv={"context": "yard"}, max_tokens=24)
         assert named.json["choices"][0]["message"]["content"] == plain.choices[0].message.content
+        # Token for token what the stored file answers in this process.
+        model, tokenizer = embedded
+        (path,) = tmp_path.rglob("*.safetensors")
+        ids = tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        answer = generate(model, ids["input_ids"], RankKVCache.load(path, model), 24)
+        assert tokenizer.decode(answer, skip_special_tokens=True) == plain.choices[0].message.content
         printed = chat(live, "Tell me a long story.\nn\nGo on with it.\nn\n!exit\n", tmp_path)
         assert printed.count("tokens in") == 2
         # The second turn of that chat begins with its first one.

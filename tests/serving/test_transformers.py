@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers.cli.serving import chat_completion, completion, model_manager, response, utils
 
+from rankkv.serving.errors import RequestError
 from rankkv.serving.generation import CountingStreamer, PinnedModelManager
+from rankkv.serving.options import HARMLESS, READ, check_options
 from rankkv.serving.turns import Job
 
 
@@ -54,18 +56,24 @@ def test_handlers_name_their_fields(handler, fields):
     assert fields <= set(handler._valid_params_class.__mutable_keys__)
 
 
-def test_every_field_that_is_left_unread_is_harmless_or_refused():
-    from rankkv.serving.options import _UNREAD
-
-    unread = (
-        chat_completion.UNUSED_CHAT_COMPLETION_FIELDS
-        | completion.UNUSED_LEGACY_COMPLETION_FIELDS
-        | response.UNUSED_RESPONSE_FIELDS
-    )
-    harmless = {
-        "include", "metadata", "parallel_tool_calls", "prompt", "service_tier", "store", "stream_options", "user",
-    }  # fmt: skip
-    assert unread - set(_UNREAD) == harmless
+@pytest.mark.parametrize(
+    ("kind", "module", "handler"),
+    [
+        ("chat", chat_completion, chat_completion.ChatCompletionHandler),
+        ("completions", completion, completion.CompletionHandler),
+        ("responses", response, response.ResponseHandler),
+    ],
+)
+def test_every_field_is_read_harmless_or_refused(kind, module, handler):
+    fields = set(handler._valid_params_class.__mutable_keys__)
+    assert fields >= READ[kind]
+    source = inspect.getsource(module) + inspect.getsource(utils.BaseHandler)
+    for name in READ[kind] - {"model"}:
+        assert f'body["{name}"]' in source or f'body.get("{name}"' in source
+    for name in fields - READ[kind] - HARMLESS:
+        with pytest.raises(RequestError, match=f"^{name} 'x' is not supported"):
+            check_options(kind, {name: "x"}, 100, 10)
+        assert check_options(kind, {name: None}, 100, 10) is None
 
 
 def test_stream_errors_stand_where_they_are_replaced():
@@ -110,8 +118,6 @@ def test_the_first_put_is_the_prompt_and_a_cancelled_streamer_raises(tiny):
 
 
 def test_the_pinned_model_stays(tiny):
-    from rankkv.serving.errors import RequestError
-
     manager = PinnedModelManager("tiny", *tiny)
     assert manager.load_model_and_processor("tiny") == tiny
     for name in ("other", "tiny@main", "../tiny"):
