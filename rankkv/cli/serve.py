@@ -63,7 +63,7 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI API: contexts are compressed once, stored, and asked by many."""
     from ..errors import UnknownNameError
-    from ..serving.settings import ServeSettings, check_requirements, parse_bytes
+    from ..serving.settings import ServeSettings, check_address, check_requirements, parse_bytes
 
     if log_level not in _LEVELS:
         raise UnknownNameError.of("log level", log_level, _LEVELS)
@@ -88,6 +88,7 @@ def serve(
         check_cache_options(selector, compression_ratio=compression_ratio)
     check_model(model, dtype, device_map)
     check_requirements()
+    check_address(host, port)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # Libraries log every request of their own, some with its text.
     for name in ("httpx", "httpcore", "openai", "uvicorn", "asyncio", "filelock"):

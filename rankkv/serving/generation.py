@@ -249,12 +249,12 @@ class ContextGenerateManager(GenerateManager):
 
         await self._run_job(job, run)
 
+    # -- life ----------------------------------------------------------------------------------------------------
+
     @property
     def is_alive(self) -> bool:
         """True as long as the thread takes jobs."""
         return self._thread._thread.is_alive()
-
-    # -- life ----------------------------------------------------------------------------------------------------
 
     def stop(self, seconds: float = 10.0) -> None:
         """Stop the answer that runs, wait until the thread is idle, and free the model."""
@@ -327,6 +327,9 @@ class ContextGenerateManager(GenerateManager):
             raise RequestError("the prompt has no tokens: give some text.", param="prompt")
         self._limit_answer(job, gen_config)
         context = self._store.match(job.key, ids, job.context) if job.reuse or job.context else None
+        if job.context is not None:
+            # Another request may have deleted it while this one waited.
+            self._store.get(job.key, job.context)
         if job.context is not None and context is None:
             raise RequestError(
                 f"the conversation does not begin with the tokens of context {job.context}: tools and options of the "

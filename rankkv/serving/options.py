@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -12,10 +13,9 @@ from .errors import RequestError
 
 #: Options of transformers' ``generation_config`` that a client may set.
 GENERATION_OPTIONS = {
-    "do_sample", "temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
-    "repetition_penalty", "no_repeat_ngram_size", "max_new_tokens", "min_new_tokens", "stop_strings", "eos_token_id",
-    "pad_token_id", "bos_token_id", "renormalize_logits", "suppress_tokens", "begin_suppress_tokens",
-    "exponential_decay_length_penalty", "transformers_version", "_from_model_config",
+    "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size",
+    "max_new_tokens", "min_new_tokens", "stop_strings", "eos_token_id", "pad_token_id", "bos_token_id",
+    "transformers_version", "_from_model_config",
 }  # fmt: skip
 #: Fields of each route that give the largest number of new tokens, the first one wins.
 LIMITS = {
@@ -67,6 +67,14 @@ _RANGES = {
     "top_p": (0.0, 1.0),
     # transformers turns it into a repetition penalty of 1 more.
     "frequency_penalty": (-0.9, 2.0),
+}
+# transformers refuses 0 in the middle of an answer; sampling is switched off by do_sample there.
+_CONFIG_RANGES = {
+    "temperature": (0.01, 2.0),
+    "top_p": (0.01, 1.0),
+    "min_p": (0.0, 1.0),
+    "typical_p": (0.01, 1.0),
+    "repetition_penalty": (0.1, 10.0),
 }
 _MOST_STOPS, _LONGEST_STOP = 16, 200
 _MOST_BIASES = 300
@@ -133,14 +141,7 @@ def check_options(kind: str, body: dict[str, Any], vocabulary: int, most_tokens:
             isinstance(item, dict) for item in body.get(name) or []
         ):
             raise RequestError(f"{name} must be a list of objects.", param=name)
-    options = body.get("chat_template_kwargs")
-    if not isinstance(options, dict | None) or {"tokenize", "return_dict", "return_tensors"} & set(
-        options or ()
-    ):
-        raise RequestError(
-            "chat_template_kwargs must be an object with variables of the chat template.",
-            param="chat_template_kwargs",
-        )
+    _check_template_options(body.get("chat_template_kwargs"))
     given = _check_generation_config(body.get("generation_config"), vocabulary)
     limits = [(name, body[name]) for name in LIMITS[kind] if body.get(name) is not None]
     if given.get("max_new_tokens") is not None:
@@ -148,6 +149,23 @@ def check_options(kind: str, body: dict[str, Any], vocabulary: int, most_tokens:
     for name, value in limits:
         _check_whole(name, value, 1, most_tokens)
     return int(limits[0][1]) if limits else None
+
+
+def _check_template_options(options: object) -> None:
+    """Refuse what is not a variable of the template, such as another template or a cut prompt."""
+    from transformers import PreTrainedTokenizerBase
+
+    name = "chat_template_kwargs"
+    if not isinstance(options, dict | None):
+        raise RequestError(f"{name} must be an object with variables of the chat template.", param=name)
+    closed = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    for option in options or ():
+        if option in closed:
+            raise RequestError(
+                f"{name}.{option} is not open to clients: give variables of the chat template alone.",
+                code="forbidden_option",
+                param=f"{name}.{option}",
+            )
 
 
 def _check_generation_config(text: object, vocabulary: int) -> dict[str, Any]:
@@ -175,9 +193,11 @@ def _check_generation_config(text: object, vocabulary: int) -> dict[str, Any]:
             code="forbidden_option",
             param=f"{name}.{str(option)[:40]}",
         )
-    for option in ("temperature", "top_p"):
+    for option, (low, high) in _CONFIG_RANGES.items():
         if given.get(option) is not None:
-            _check_number(f"{name}.{option}", given[option], 0.0, 2.0 if option == "temperature" else 1.0)
+            _check_number(f"{name}.{option}", given[option], low, high)
+    if not isinstance(given.get("do_sample"), bool | None):
+        raise RequestError(f"{name}.do_sample must be true or false.", param=f"{name}.do_sample")
     for option in ("eos_token_id", "pad_token_id", "bos_token_id"):
         value = given.get(option)
         for token in value if isinstance(value, list) else [value] if value is not None else []:

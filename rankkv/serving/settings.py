@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -148,6 +149,25 @@ def parse_bytes(text: str, flag: str) -> int:
             f"{flag} {text!r} is not a size: give a number with KB, MB, GB, KiB, MiB or GiB, like 2GB."
         )
     return int(float(match[1]) * unit)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise, before a model is loaded, if the server cannot listen there.
+
+    Raises
+    ------
+    ConfigError
+        If the port is taken, or the address is not one of this machine.
+    """
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): give another --port or --host."
+        ) from error
 
 
 def check_requirements() -> None:

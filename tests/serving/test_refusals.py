@@ -257,6 +257,9 @@ def test_the_own_field(shared_live, given, words):
         ({"stream": "yes"}, "true or false"),
         ({"tools": "x"}, "list of objects"),
         ({"chat_template_kwargs": {"tokenize": False}}, "variables of the chat template"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template is not open"),
+        ({"chat_template_kwargs": {"truncation": True, "max_length": 5}}, "truncation is not open"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "is not open"),
         ({"chat_template_kwargs": "x"}, "variables of the chat template"),
         ({"generation_config": "{"}, "JSON object"),
         ({"generation_config": {"top_k": 5}}, "JSON object"),
@@ -270,7 +273,10 @@ def test_the_own_field(shared_live, given, words):
         ({"generation_config": '{"compile_config": {}}'}, "is not open"),
         ({"generation_config": '{"made_up": 1}'}, "is not open"),
         ({"generation_config": '{"max_new_tokens": 65}'}, "from 1 to 64"),
-        ({"generation_config": '{"temperature": -1}'}, "from 0 to 2"),
+        ({"generation_config": '{"temperature": 0}'}, "from 0.01 to 2"),
+        ({"generation_config": '{"typical_p": 0}'}, "from 0.01 to 1"),
+        ({"generation_config": '{"do_sample": "yes"}'}, "true or false"),
+        ({"generation_config": '{"suppress_tokens": ["x"]}'}, "is not open"),
         ({"generation_config": '{"eos_token_id": [999999]}'}, "whole number"),
         ({"generation_config": '{"top_k": "x"}'}, "whole number"),
     ],
@@ -278,6 +284,29 @@ def test_the_own_field(shared_live, given, words):
 def test_options_that_are_forbidden_or_out_of_range(shared_live, options, words):
     raw = json.dumps({**VALID[CHAT], **options}).encode()
     check(shared_live.send("POST", CHAT, raw=raw), 400, words)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"temperature": 2, "top_p": 0.5, "seed": 2**63 - 1, "frequency_penalty": -0.9},
+        {"temperature": 0, "top_p": 0.5, "n": 1, "logprobs": False, "stop": None, "user": "me", "metadata": {}},
+        {"logit_bias": {}}, {"logit_bias": {"5": 100, "6": -100.0}}, {"stop": ["a", "b"], "presence_penalty": 0.0},
+        {"generation_config": json.dumps({
+            "do_sample": True, "temperature": 0.01, "top_k": 0, "top_p": 0.01, "min_p": 0.5, "typical_p": 0.5,
+            "repetition_penalty": 0.1, "no_repeat_ngram_size": 2, "min_new_tokens": 1, "max_new_tokens": 2,
+            "num_beams": 1, "use_cache": True, "transformers_version": "5.24.0", "eos_token_id": [2, 3],
+        })},
+    ],
+)  # fmt: skip
+def test_options_at_their_bounds_are_taken(shared_live, options):
+    for stream in (False, True):
+        reply = shared_live.send(
+            "POST", CHAT, raw=json.dumps({**VALID[CHAT], **options, "stream": stream}).encode()
+        )
+        assert reply.status == 200, reply.data
+        assert not stream or reply.events[-1] == "[DONE]"
 
 
 def test_wrong_prompts(shared_live):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -66,6 +67,17 @@ def test_bad_arguments_end_with_one_sentence(arguments, words):
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_loads():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        result = CliRunner().invoke(app, ["serve", "embedded", "--port", str(port)])
+    assert result.exit_code == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in " ".join(result.output.split())
+    assert "Loading" not in result.output
 
 
 def test_keys_of_the_environment_open_a_public_address(monkeypatch):
