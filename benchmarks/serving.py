@@ -2,7 +2,9 @@
 
     OMP_NUM_THREADS=2 python -m benchmarks.serving
 
-It starts `rankkv serve embedded`, speaks HTTP to it, and writes `results/serving.json`.
+It starts `rankkv serve embedded`, speaks HTTP to it, and writes both parts to `results/serving.json`; `--parts` measures
+one of them again.  Bytes do not depend on the weights: `--narrow` takes a random model with the cache of the same shape
+(layers, key/value heads, head dimension) and less work.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankkv import load_model
 from rankkv.evaluation.results import describe_environment
@@ -166,11 +171,34 @@ def measure_bytes(server: Server, texts: list[str], ratio: float) -> dict[str, A
     }
 
 
+def write_narrow_model(name: str, folder: str) -> str:
+    """Write a random model whose cache has the shape of another model's; return the folder."""
+    model, tokenizer = load_model(name)
+    config = model.config
+    width = config.num_key_value_heads * config.head_dim
+    narrow = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_key_value_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(narrow).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Later questions and bytes of contexts, of a running server."
     )
     parser.add_argument("--model", default="embedded")
+    parser.add_argument("--parts", default="first_token,bytes")
+    parser.add_argument("--narrow", action="store_true")
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--contexts", type=int, default=16)
@@ -178,21 +206,29 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--output", type=Path, default=Path("results/serving.json"))
     arguments = parser.parse_args()
+    record: dict[str, Any] = {}
     tokenizer, text = load_model(arguments.model)[1], python_docs_text()
-    document = take_tokens(tokenizer, text, arguments.tokens)
-    # Enough characters for the tokens of each, from places that do not overlap.
-    step = len(text) // arguments.contexts
-    texts = [
-        take_tokens(tokenizer, text[place * step : (place + 1) * step], arguments.context_tokens)
-        for place in range(arguments.contexts)
-    ]
-    record: dict[str, Any] = {"command": " ".join(["python", "-m", "benchmarks.serving", *sys.argv[1:]])}
-    with Server(arguments.model, "--cache-memory", "8GB") as server:
-        record["first_token"] = measure_first_tokens(server, document, arguments.ratio, arguments.repeats)
-    with Server(arguments.model, "--cache-memory", "8GB") as server:
-        record["bytes"] = measure_bytes(server, texts, arguments.ratio)
-    record["environment"] = describe_environment()
-    write_text_atomically(arguments.output, json.dumps(record, indent=2) + "\n")
+    for part in arguments.parts.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            is_narrow = arguments.narrow and part == "bytes"
+            model = write_narrow_model(arguments.model, folder) if is_narrow else arguments.model
+            with Server(model, "--cache-memory", "8GB") as server:
+                if part == "first_token":
+                    document = take_tokens(tokenizer, text, arguments.tokens)
+                    found = measure_first_tokens(server, document, arguments.ratio, arguments.repeats)
+                else:
+                    # Enough characters for the tokens of each, from places that do not overlap.
+                    step = len(text) // arguments.contexts
+                    texts = [
+                        take_tokens(
+                            tokenizer, text[place * step : (place + 1) * step], arguments.context_tokens
+                        )
+                        for place in range(arguments.contexts)
+                    ]
+                    found = {"narrow": is_narrow, **measure_bytes(server, texts, arguments.ratio)}
+        record = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+        record[part] = {**found, "environment": describe_environment()}
+        write_text_atomically(arguments.output, json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 
