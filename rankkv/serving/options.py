@@ -185,7 +185,8 @@ def _check_generation_config(text: object, vocabulary: int) -> dict[str, Any]:
     for option, value in given.items():
         if option in GENERATION_OPTIONS or value is None or (option in plain and value == plain[option]):
             continue
-        if option in ("num_beams", "num_return_sequences") and value == 1:
+        # One beam, one answer, with a cache: what the server does.
+        if option in ("num_beams", "num_return_sequences", "use_cache") and value == 1:
             continue
         raise RequestError(
             f"{name}.{str(option)[:40]} is not open to clients: leave it out; open are "
