@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 python -m benchmarks.serving
 
 It starts `rankkv serve embedded`, speaks HTTP to it, and writes both parts to `results/serving.json`.
-`--parts` measures one of them.  Bytes do not depend on the weights: `--narrow` takes a random model with the cache of the same shape
-(layers, key/value heads, head dimension) and less work.
+`--parts` measures one of them.  Bytes do not depend on the weights: `--narrow` takes a random model with the cache of
+the same shape (layers, key/value heads, head dimension) and less work.
 """
 
 from __future__ import annotations
