@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibration", "analysis"),
     ("rank_analysis", "budget_allocation"),
     ("pipeline",),
-    ("integrations", "evaluation"),
+    ("integrations", "evaluation", "serving"),
     ("report",),
     ("cli",),
     ("__main__",),

@@ -17,6 +17,7 @@ from .generate import generate
 from .lm_eval import PASS_ON, lm_eval
 from .methods import methods
 from .report import report
+from .serve import serve
 from .sweep import sweep
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command()(methods)
 app.command()(check)
 app.command()(sweep)
 app.command()(report)
+app.command()(serve)
 
 
 def _print_version(wanted: bool) -> None:
