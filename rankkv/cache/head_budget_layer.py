@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from ..budget.heads import HeadSplit
 from ..config import count_spanned
-from ..errors import ProfileError
+from ..errors import CacheStateError, ProfileError
 from ..observe.observation import Observation
 from ..selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
 from .layer import StoredLayer
 from .storage import STORAGES, SlotLayout, UnpaddedStorage
+from .unpadded import UnpaddedHeads, can_attend_unpadded
 
 
 class HeadBudgetLayer(StoredLayer):
@@ -31,27 +33,112 @@ class HeadBudgetLayer(StoredLayer):
     """
 
     def __init__(self, storage: str, head_floor: float) -> None:
+        # Keys and values while decoding without padding; the storages are empty then, but for their layout.
+        self._growing: UnpaddedHeads | None = None
         super().__init__(storage)
-        self._stores: Mapping[str, UnpaddedStorage] = {
-            name: UnpaddedStorage(STORAGES[storage]) for name in ("keys", "values")
-        }
         self._head_floor = head_floor
         # Tokens of each head when the compression began, [row][kv_head]; None until they are counted.
         self._room: list[list[int]] | None = None
 
+    def _forget(self) -> None:
+        super()._forget()
+        #: True if the layer's attention got exactly the keys and values that its last update returned.
+        self.attends_as_held = False
+        #: True if the next update adds its token without padding; set by the cache.
+        self.stays_unpadded = False
+
+    def _build_stores(self) -> Mapping[str, UnpaddedStorage]:
+        return {name: UnpaddedStorage(STORAGES[self._storage]) for name in ("keys", "values")}
+
+    @property
+    def _stores(self) -> Mapping[str, UnpaddedStorage]:
+        # Whatever reads or changes the storages finds all tokens in them.
+        self._settle()
+        return self._held_stores
+
+    @_stores.setter
+    def _stores(self, stores: Mapping[str, UnpaddedStorage]) -> None:
+        self._held_stores = stores
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values, and return all kept ones, padded."""
+        """Append new keys and values, and return all kept ones, padded; only the new ones if it stays unpadded."""
+        stays_unpadded, self.stays_unpadded = self.stays_unpadded, False
         if self._layout is None:
             return super().update(key_states, value_states, *args, **kwargs)
         self.seen += key_states.shape[-2]
-        return self._stores["keys"].append(key_states), self._stores["values"].append(value_states)
+        if stays_unpadded:
+            self._grow(key_states).append(key_states, value_states)
+            return key_states, value_states
+        stores = self._stores
+        return stores["keys"].append(key_states), stores["values"].append(value_states)
+
+    # -- decoding without padding --------------------------------------------------------------------------------
+
+    @property
+    def is_growing(self) -> bool:
+        """True if the layer is decoding without padding."""
+        return self._growing is not None
+
+    def can_stay_unpadded(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Return True if a new token of these states can be added, and attended from, without padding."""
+        return (
+            self._layout is not None
+            and self.attends_as_held
+            and key_states.shape[-2] == 1
+            and key_states.shape[:2] == self._layout.shape[:2]
+            and self._held_stores["keys"].is_plain
+            and can_attend_unpadded(key_states, value_states)
+        )
+
+    def attend_unpadded(self, query: Tensor, scaling: float | None) -> Tensor:
+        """Let the newest token's queries ``[batch, head, 1, head_dim]`` attend; see :class:`UnpaddedHeads`."""
+        if self._growing is None:
+            raise CacheStateError("the layer holds its tokens padded: run the attention function on keys and values.")
+        return self._growing.attend(query, scaling)
+
+    def _grow(self, states: Tensor) -> UnpaddedHeads:
+        """Return the tokens without padding, with room for one more."""
+        if self._growing is None or not self._growing.has_room(states):
+            stores = self._stores
+            parts = [stores[name].take_parts() for name in ("keys", "values")]
+            (keys, later_keys), (values, later_values) = parts  # type: ignore[misc]
+            self._growing = UnpaddedHeads(self._layout, (keys, values), (later_keys, later_values))  # type: ignore[arg-type]
+        return self._growing
+
+    def _settle(self) -> None:
+        """Give the tokens back to the storages, without room."""
+        growing, self._growing = self._growing, None
+        if growing is not None:
+            for name, parts in zip(("keys", "values"), growing.split(), strict=True):
+                self._held_stores[name].fill(*parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy without room; this layer keeps its own."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        growing = self._growing
+        vars(copied).update(
+            {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_growing"}
+        )
+        copied._growing = None
+        if growing is not None:
+            for name, parts in zip(("keys", "values"), growing.split(), strict=True):
+                copied._held_stores[name].fill(*parts)
+        return copied
+
+    # -- compression ---------------------------------------------------------------------------------------------
+
+    def held(self) -> list[Tensor]:
+        """Return the tensors that hold keys and values now."""
+        return super().held() if self._growing is None else self._growing.held()
 
     def rest(self) -> None:
         """Drop empty slots, and convert keys and values to the stored form."""
-        self._unpad()
-        super().rest()
+        if self._growing is None:
+            self._unpad()
+            super().rest()
 
     def begin_compression(
         self, scores: Tensor, observation: Observation, lasting: Tensor | None = None
@@ -68,7 +155,9 @@ class HeadBudgetLayer(StoredLayer):
     @property
     def width(self) -> int:
         """Number of slots of the padded form (the largest head of all rows)."""
-        return self._stores["keys"].slots
+        if self._growing is not None and self._layout is not None:
+            return self._layout.shape[-1] + self._growing.later
+        return self._held_stores["keys"].slots
 
     @property
     def kept_length(self) -> int:
@@ -92,7 +181,7 @@ class HeadBudgetLayer(StoredLayer):
 
     @property
     def _layout(self) -> SlotLayout | None:
-        return self._stores["keys"].layout
+        return self._held_stores["keys"].layout
 
     def _unpad(self) -> None:
         if self._layout is not None or self.kept_valid is None:

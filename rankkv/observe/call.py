@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import InputError
 from ..models.tensor_parallel import HeadShards
@@ -51,6 +52,16 @@ class AttentionCall:
     def arguments(self) -> tuple[nn.Module, Tensor, Tensor, Tensor, Any, dict[str, Any]]:
         """The arguments in order: module, query, key, value, mask, options."""
         return self.module, self.query, self.key, self.value, self.mask, self.options
+
+    @property
+    def is_plain_sdpa(self) -> bool:
+        """True if the call runs transformers' own sdpa function, and nothing but scaling, softmax and mask."""
+        options = self.options
+        unusual = ("softcap", "s_aux", "position_bias", "output_attentions", "dropout")
+        return self.inner is sdpa_attention_forward and not any(
+            value is not None and (isinstance(value, Tensor) or bool(value))
+            for value in (options.get(name) for name in unusual)
+        )
 
     def run(self) -> Any:
         """Run the attention function and return its result."""
