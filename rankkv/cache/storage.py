@@ -265,9 +265,12 @@ class UnpaddedStorage(PlainStorage):
 
     def append(self, states: Tensor) -> Tensor:
         """Add the states of new tokens and return the padded form."""
-        later = self._later.append(states)
         if self.layout is None:
-            return later
+            return self._later.append(states)
+        # Joined without room: the padded form is made anew at every step anyway.
+        earlier = self._later.get()
+        later = states if earlier is None else torch.cat([earlier, states], dim=-2)
+        self._later.put(later)
         self._tensor = self._join(later)
         return self._tensor
 
