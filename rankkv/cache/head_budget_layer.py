@@ -39,6 +39,9 @@ class HeadBudgetLayer(StoredLayer):
         self._head_floor = head_floor
         # Tokens of each head when the compression began, [row][kv_head]; None until they are counted.
         self._room: list[list[int]] | None = None
+        # Tokens of each head after the last shrink of this compression, [row][kv_head]; None if only the device knows.
+        self._known_counts: list[list[int]] | None = None
+        self._are_equal = False
 
     def _forget(self) -> None:
         super()._forget()
@@ -145,12 +148,14 @@ class HeadBudgetLayer(StoredLayer):
     ) -> None:
         """Store the scores for the coming compression, and forget the token counts of the last one."""
         super().begin_compression(scores, observation, lasting)
-        self._room = None
+        self._room = self._known_counts = None
+        # Where heads hold different numbers of tokens, `available` is an average.
+        self._are_equal = observation.valid.dim() == 2
 
     def shrink(self, *args: Any, **kwargs: Any) -> None:
         """Keep as many tokens as the budgets allow, spread over the heads, and release the rest."""
         super().shrink(*args, **kwargs)
-        self._unpad()
+        self._unpad(self._known_counts)
 
     @property
     def width(self) -> int:
@@ -183,11 +188,12 @@ class HeadBudgetLayer(StoredLayer):
     def _layout(self) -> SlotLayout | None:
         return self._held_stores["keys"].layout
 
-    def _unpad(self) -> None:
+    def _unpad(self, counts: list[list[int]] | None = None) -> None:
+        """Drop the empty slots; ``counts`` are the tokens of each head, if the last shrink knows them."""
         if self._layout is not None or self.kept_valid is None:
             return
         valid = self.kept_valid if self.kept_valid.dim() == 3 else self.kept_valid[:, None]
-        layout = SlotLayout.of(valid.expand(-1, self.keys.shape[1], -1))
+        layout = SlotLayout.of(valid.expand(-1, self.keys.shape[1], -1), counts)
         for store in self._stores.values():
             store.unpad(layout)
 
@@ -203,8 +209,10 @@ class HeadBudgetLayer(StoredLayer):
             )
         if splits and heads > 1:
             return self._select_by_heads(splits, scores, real_index, budgets, keep, **how)
+        self._known_counts = None
         if scores.shape[1] == 1:
             return super()._select(scores, real_index, budgets, keep, **how)
+        self._are_equal = False
         return select_tokens_across_heads(
             scores, real_index, self._lengths, budgets, keep=keep, head_floor=self._head_floor, **how
         )
@@ -224,7 +232,13 @@ class HeadBudgetLayer(StoredLayer):
             tensor.expand(-1, heads, -1).reshape(batch * heads, 1, keys) for tensor in (scores, real_index)
         )
         # Shares come from the counts before the first shrink: they must not depend on the number of shrinks.
-        counts = (real_index >= 0).sum(-1).view(batch, heads).tolist()
+        counts = self._known_counts
+        if counts is None:
+            counts = (
+                [[count] * heads for count in self._available]
+                if self._are_equal
+                else (real_index >= 0).sum(-1).view(batch, heads).tolist()
+            )
         if self._room is None:
             self._room = counts
         spanned_in = how.get("protect_before") or self._lengths
@@ -243,7 +257,15 @@ class HeadBudgetLayer(StoredLayer):
         lengths = [length for length in self._lengths for _ in range(heads)]
         if how.get("protect_before") is not None:
             how["protect_before"] = [length for length in how["protect_before"] for _ in range(heads)]
+        self._known_counts = [kept[row * heads : (row + 1) * heads] for row in range(batch)]
         return select_tokens(scores, real_index, lengths, own, keep=kept, **how).view(batch, heads, -1)
 
     def _find_valid(self, empty: Tensor, keep: list[int]) -> Tensor | None:
-        return super()._find_valid(empty, keep) if bool((empty == empty[:, :1]).all()) else ~empty
+        counts = self._known_counts
+        # Empty slots stand first in a head, so heads with as many tokens have them in the same places.
+        same = (
+            bool((empty == empty[:, :1]).all())
+            if counts is None
+            else all(len(set(row)) == 1 for row in counts)
+        )
+        return super()._find_valid(empty, keep) if same else ~empty

@@ -206,15 +206,23 @@ class SlotLayout:
     blank: Tensor | None = None
 
     @classmethod
-    def of(cls, valid: Tensor) -> SlotLayout:
-        """Build the layout of ``valid [batch, kv_head, slot]`` bool."""
+    def of(cls, valid: Tensor, known: list[list[int]] | None = None) -> SlotLayout:
+        """Build the layout of ``valid [batch, kv_head, slot]`` bool; ``known`` are its counts, where the host has them."""
         counts = valid.sum(-1)
         # An empty slot shows a token of its own head: that of another row could carry its NaN into this one.
         first = counts.flatten().cumsum(0).view_as(counts) - counts
         source = first[..., None] + (valid.cumsum(-1) - 1).clamp(min=0)
-        kept = counts.tolist()
+        kept = counts.tolist() if known is None else known
         blank = (counts == 0).nonzero() if not all(map(all, kept)) else None
-        return cls(tuple(valid.shape), valid.flatten().nonzero()[:, 0], source.flatten(), kept, blank)
+        flat = valid.flatten()
+        if flat.device.type == "cpu":
+            return cls(tuple(valid.shape), flat.nonzero()[:, 0], source.flatten(), kept, blank)
+        # As nonzero() gives them, but the host knows how many there are: empty slots all go to a last place, cut off.
+        total = sum(map(sum, kept))
+        place = torch.where(flat, flat.cumsum(0) - 1, total)
+        held = torch.empty(total + 1, dtype=torch.int64, device=flat.device)
+        held.scatter_(0, place, torch.arange(flat.numel(), device=flat.device))
+        return cls(tuple(valid.shape), held[:total], source.flatten(), kept, blank)
 
     def unpad(self, tensor: Tensor) -> Tensor:
         """Drop the empty slots: ``[batch, kv_head, slot, head_dim]`` to ``[token, head_dim]``."""

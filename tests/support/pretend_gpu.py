@@ -117,6 +117,8 @@ class _Launches(TorchDispatchMode):
 class _Factories(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "pin_memory":
+            return args[0]
         on_gpu = any(isinstance(tensor, _OnGpu) for tensor in _flatten((args, kwargs)))
         named = [kwargs.get("device"), *(args[1:] if getattr(func, "__name__", "") == "to" else ())]
         if on_gpu or any(_is_gpu(device) for device in named):
@@ -204,8 +206,6 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return result.clone() if isinstance(result, torch.Tensor) else result
     if name in ("to", "type_as") and tensors:
         return _move(func, args, kwargs)
-    if name == "pin_memory":
-        return args[0].clone()
     plain = dict(kwargs)
     made_on_gpu = _is_gpu(plain.get("device"))
     if plain.get("device") is not None:
