@@ -21,7 +21,7 @@ from .layer import RankKVLayer
 
 # Slots held above the budget during a prefill, as a fraction of (total budget + one layer).
 # Without this slack every new layer would copy all earlier layers once more.
-_RELEASE_SLACK = 0.1
+_RELEASE_SLACK = 0.04
 
 
 class Compressor:

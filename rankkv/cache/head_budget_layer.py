@@ -133,6 +133,14 @@ class HeadBudgetLayer(StoredLayer):
 
     # -- compression ---------------------------------------------------------------------------------------------
 
+    def count_full_bytes(self) -> int:
+        """Count the bytes of all tokens seen, none evicted, in the model's dtype."""
+        if self._growing is None or self._layout is None:
+            return super().count_full_bytes()
+        rows, heads = self._layout.shape[:2]
+        slots = sum(held.shape[-1] * held.element_size() for held in self._growing.held())
+        return rows * heads * self.seen * slots
+
     def held(self) -> list[Tensor]:
         """Return the tensors that hold keys and values now."""
         return super().held() if self._growing is None else self._growing.held()

@@ -352,6 +352,13 @@ class RankKVLayer(DynamicLayer):
         self._scores = self._lasting = self._real_index = None
         self.head_splits = []
 
+    def count_full_bytes(self) -> int:
+        """Count the bytes of all tokens seen, none evicted, in the model's dtype."""
+        if not self.is_initialized:
+            return 0
+        states = (tensor for tensor in (self.keys, self.values) if tensor.numel())
+        return sum(tensor.nbytes // tensor.shape[-2] * self.seen for tensor in states)
+
     def rest(self) -> None:
         """Convert keys and values to their stored form, until the next forward; here they stay unchanged."""
 

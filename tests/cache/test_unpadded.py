@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 from transformers import AttentionInterface
+from varlen_stand_in import attend_plainly, copy_of_varlen
 
 from rankkv import RankKVCache
 from rankkv.cache import unpadded
@@ -29,12 +30,6 @@ def batch(request):
 
 def count_growing(cache: RankKVCache) -> int:
     return sum(layer.is_growing for layer in cache.layers)
-
-
-def attend_plainly(query, keys, values, scale, groups):
-    """Attention of one query, with float64 sums, ``[head, head_dim]`` over ``[token, head_dim]``."""
-    weights = (query.double() @ keys.double().T * scale).softmax(dim=-1)
-    return weights @ values.double()
 
 
 def build_heads(dtype=torch.float32, later=3, kv_heads=3, rows=2, size=16):
@@ -67,23 +62,6 @@ def take_head(layout, kept, new, row, head):
 # -- the heads by themselves ----------------------------------------------------------------------------------
 
 
-def copy_of_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                   window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
-    """What torch documents of `varlen_attn`, sequence by sequence, with its checks."""
-    assert enable_gqa and key.shape[1] == 1 and query.shape[1] % key.shape[1] == 0
-    assert {cu_seq_q.dtype, cu_seq_k.dtype, seqused_k.dtype} == {torch.int32}
-    assert len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1
-    assert int(cu_seq_q[-1]) == len(query) and int(cu_seq_k[-1]) == len(key) == len(value)
-    assert int((cu_seq_q[1:] - cu_seq_q[:-1]).max()) == max_q == 1
-    assert int(seqused_k.max()) <= max_k and (seqused_k <= cu_seq_k[1:] - cu_seq_k[:-1]).all()
-    assert window_size == (-1, -1) and return_aux is None and block_table is None
-    outputs = []
-    for place, used in enumerate(seqused_k.tolist()):
-        start = int(cu_seq_k[place])
-        outputs.append(attend_plainly(query[place], key[start : start + used, 0], value[start : start + used, 0], scale, 1))
-    return torch.stack(outputs).to(query.dtype)
-
-
 def test_the_stand_in_has_the_signature_of_torch():
     real, ours = (inspect.signature(f).parameters for f in (varlen.varlen_attn, copy_of_varlen))
     assert list(real) == list(ours)
@@ -110,7 +88,7 @@ def test_every_head_attends_to_its_own_tokens(monkeypatch, way, dtype, groups):
             for row in range(2):
                 for head in range(3):
                     own = slice(head * groups, (head + 1) * groups)
-                    wanted = attend_plainly(query[row, own, 0], *take_head(layout, kept, new, row, head), 0.3, groups)
+                    wanted = attend_plainly(query[row, own, 0], *take_head(layout, kept, new, row, head), 0.3)
                     torch.testing.assert_close(output[row, own].double(), wanted, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
     assert not heads.has_room(states[0])
 
