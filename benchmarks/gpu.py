@@ -185,7 +185,9 @@ def count_waits() -> Iterator[collections.Counter[str]]:
     """Count the host's waits inside the block, by the line of rankkv that made them."""
     found: collections.Counter[str] = collections.Counter()
 
-    def take(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    def take(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
         if "synchroniz" not in str(message):
             return
         frame: Any = sys._getframe(1)
@@ -254,7 +256,9 @@ def measure_unpadded(bench: Bench) -> None:
             if way == "padded":
                 RankKVCache._may_stay_unpadded = lambda *_: False  # type: ignore[method-assign]
             prefill(model, cache, ids)
-            logits = torch.stack([step(model, cache, ids[:, -1:], ids.shape[1] + place) for place in range(4)])
+            logits = torch.stack(
+                [step(model, cache, ids[:, -1:], ids.shape[1] + place) for place in range(4)]
+            )
             taken = decode(model, cache, ids[:, -1:], ids.shape[1] + 4, 8 if bench.small else 32)
         finally:
             RankKVCache._may_stay_unpadded = allowed  # type: ignore[method-assign]
@@ -325,11 +329,15 @@ def measure_ttft(bench: Bench, model: Any, shape: str, lengths: tuple[int, ...],
             )
 
 
-def measure_tpot(bench: Bench, model: Any, tokens: int, ratios: tuple[float, ...], rows: int, steps: int) -> None:
+def measure_tpot(
+    bench: Bench, model: Any, tokens: int, ratios: tuple[float, ...], rows: int, steps: int
+) -> None:
     """Time decode steps, over those of the plain cache; note the memory held while decoding."""
     ids = bench.draw_ids(model, rows, tokens)
     plain = float("nan")
-    settings = [("plain", 1.0)] + [(name, ratio) for ratio in ratios for name in ("default", "head_budgets=None")]
+    settings = [("plain", 1.0)] + [
+        (name, ratio) for ratio in ratios for name in ("default", "head_budgets=None")
+    ]
     for name, ratio in settings:
         if not bench.has_time(30, "tpot", rows=rows, tokens=tokens, cache=name, kept=ratio):
             continue
@@ -376,7 +384,9 @@ def run(bench: Bench) -> None:
         bench.clear()
     model = bench.build("Llama-3.1-8B")
     measure_waits(bench, model)
-    measure_ttft(bench, model, "Llama-3.1-8B", (200,) if bench.small else (8192, 32768, 65536), 1 if bench.small else 2)
+    measure_ttft(
+        bench, model, "Llama-3.1-8B", (200,) if bench.small else (8192, 32768, 65536), 1 if bench.small else 2
+    )
     ratios = (0.3,) if bench.small else (0.1, 0.2, 0.3)
     measure_tpot(bench, model, 300 if bench.small else 32768, ratios, rows=1, steps=24)
     for rows in (1, 8):

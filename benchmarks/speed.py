@@ -94,9 +94,7 @@ def measure_decode(
             "cache": name,
             "steps": options.steps,
             "over_plain": compute_quartiles(cpu[name], cpu["plain"]),
-            "over_plain_of_kept_length": compute_quartiles(
-                cpu[name], cpu["plain, as long as what is kept"]
-            ),
+            "over_plain_of_kept_length": compute_quartiles(cpu[name], cpu["plain, as long as what is kept"]),
         }
         for name in caches
         if name != "plain"

@@ -54,14 +54,14 @@ class HeadBudgetLayer(StoredLayer):
         return {name: UnpaddedStorage(STORAGES[self._storage]) for name in ("keys", "values")}
 
     @property
-    def _stores(self) -> Mapping[str, UnpaddedStorage]:
+    def _stores(self) -> Mapping[str, Any]:
         # Whatever reads or changes the storages finds all tokens in them.
         self._settle()
         return self._held_stores
 
     @_stores.setter
-    def _stores(self, stores: Mapping[str, UnpaddedStorage]) -> None:
-        self._held_stores = stores
+    def _stores(self, stores: Mapping[str, Any]) -> None:
+        self._held_stores: Mapping[str, UnpaddedStorage] = stores
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -98,7 +98,9 @@ class HeadBudgetLayer(StoredLayer):
     def attend_unpadded(self, query: Tensor, scaling: float | None) -> Tensor:
         """Let the newest token's queries ``[batch, head, 1, head_dim]`` attend; see :class:`UnpaddedHeads`."""
         if self._growing is None:
-            raise CacheStateError("the layer holds its tokens padded: run the attention function on keys and values.")
+            raise CacheStateError(
+                "the layer holds its tokens padded: run the attention function on keys and values."
+            )
         return self._growing.attend(query, scaling)
 
     def _grow(self, states: Tensor) -> UnpaddedHeads:
@@ -107,7 +109,7 @@ class HeadBudgetLayer(StoredLayer):
             stores = self._stores
             parts = [stores[name].take_parts() for name in ("keys", "values")]
             (keys, later_keys), (values, later_values) = parts  # type: ignore[misc]
-            self._growing = UnpaddedHeads(self._layout, (keys, values), (later_keys, later_values))  # type: ignore[arg-type]
+            self._growing = UnpaddedHeads(self._layout, (keys, values), (later_keys, later_values))
         return self._growing
 
     def _settle(self) -> None:
@@ -122,7 +124,7 @@ class HeadBudgetLayer(StoredLayer):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         growing = self._growing
-        vars(copied).update(
+        copied.__dict__.update(
             {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_growing"}
         )
         copied._growing = None

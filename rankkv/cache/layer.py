@@ -71,10 +71,12 @@ class RankKVLayer(DynamicLayer):
 
     is_sliding = False
     is_croppable = True
+    #: Holds "keys" and "values".
+    _stores: Mapping[str, Any]
 
     def __init__(self) -> None:
         # Before the base class sets `keys` and `values`, which are properties here.
-        self._stores: Mapping[str, PlainStorage] = self._build_stores()
+        self._stores = self._build_stores()
         super().__init__()
         self._forget()
 
@@ -158,7 +160,7 @@ class RankKVLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = None  # type: ignore[assignment]
+        self.keys = self.values = None
         self.is_initialized = False
         self._forget()
 

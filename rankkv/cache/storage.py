@@ -67,7 +67,7 @@ class PlainStorage:
             memo[id(self._tensor)] = self._tensor.clone(memory_format=torch.contiguous_format)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        vars(copied).update(
+        copied.__dict__.update(
             {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_buffer"}
         )
         copied._buffer = None
@@ -207,7 +207,7 @@ class SlotLayout:
 
     @classmethod
     def of(cls, valid: Tensor, known: list[list[int]] | None = None) -> SlotLayout:
-        """Build the layout of ``valid [batch, kv_head, slot]`` bool; ``known`` are its counts, where the host has them."""
+        """Build the layout of ``valid [batch, kv_head, slot]`` bool; ``known`` are its counts, if the host has them."""
         counts = valid.sum(-1)
         # An empty slot shows a token of its own head: that of another row could carry its NaN into this one.
         first = counts.flatten().cumsum(0).view_as(counts) - counts

@@ -33,9 +33,7 @@ class UnpaddedHeads:
         Keys and values of later tokens, ``[batch, kv_head, token, head_dim]``.
     """
 
-    def __init__(
-        self, layout: SlotLayout, kept: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]
-    ) -> None:
+    def __init__(self, layout: SlotLayout, kept: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> None:
         self._layout = layout
         self._counts = [count for row in layout.counts for count in row]
         device = kept[0].device
@@ -57,9 +55,7 @@ class UnpaddedHeads:
         self._used = (counts + torch.arange(1, room + 1, device=device)[:, None]).to(torch.int32)
         self._bounds = starts.to(torch.int32)
         self._queries = torch.arange(len(self._starts), dtype=torch.int32, device=device)
-        self.keys, self.values = (
-            self._lay_out(tokens, new) for tokens, new in zip(kept, later, strict=True)
-        )
+        self.keys, self.values = (self._lay_out(tokens, new) for tokens, new in zip(kept, later, strict=True))
 
     def _lay_out(self, kept: Tensor, later: Tensor) -> Tensor:
         flat = kept.new_empty((self._starts[-1], kept.shape[-1]))
@@ -133,8 +129,9 @@ class UnpaddedHeads:
                 outputs.append(torch.mm(torch.softmax(logits, dim=-1), values))
             else:
                 # In half precision the kernel adds up in float32, as it does over the padded heads.
-                one = (tensor[None, None] for tensor in (query, keys, values))
-                outputs.append(scaled_dot_product_attention(*one, scale=scale)[0, 0])
+                # Four axes, as its kernels for a CPU want them.
+                one, all_keys, all_values = query[None, None], keys[None, None], values[None, None]
+                outputs.append(scaled_dot_product_attention(one, all_keys, all_values, scale=scale)[0, 0])
         return torch.cat(outputs)
 
     def _attend_at_once(self, groups: Tensor, scaling: float | None) -> Tensor:
@@ -156,7 +153,7 @@ class UnpaddedHeads:
 
 
 @functools.cache
-def find_varlen() -> Callable[..., Tensor] | None:
+def find_varlen() -> Callable[..., Any] | None:
     """Return torch's attention over sequences of different lengths; None if this torch has none that fits."""
     try:
         from torch.nn.attention import varlen

@@ -196,9 +196,7 @@ class Observation:
             columns = columns.repeat_interleave(window.shape[1] // columns.shape[1], dim=1)
         return window * columns[:, :, None, :]
 
-    def remember(
-        self, compute: Callable[[Observation], Tensor], found: Tensor | None = None
-    ) -> Tensor:
+    def remember(self, compute: Callable[[Observation], Tensor], found: Tensor | None = None) -> Tensor:
         """Return ``compute(self)``, computed once per observation and function, unless ``found`` gives it."""
         known: dict[Any, Tensor] = vars(self).setdefault("_remembered", {})
         if compute not in known:

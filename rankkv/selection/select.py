@@ -217,9 +217,7 @@ def select_tokens_across_heads(
     token = (real_index * heads + torch.arange(heads, device=device).view(-1, 1)).flatten(1).argsort(dim=-1)
     best = scores.flatten(1).gather(1, token).sort(dim=-1, descending=True, stable=True).indices
     best = token.gather(1, best)[:, : heads * max(keep)]
-    is_within = (
-        torch.arange(best.shape[1], device=device) < heads * send_numbers(keep, device)[:, None]
-    )
+    is_within = torch.arange(best.shape[1], device=device) < heads * send_numbers(keep, device)[:, None]
     is_kept = torch.zeros(batch, heads * keys, dtype=torch.bool, device=device).scatter_(1, best, is_within)
     is_kept = is_kept.view(batch, heads, keys)
     index = torch.where(is_kept, torch.arange(keys, device=device), -1).sort(dim=-1).values

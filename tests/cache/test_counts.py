@@ -18,8 +18,8 @@ SHAPE = {
 DEFAULT = {"compression_ratio": 0.3, "profile": None}
 #: Options, and the most launches and waits a layer of a prefill; the same of a batch with padding.
 PREFILLS = [
-    ({}, 350, 2, 680, 2.5),
-    ({"head_budgets": None}, 235, 3, 530, 3.5),
+    ({}, 370, 2, 720, 2.5),
+    ({"head_budgets": None}, 240, 3, 540, 3.5),
     ({"strategy": "power", "head_budgets": None}, 160, 2, 190, 2.5),
     ({"strategy": "uniform", "head_budgets": None}, 65, 0, 90, 0.5),
 ]
@@ -61,7 +61,9 @@ def start(model, counts, rows, **options):
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["single", "padded"])
-@pytest.mark.parametrize(("options", "launches", "waits", "padded_launches", "padded_waits"), PREFILLS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "launches", "waits", "padded_launches", "padded_waits"), PREFILLS, ids=str
+)
 def test_a_prefill(tiny_llama, rows, options, launches, waits, padded_launches, padded_waits):
     model = pretend_gpu.put_on_gpu(tiny_llama(**SHAPE))
     with pretend_gpu.pretend() as counts:

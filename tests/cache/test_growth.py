@@ -17,7 +17,11 @@ PROMPT = oracles.random_prompt(90, seed=1)
 SHORT = oracles.random_prompt(33, seed=2)
 KEEP = {"compression_ratio": 0.3, "min_budget": 8, "window_size": 8, "profile": None}
 #: Equal heads, and heads of different lengths.
-HEADS = [{"head_budgets": None}, {"head_budgets": "adaptive", "head_floor": 0.0}, {"head_budgets": "distortion"}]
+HEADS = [
+    {"head_budgets": None},
+    {"head_budgets": "adaptive", "head_floor": 0.0},
+    {"head_budgets": "distortion"},
+]
 SLOT_BYTES = 2 * 2 * 16 * 4
 
 

@@ -250,7 +250,10 @@ def test_the_padded_form_is_gone_after_the_call(tiny_llama):
         hook.remove()
     # When the second layer is called, the first has no padded form, but room for tokens to come.
     expected = [2 * HEAD_DIM * sum(layer[0]) for layer in cache.kept_per_head]
-    assert seen[0] == [expected[0] + 2 * HEAD_DIM * HEADS * (ROOM - 1), *(number - 2 * HEAD_DIM * HEADS for number in expected[1:])]
+    assert seen[0] == [
+        expected[0] + 2 * HEAD_DIM * HEADS * (ROOM - 1),
+        *(number - 2 * HEAD_DIM * HEADS for number in expected[1:]),
+    ]
 
 
 # -- while the prompt comes in --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Decoding without padding: heads of different lengths attend to their own tokens alone, with the padded way's answers."""
+"""Decoding without padding: heads of different lengths attend to their own tokens, with the padded way's answers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rankkv.cache import unpadded
 from rankkv.cache.storage import ROOM, SlotLayout
 from rankkv.cache.unpadded import UnpaddedHeads
 from rankkv.errors import UnsupportedModelError
+from rankkv.observe import hook
 
 PROMPT = oracles.random_prompt(90, seed=1)
 SHORT = oracles.random_prompt(33, seed=2)
@@ -89,12 +90,17 @@ def test_every_head_attends_to_its_own_tokens(monkeypatch, way, dtype, groups):
                 for head in range(3):
                     own = slice(head * groups, (head + 1) * groups)
                     wanted = attend_plainly(query[row, own, 0], *take_head(layout, kept, new, row, head), 0.3)
-                    torch.testing.assert_close(output[row, own].double(), wanted, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+                    torch.testing.assert_close(
+                        output[row, own].double(),
+                        wanted,
+                        atol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+                        rtol=1e-2,
+                    )
     assert not heads.has_room(states[0])
 
 
 def test_the_parts_come_back_as_they_went_in():
-    heads, layout, kept, new = build_heads()
+    heads, _layout, kept, new = build_heads()
     more = [torch.randn(2, 3, 1, 16) for _ in range(2)]
     with torch.no_grad():
         heads.append(*more)
@@ -110,7 +116,14 @@ def test_the_parts_come_back_as_they_went_in():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, SPREAD, {"strategy": "power", **SPREAD}, {"selector": "h2o", **SPREAD}, {"prefill": "chunked"}, {"recompress_turns": True}],
+    [
+        {},
+        SPREAD,
+        {"strategy": "power", **SPREAD},
+        {"selector": "h2o", **SPREAD},
+        {"prefill": "chunked"},
+        {"recompress_turns": True},
+    ],
     ids=str,
 )
 def test_without_padding_the_answers_are_those_with_it(tiny_llama, monkeypatch, batch, options, dtype):
@@ -170,7 +183,9 @@ def test_a_mask_that_hides_a_later_token_is_kept_to(tiny_llama):
     for copied in (cache.copy(), cache.copy()):
         seen = torch.cat([mask, mask.new_ones(2, 1)], dim=-1)
         with torch.no_grad():
-            results.append(model(chunks[2], attention_mask=seen, position_ids=position, past_key_values=copied).logits)
+            results.append(
+                model(chunks[2], attention_mask=seen, position_ids=position, past_key_values=copied).logits
+            )
     # The other row is as it was; the one with the hidden token answers as if that token's keys were not there.
     cache_with_all = cache.copy()
     with torch.no_grad():
@@ -182,12 +197,13 @@ def test_a_mask_that_hides_a_later_token_is_kept_to(tiny_llama):
 
 def test_another_function_under_the_backends_name_still_runs(tiny_llama):
     """Another library's sdpa gets keys and values in one padded tensor each, as before."""
+    hook.uninstall()
     original = AttentionInterface._global_mapping["sdpa"]
     lengths = []
 
-    def theirs(module, query, key, value, attention_mask, **options):
+    def theirs(module, query, key, value, attention_mask, *unnamed, **options):
         lengths.append(key.shape[-2])
-        return original(module, query, key, value, attention_mask, **options)
+        return original(module, query, key, value, attention_mask, *unnamed, **options)
 
     AttentionInterface.register("sdpa", theirs)
     try:
@@ -196,6 +212,7 @@ def test_another_function_under_the_backends_name_still_runs(tiny_llama):
         lengths.clear()
         oracles.feed(model, cache, oracles.next_chunks(1, (1, 1)))
     finally:
+        hook.uninstall()
         AttentionInterface.register("sdpa", original)
     assert lengths[-3:] == [layer.width for layer in cache.layers]
 

@@ -23,11 +23,13 @@ import rankkv
 
 GPU = torch.device("cuda", 0)
 _PACKAGE = str(Path(rankkv.__file__).parent) + "/"
-_VIEWS = set(
-    "view _unsafe_view reshape expand transpose t slice select unsqueeze squeeze permute detach alias unflatten "
-    "flatten as_strided diagonal unbind split split_with_sizes chunk lift_fresh lift mT numpy_T _reshape_alias unfold "
-    "movedim is_same_size sym_size empty empty_like new_empty empty_strided _local_scalar_dense is_pinned".split()
-)
+_VIEWS = {
+    "view", "_unsafe_view", "reshape", "expand", "transpose", "t", "slice", "select", "unsqueeze",
+    "squeeze", "permute", "detach", "alias", "unflatten", "flatten", "as_strided", "diagonal", "unbind",
+    "split", "split_with_sizes", "chunk", "lift_fresh", "lift", "mT", "numpy_T", "_reshape_alias",
+    "unfold", "movedim", "is_same_size", "sym_size", "empty", "empty_like", "new_empty",
+    "empty_strided", "_local_scalar_dense", "is_pinned",
+}  # fmt: skip
 _T = torch.Tensor
 _READS: dict[Any, str] = {
     _T.item: "item",
@@ -44,11 +46,12 @@ _READS: dict[Any, str] = {
 _WAITING = {"nonzero", "equal", "allclose", "unique", "masked_select", "argwhere", "bincount"} | {
     f"linalg_{name}" for name in ("eigvalsh", "eigh", "svdvals", "svd")
 }
-_OF_METADATA = set(
-    "__get__ __set__ dim size stride numel __repr__ is_floating_point is_contiguous storage_offset data_ptr "
-    "element_size __hash__ requires_grad_ is_complex __len__ untyped_storage ndimension nelement __deepcopy__ type "
-    "is_inference".split()
-)
+_OF_METADATA = {
+    "__get__", "__set__", "dim", "size", "stride", "numel", "__repr__", "is_floating_point",
+    "is_contiguous", "storage_offset", "data_ptr", "element_size", "__hash__", "requires_grad_",
+    "is_complex", "__len__", "untyped_storage", "ndimension", "nelement", "__deepcopy__", "type",
+    "is_inference",
+}  # fmt: skip
 
 
 class Counts:
@@ -240,7 +243,12 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if name == "__set__" or (name == "__get__" and not isinstance(result, torch.Tensor)):
         return result
     # What works in place returns its own tensor.
-    if isinstance(result, torch.Tensor) and isinstance(args[0], _OnGpu) and name.endswith("_") and not name.endswith("__"):
+    if (
+        isinstance(result, torch.Tensor)
+        and isinstance(args[0], _OnGpu)
+        and name.endswith("_")
+        and not name.endswith("__")
+    ):
         return args[0]
     return _map(put_on_gpu, result)
 
