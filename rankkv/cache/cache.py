@@ -735,7 +735,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         """Run the attention of a layer without keys, with the mask of layer ``layer_idx``, which shares its keys."""
         self._shares_keys = True
         layer = self.layers[layer_idx]
-        if isinstance(layer, HeadBudgetLayer) and layer.is_growing:
+        if isinstance(layer, HeadBudgetLayer) and call.key.shape[-2] < layer.width:
+            # The owner was shown its newest token alone.
             call = replace(call, key=layer.keys, value=layer.values)
         return self._fit_to_slots(layer_idx, self._attended[layer_idx][1], call).run()
 

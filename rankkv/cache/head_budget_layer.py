@@ -106,10 +106,11 @@ class HeadBudgetLayer(StoredLayer):
     def _grow(self, states: Tensor) -> UnpaddedHeads:
         """Return the tokens without padding, with room for one more."""
         if self._growing is None or not self._growing.has_room(states):
-            stores = self._stores
-            parts = [stores[name].take_parts() for name in ("keys", "values")]
-            (keys, later_keys), (values, later_values) = parts  # type: ignore[misc]
-            self._growing = UnpaddedHeads(self._layout, (keys, values), (later_keys, later_values))
+            stores, layout = self._stores, self._layout
+            keys, values = stores["keys"].take_parts(), stores["values"].take_parts()
+            if layout is None or keys is None or values is None:
+                raise CacheStateError("the layer has no heads without padding: append its tokens padded.")
+            self._growing = UnpaddedHeads(layout, (keys[0], values[0]), (keys[1], values[1]))
         return self._growing
 
     def _settle(self) -> None:

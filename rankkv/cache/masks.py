@@ -137,7 +137,7 @@ class PaddingCheck:
         self._known = None
 
     def hides_only_padding(self, mask: Any, seen: int, row_start: Sequence[int]) -> bool:
-        """Return True if every token after a row's padding is visible to the one new query.
+        """Return True if every token after a row's padding is visible, without a bias, to the one new query.
 
         On other devices than the CPU it is False: reading the mask would make the host wait.
 
@@ -156,7 +156,9 @@ class PaddingCheck:
             plain = mask.shape[1:] == (1, 1, seen) and mask.shape[0] in (1, len(row_start))
             if plain:
                 real = torch.arange(seen) >= torch.tensor(row_start)[:, None]
-                plain = bool((is_visible(mask[:, 0, 0]) | ~real).all())
+                # An additive mask may also carry a bias, which is no padding.
+                visible = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
+                plain = bool((visible | ~real).all())
             self._known = weakref.ref(mask), plain
         return self._known[1]
 

@@ -58,7 +58,8 @@ class UnpaddedHeads:
         self.keys, self.values = (self._lay_out(tokens, new) for tokens, new in zip(kept, later, strict=True))
 
     def _lay_out(self, kept: Tensor, later: Tensor) -> Tensor:
-        flat = kept.new_empty((self._starts[-1], kept.shape[-1]))
+        # Zeros, so that a kernel that loads whole blocks meets no NaN in the room behind a head.
+        flat = kept.new_zeros((self._starts[-1], kept.shape[-1]))
         flat.index_copy_(0, self._tokens, kept)
         if self.later:
             index = self._slots[: self.later].T.flatten()

@@ -239,7 +239,7 @@ class MaskReads:
 
     def note(self, mask: Any, key: tuple[int, int], available: list[int], row_start: list[int]) -> None:
         """Note what was read of a mask."""
-        if mask is not None:
+        if isinstance(mask, Tensor):
             self._mask, self._key = weakref.ref(mask), key
             self.available, self.row_start = list(available), list(row_start)
 

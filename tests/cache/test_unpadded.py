@@ -13,6 +13,7 @@ from varlen_stand_in import attend_plainly, copy_of_varlen
 
 from rankkv import RankKVCache
 from rankkv.cache import unpadded
+from rankkv.cache.masks import PaddingCheck
 from rankkv.cache.storage import ROOM, SlotLayout
 from rankkv.cache.unpadded import UnpaddedHeads
 from rankkv.errors import UnsupportedModelError
@@ -193,6 +194,25 @@ def test_a_mask_that_hides_a_later_token_is_kept_to(tiny_llama):
                       position_ids=position, past_key_values=cache_with_all).logits  # fmt: skip
     torch.testing.assert_close(results[0][0], whole[0], atol=1e-5, rtol=1e-4)
     assert (results[0][1] - whole[1]).abs().max() > 1e-3
+
+
+def test_only_a_mask_of_padding_alone_is_left_out():
+    mask = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    mask[1, ..., :2] = False
+    biased = torch.zeros(2, 1, 1, 6).masked_fill(~mask, torch.finfo(torch.float32).min)
+    hidden = mask.clone()
+    hidden[0, ..., 3] = False
+    check = PaddingCheck()
+    for given, wanted in ((mask, True), (biased, True), (biased - 0.5, False), (hidden, False)):
+        assert check.hides_only_padding(given, 6, [0, 2]) is wanted
+    # Of other tokens, or of a layer with heads of their own.
+    assert not check.hides_only_padding(mask, 7, [0, 2])
+    assert not check.hides_only_padding(mask.expand(-1, 3, -1, -1), 6, [0, 2])
+    # Read once a forward; the next may bring the same tensor with other content.
+    assert check.hides_only_padding(mask, 6, [0, 2])
+    mask[0, ..., 3] = False
+    check.forget()
+    assert not check.hides_only_padding(mask, 6, [0, 2])
 
 
 def test_another_function_under_the_backends_name_still_runs(tiny_llama):

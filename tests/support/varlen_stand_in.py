@@ -12,8 +12,10 @@ def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, scale: float) ->
     return weights @ values.double()
 
 
+# fmt: off
 def copy_of_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                   window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
+                   window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
+    # fmt: on
     """What torch documents of `varlen_attn`, sequence by sequence, with its checks."""
     assert enable_gqa
     assert key.shape[1] == 1
