@@ -253,7 +253,9 @@ def make_speed(what: str) -> str:
         for row in part["rows"] if name.startswith(what) else ():
             kept = f"{row['kept']:.0%}".replace("%", " %")
             cache = names.get(row["cache"], f"`{row['cache']}`")
-            rows.append((f"{row['tokens']:,}", kept, cache, *(name_interval(row[column]) for column in columns)))
+            rows.append(
+                (f"{row['tokens']:,}", kept, cache, *(name_interval(row[column]) for column in columns))
+            )
     heads = ("over plain", "over plain, as long as what is kept")[: len(columns)]
     return write_table(("tokens", "kept", "cache", *heads), rows)
 
