@@ -11,7 +11,7 @@ VERSIONS := 5.0.0 5.2.0
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers bench-quality bench-compiled results docs dist clean
+.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers bench-quality bench-gpu bench-compiled results docs dist clean
 .SECONDARY:
 
 help: ## list the targets
@@ -78,6 +78,9 @@ bench-peers: .venv-parity/.installed ## time to first token beside kvpress, in t
 
 bench-quality: $(STAMP) ## loss against the time of a decode step and bytes, as results/figures/quality_speed.png
 	$(BIN)/python -m benchmarks.quality_speed
+
+bench-gpu: $(STAMP) ## correctness, TTFT, TPOT, memory and waits on one GPU (under six minutes; random weights)
+	$(BIN)/python -m benchmarks.gpu
 
 bench-compiled: $(STAMP) ## decoding with torch.compile in bounded mode (needs a C++ compiler)
 	$(BIN)/python -m benchmarks.compiled

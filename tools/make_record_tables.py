@@ -214,6 +214,25 @@ def make_targets() -> str:
     return write_table(("what", "over", "measured", "target"), rows)
 
 
+def make_speed(what: str) -> str:
+    """Make the table of paired ratios of CPU time, with quartiles, of prefills or of decode steps."""
+    names = {
+        "everything kept": "everything kept",
+        "default without a profile": "default, no profile",
+        "the shipped profile": "the shipped profile",
+    }
+    rows, columns = [], ("over_plain", "over_plain_of_kept_length") if what == "decode" else ("over_plain",)
+    for name, part in read_record("speed.json").items():
+        for row in part["rows"] if name.startswith(what) else ():
+            kept = f"{row['kept']:.0%}".replace("%", " %")
+            cache = names.get(row["cache"], f"`{row['cache']}`")
+            rows.append(
+                (f"{row['tokens']:,}", kept, cache, *(name_interval(row[column]) for column in columns))
+            )
+    heads = ("over plain", "over plain, as long as what is kept")[: len(columns)]
+    return write_table(("tokens", "kept", "cache", *heads), rows)
+
+
 def make_head_times() -> str:
     """Make the table of the CPU time of equal heads and of heads with budgets of their own."""
     names = {"equal": "`head_budgets=None`", "distortion": "default"}
@@ -310,6 +329,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/performance.md": {
         "targets": make_targets,
         "head-times": make_head_times,
+        "speed-prefill": lambda: make_speed("prefill"),
+        "speed-decode": lambda: make_speed("decode"),
         "quality-speed": make_quality_speed,
     },
     "docs/evaluation.md": {"sweep": make_sweep},

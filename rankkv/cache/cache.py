@@ -29,7 +29,7 @@ from ..selection import Selector, get_selector
 from . import saving
 from .head_budget_layer import HeadBudgetLayer
 from .layer import RankKVLayer, SlotMap, StoredLayer, release_hidden
-from .masks import StepMask, project_mask
+from .masks import PaddingCheck, StepMask, project_mask
 from .owner import Owner
 from .progress import Progress
 from .replay import Replay, ReplayPlan, check_replay
@@ -146,6 +146,11 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
         #: The layer that was updated and whose attention was not observed yet.
         self._awaited: int | None = None
+        # The keys and values that the last update returned.
+        self._shown: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+        # True once a layer attended to the keys of another one.
+        self._shares_keys = False
+        self._padding = PaddingCheck()
         self._progress = Progress()
         #: Token ids of the prompt, ``[batch, token]`` on the CPU, where they are known.
         self.prompt_ids: Tensor | None = None
@@ -303,6 +308,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         copied._schedule, copied._progress = self._schedule.copy(), self._progress.copy()
         # The copy has tensors of its own, so what was remembered by tensor identity does not apply.
         copied._attended, copied._step_masks = {}, {}
+        copied._shown, copied._padding = None, PaddingCheck()
         copied._packers = {index: packer.copy() for index, packer in self._packers.items()}
         copied._watch(self._owner.model)
         copied._restore_offset()
@@ -484,9 +490,26 @@ class RankKVCache(AttentionObserver, DynamicCache):
         with self._progress.update((layer_idx, "keys"), self.layers):
             self._schedule.before_update(self.layers, layer, key_states.shape[-2])
             self._awaited = layer_idx
+            if isinstance(layer, HeadBudgetLayer):
+                layer.stays_unpadded = self._may_stay_unpadded(layer_idx, key_states, value_states)
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._shown = weakref.ref(states[0]), weakref.ref(states[1])
         hook.hand_off(self, layer_idx, states[0].shape[-2])
         return states
+
+    def _may_stay_unpadded(self, layer_idx: int, keys: Tensor, values: Tensor) -> bool:
+        """Return True if a layer can add one token, and attend from it, without padding its heads."""
+        layer, schedule = self.layers[layer_idx], self._schedule
+        return (
+            keys.shape[-2] == 1
+            and schedule.compressed
+            and not schedule.needs_observation(1)
+            and self.text_config._attn_implementation == "sdpa"
+            # Both need all keys in one tensor: packed positions turn them, and other layers read them.
+            and layer_idx not in self._packers
+            and not self._shares_keys
+            and layer.can_stay_unpadded(keys, values)
+        )
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the convolution state of a linear layer, which begins the layer's forward with this."""
@@ -642,6 +665,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         """Run the layer's attention with its own mask; during the prefill, then compress the layer."""
         # The first layer stands for all: they get the same position_ids.
         if layer_idx == self.layer_indices[0]:
+            self._padding.forget()
             try:
                 self._check_turn(self.layers[layer_idx], call)
             except RankKVError:
@@ -670,6 +694,18 @@ class RankKVCache(AttentionObserver, DynamicCache):
         layer, steps = self.layers[layer_idx], call.steps
         slots = layer.slot_map
         self._attended[layer_idx] = (weakref.ref(call.key), slots)
+        if isinstance(layer, HeadBudgetLayer):
+            as_held = self._shows(call)
+            if layer.is_growing:
+                if not as_held:
+                    raise UnsupportedModelError(
+                        f"the attention of layer {layer_idx} uses other keys and values than its cache returned, but "
+                        "did not before: use head_budgets=None for this model."
+                    )
+                if self._needs_no_padding(layer, call):
+                    return layer.attend_unpadded(call.query, call.options.get("scaling")), None
+                call = replace(call, key=layer.keys, value=layer.values)
+            layer.attends_as_held = as_held
         if layer_idx in self._packers:
             self._packers[layer_idx].note_frequencies(layer.seen - steps)
         call = self._fit_to_slots(layer_idx, slots, call)
@@ -682,8 +718,27 @@ class RankKVCache(AttentionObserver, DynamicCache):
             layer.rest()
         return output
 
+    def _shows(self, call: AttentionCall) -> bool:
+        """Return True if a call attends to exactly the keys and values that the last update returned."""
+        return self._shown is not None and self._shown[0]() is call.key and self._shown[1]() is call.value
+
+    def _needs_no_padding(self, layer: HeadBudgetLayer, call: AttentionCall) -> bool:
+        """Return True if a call is plain attention to every token of the layer, so that no mask is needed."""
+        if not call.is_plain_sdpa or call.query.dtype != call.key.dtype:
+            return False
+        if call.query.shape[1] % call.key.shape[1]:
+            return False
+        return call.mask is None or self._padding.hides_only_padding(
+            call.mask, layer.seen, self._schedule.row_start or []
+        )
+
     def attend_shared(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the attention of a layer without keys, with the mask of layer ``layer_idx``, which shares its keys."""
+        self._shares_keys = True
+        layer = self.layers[layer_idx]
+        if isinstance(layer, HeadBudgetLayer) and call.key.shape[-2] < layer.width:
+            # The owner was shown its newest token alone.
+            call = replace(call, key=layer.keys, value=layer.values)
         return self._fit_to_slots(layer_idx, self._attended[layer_idx][1], call).run()
 
     def find_attended(self, key: Tensor) -> int | None:

@@ -29,6 +29,7 @@ _NAMES = re.compile(
 PROMPT_IDS = "prompt_ids"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COMPRESSED = ("RankKVLayer", "StoredLayer", "HeadBudgetLayer", "RestingLayer", "RaggedLayer")
+_HEAD_BUDGETS = "HeadBudgetLayer"
 _SLIDING = "DynamicSlidingWindowLayer"
 _PLAN = {"length", "total_budget", "budgets", "layer_measures", "ranks", "notes", "head_curves"}
 _CURVES = {"heads", "floor", "slopes", "widths", "owners"}
@@ -134,6 +135,10 @@ class SavedCheck:
             known, count = {"type", "cumulative_length"}, record.get("cumulative_length")
         elif kind in _COMPRESSED:
             known, count = {"type", "seen", "compressed_at", "buffer_capacity"}, record.get("seen")
+            if kind == _HEAD_BUDGETS:
+                known.add("attends_as_held")
+                if not isinstance(record.get("attends_as_held", False), bool):
+                    raise self.fail(f"attends_as_held of {where} must be true or false")
         else:
             raise self.fail(f"{where} has the unknown type {shorten(kind)}")
         unknown = sorted(set(record) - known)

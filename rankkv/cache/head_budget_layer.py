@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from ..budget.heads import HeadSplit
 from ..config import count_spanned
-from ..errors import ProfileError
+from ..errors import CacheStateError, ProfileError
 from ..observe.observation import Observation
 from ..selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
 from .layer import StoredLayer
 from .storage import STORAGES, SlotLayout, UnpaddedStorage
+from .unpadded import UnpaddedHeads, can_attend_unpadded
 
 
 class HeadBudgetLayer(StoredLayer):
@@ -31,44 +33,147 @@ class HeadBudgetLayer(StoredLayer):
     """
 
     def __init__(self, storage: str, head_floor: float) -> None:
+        # Keys and values while decoding without padding; the storages are empty then, but for their layout.
+        self._growing: UnpaddedHeads | None = None
         super().__init__(storage)
-        self._stores: Mapping[str, UnpaddedStorage] = {
-            name: UnpaddedStorage(STORAGES[storage]) for name in ("keys", "values")
-        }
         self._head_floor = head_floor
         # Tokens of each head when the compression began, [row][kv_head]; None until they are counted.
         self._room: list[list[int]] | None = None
+        # Tokens of each head after the last shrink of this compression, [row][kv_head]; None if only the device knows.
+        self._known_counts: list[list[int]] | None = None
+        self._are_equal = False
+
+    def _forget(self) -> None:
+        super()._forget()
+        #: True if the layer's attention got exactly the keys and values that its last update returned.
+        self.attends_as_held = False
+        #: True if the next update adds its token without padding; set by the cache.
+        self.stays_unpadded = False
+
+    def _build_stores(self) -> Mapping[str, UnpaddedStorage]:
+        return {name: UnpaddedStorage(STORAGES[self._storage]) for name in ("keys", "values")}
+
+    @property
+    def _stores(self) -> Mapping[str, Any]:
+        # Whatever reads or changes the storages finds all tokens in them.
+        self._settle()
+        return self._held_stores
+
+    @_stores.setter
+    def _stores(self, stores: Mapping[str, Any]) -> None:
+        self._held_stores: Mapping[str, UnpaddedStorage] = stores
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values, and return all kept ones, padded."""
+        """Append new keys and values, and return all kept ones, padded; only the new ones if it stays unpadded."""
+        stays_unpadded, self.stays_unpadded = self.stays_unpadded, False
         if self._layout is None:
             return super().update(key_states, value_states, *args, **kwargs)
         self.seen += key_states.shape[-2]
-        return self._stores["keys"].append(key_states), self._stores["values"].append(value_states)
+        if stays_unpadded:
+            self._grow(key_states).append(key_states, value_states)
+            return key_states, value_states
+        stores = self._stores
+        return stores["keys"].append(key_states), stores["values"].append(value_states)
+
+    # -- decoding without padding --------------------------------------------------------------------------------
+
+    @property
+    def is_growing(self) -> bool:
+        """True if the layer is decoding without padding."""
+        return self._growing is not None
+
+    def can_stay_unpadded(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Return True if a new token of these states can be added, and attended from, without padding."""
+        return (
+            self._layout is not None
+            and self.attends_as_held
+            and key_states.shape[-2] == 1
+            and key_states.shape[:2] == self._layout.shape[:2]
+            and self._held_stores["keys"].is_plain
+            and can_attend_unpadded(key_states, value_states)
+        )
+
+    def attend_unpadded(self, query: Tensor, scaling: float | None) -> Tensor:
+        """Let the newest token's queries ``[batch, head, 1, head_dim]`` attend; see :class:`UnpaddedHeads`."""
+        if self._growing is None:
+            raise CacheStateError(
+                "the layer holds its tokens padded: run the attention function on keys and values."
+            )
+        return self._growing.attend(query, scaling)
+
+    def _grow(self, states: Tensor) -> UnpaddedHeads:
+        """Return the tokens without padding, with room for one more."""
+        if self._growing is None or not self._growing.has_room(states):
+            stores, layout = self._stores, self._layout
+            keys, values = stores["keys"].take_parts(), stores["values"].take_parts()
+            if layout is None or keys is None or values is None:
+                raise CacheStateError("the layer has no heads without padding: append its tokens padded.")
+            self._growing = UnpaddedHeads(layout, (keys[0], values[0]), (keys[1], values[1]))
+        return self._growing
+
+    def _settle(self) -> None:
+        """Give the tokens back to the storages, without room."""
+        growing, self._growing = self._growing, None
+        if growing is not None:
+            for name, parts in zip(("keys", "values"), growing.split(), strict=True):
+                self._held_stores[name].fill(*parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy without room; this layer keeps its own."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        growing = self._growing
+        copied.__dict__.update(
+            {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_growing"}
+        )
+        copied._growing = None
+        if growing is not None:
+            for name, parts in zip(("keys", "values"), growing.split(), strict=True):
+                copied._held_stores[name].fill(*parts)
+        return copied
+
+    # -- compression ---------------------------------------------------------------------------------------------
+
+    def count_full_bytes(self) -> int:
+        """Count the bytes of all tokens seen, none evicted, in the model's dtype."""
+        if self._growing is None or self._layout is None:
+            return super().count_full_bytes()
+        rows, heads = self._layout.shape[:2]
+        slots = sum(held.shape[-1] * held.element_size() for held in self._growing.held())
+        return rows * heads * self.seen * slots
+
+    def held(self) -> list[Tensor]:
+        """Return the tensors that hold keys and values now."""
+        return super().held() if self._growing is None else self._growing.held()
 
     def rest(self) -> None:
         """Drop empty slots, and convert keys and values to the stored form."""
-        self._unpad()
-        super().rest()
+        if self._growing is None:
+            self._unpad()
+            super().rest()
 
     def begin_compression(
         self, scores: Tensor, observation: Observation, lasting: Tensor | None = None
     ) -> None:
         """Store the scores for the coming compression, and forget the token counts of the last one."""
         super().begin_compression(scores, observation, lasting)
-        self._room = None
+        self._room = self._known_counts = None
+        # Where heads hold different numbers of tokens, `available` is an average.
+        self._are_equal = observation.valid.dim() == 2
 
     def shrink(self, *args: Any, **kwargs: Any) -> None:
         """Keep as many tokens as the budgets allow, spread over the heads, and release the rest."""
         super().shrink(*args, **kwargs)
-        self._unpad()
+        self._unpad(self._known_counts)
 
     @property
     def width(self) -> int:
         """Number of slots of the padded form (the largest head of all rows)."""
-        return self._stores["keys"].slots
+        if self._growing is not None and self._layout is not None:
+            return self._layout.shape[-1] + self._growing.later
+        return self._held_stores["keys"].slots
 
     @property
     def kept_length(self) -> int:
@@ -92,13 +197,14 @@ class HeadBudgetLayer(StoredLayer):
 
     @property
     def _layout(self) -> SlotLayout | None:
-        return self._stores["keys"].layout
+        return self._held_stores["keys"].layout
 
-    def _unpad(self) -> None:
+    def _unpad(self, counts: list[list[int]] | None = None) -> None:
+        """Drop the empty slots; ``counts`` are the tokens of each head, if the last shrink knows them."""
         if self._layout is not None or self.kept_valid is None:
             return
         valid = self.kept_valid if self.kept_valid.dim() == 3 else self.kept_valid[:, None]
-        layout = SlotLayout.of(valid.expand(-1, self.keys.shape[1], -1))
+        layout = SlotLayout.of(valid.expand(-1, self.keys.shape[1], -1), counts)
         for store in self._stores.values():
             store.unpad(layout)
 
@@ -114,8 +220,10 @@ class HeadBudgetLayer(StoredLayer):
             )
         if splits and heads > 1:
             return self._select_by_heads(splits, scores, real_index, budgets, keep, **how)
+        self._known_counts = None
         if scores.shape[1] == 1:
             return super()._select(scores, real_index, budgets, keep, **how)
+        self._are_equal = False
         return select_tokens_across_heads(
             scores, real_index, self._lengths, budgets, keep=keep, head_floor=self._head_floor, **how
         )
@@ -135,7 +243,13 @@ class HeadBudgetLayer(StoredLayer):
             tensor.expand(-1, heads, -1).reshape(batch * heads, 1, keys) for tensor in (scores, real_index)
         )
         # Shares come from the counts before the first shrink: they must not depend on the number of shrinks.
-        counts = (real_index >= 0).sum(-1).view(batch, heads).tolist()
+        counts = self._known_counts
+        if counts is None:
+            counts = (
+                [[count] * heads for count in self._available]
+                if self._are_equal
+                else (real_index >= 0).sum(-1).view(batch, heads).tolist()
+            )
         if self._room is None:
             self._room = counts
         spanned_in = how.get("protect_before") or self._lengths
@@ -154,7 +268,15 @@ class HeadBudgetLayer(StoredLayer):
         lengths = [length for length in self._lengths for _ in range(heads)]
         if how.get("protect_before") is not None:
             how["protect_before"] = [length for length in how["protect_before"] for _ in range(heads)]
+        self._known_counts = [kept[row * heads : (row + 1) * heads] for row in range(batch)]
         return select_tokens(scores, real_index, lengths, own, keep=kept, **how).view(batch, heads, -1)
 
     def _find_valid(self, empty: Tensor, keep: list[int]) -> Tensor | None:
-        return super()._find_valid(empty, keep) if bool((empty == empty[:, :1]).all()) else ~empty
+        counts = self._known_counts
+        # Empty slots stand first in a head, so heads with as many tokens have them in the same places.
+        same = (
+            bool((empty == empty[:, :1]).all())
+            if counts is None
+            else all(len(set(row)) == 1 for row in counts)
+        )
+        return super()._find_valid(empty, keep) if same else ~empty

@@ -64,16 +64,24 @@ class SlotMap:
 class RankKVLayer(DynamicLayer):
     """A cache layer that counts the tokens it has *seen* and holds only those it *keeps*.
 
-    Keys and values are ``[batch, kv_head, slot, head_dim]``, contiguous, without spare capacity, with slots in the
-    order of their positions.  A row that keeps fewer tokens than the longest row starts with empty slots.
+    Keys and values are ``[batch, kv_head, slot, head_dim]``, with slots in the order of their positions.  A row that
+    keeps fewer tokens than the longest row starts with empty slots.  Only while decoding there is spare memory behind
+    the slots (:data:`rankkv.cache.storage.ROOM`).
     """
 
     is_sliding = False
     is_croppable = True
+    #: Holds "keys" and "values".
+    _stores: Mapping[str, Any]
 
     def __init__(self) -> None:
+        # Before the base class sets `keys` and `values`, which are properties here.
+        self._stores = self._build_stores()
         super().__init__()
         self._forget()
+
+    def _build_stores(self) -> Mapping[str, PlainStorage]:
+        return {"keys": PlainStorage(), "values": PlainStorage()}
 
     def _forget(self) -> None:
         self.seen = 0
@@ -99,6 +107,24 @@ class RankKVLayer(DynamicLayer):
         self._lengths: list[int] = []
         self._available: list[int] = []
 
+    @property
+    def keys(self) -> Any:
+        """Keys in full, ``[batch, kv_head, slot, head_dim]``."""
+        return self._stores["keys"].get()
+
+    @keys.setter
+    def keys(self, tensor: Tensor | None) -> None:
+        self._stores["keys"].put(tensor)
+
+    @property
+    def values(self) -> Any:
+        """Values in full, ``[batch, kv_head, slot, head_dim]``."""
+        return self._stores["values"].get()
+
+    @values.setter
+    def values(self, tensor: Tensor | None) -> None:
+        self._stores["values"].put(tensor)
+
     # -- called by transformers ---------------------------------------------------------------------------------
 
     def update(
@@ -107,12 +133,12 @@ class RankKVLayer(DynamicLayer):
         """Append new keys and values, and return all kept ones."""
         if self.seen == 0:
             self.dtype, self.device = key_states.dtype, key_states.device
+            # Joined to nothing, so that the layer holds a copy: the model's tensor may be part of a larger one.
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
             self.is_initialized = True
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
+        keys, values = self._stores["keys"].append(key_states), self._stores["values"].append(value_states)
         self.seen += key_states.shape[-2]
-        return self.keys, self.values
+        return keys, values
 
     def get_seq_length(self, *args: Any) -> int:
         """Return the number of tokens seen, evicted ones included: positions continue from here."""
@@ -134,7 +160,7 @@ class RankKVLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = None  # type: ignore[assignment]
+        self.keys = self.values = None
         self.is_initialized = False
         self._forget()
 
@@ -201,7 +227,8 @@ class RankKVLayer(DynamicLayer):
     @property
     def width(self) -> int:
         """Number of slots (kept tokens of the longest row)."""
-        return self.keys.shape[-2] if self.is_initialized else 0
+        held = self._stores["keys"].held()
+        return held[0].shape[-2] if held else 0
 
     @property
     def kept_length(self) -> int:
@@ -327,12 +354,19 @@ class RankKVLayer(DynamicLayer):
         self._scores = self._lasting = self._real_index = None
         self.head_splits = []
 
+    def count_full_bytes(self) -> int:
+        """Count the bytes of all tokens seen, none evicted, in the model's dtype."""
+        if not self.is_initialized:
+            return 0
+        states = (tensor for tensor in (self.keys, self.values) if tensor.numel())
+        return sum(tensor.nbytes // tensor.shape[-2] * self.seen for tensor in states)
+
     def rest(self) -> None:
         """Convert keys and values to their stored form, until the next forward; here they stay unchanged."""
 
     def held(self) -> list[Tensor]:
         """Return the tensors that hold keys and values now."""
-        return [self.keys, self.values] if self.is_initialized else []
+        return [tensor for store in self._stores.values() for tensor in store.held()]
 
 
 class StoredLayer(RankKVLayer):
@@ -345,45 +379,16 @@ class StoredLayer(RankKVLayer):
     """
 
     def __init__(self, storage: str) -> None:
-        # Before the base class sets `keys` and `values`, which are properties here.
-        self._stores: Mapping[str, PlainStorage] = {
-            "keys": STORAGES[storage](),
-            "values": STORAGES[storage](),
-        }
+        self._storage = storage
         super().__init__()
 
-    @property
-    def keys(self) -> Any:
-        """Keys in full, ``[batch, kv_head, slot, head_dim]``."""
-        return self._stores["keys"].get()
-
-    @keys.setter
-    def keys(self, tensor: Tensor | None) -> None:
-        self._stores["keys"].put(tensor)
-
-    @property
-    def values(self) -> Any:
-        """Values in full, ``[batch, kv_head, slot, head_dim]``."""
-        return self._stores["values"].get()
-
-    @values.setter
-    def values(self, tensor: Tensor | None) -> None:
-        self._stores["values"].put(tensor)
-
-    @property
-    def width(self) -> int:
-        """Number of slots (kept tokens of the longest row)."""
-        held = self._stores["keys"].held()
-        return held[0].shape[-2] if held else 0
+    def _build_stores(self) -> Mapping[str, PlainStorage]:
+        return {"keys": STORAGES[self._storage](), "values": STORAGES[self._storage]()}
 
     def rest(self) -> None:
         """Convert keys and values to their stored form."""
         for store in self._stores.values():
             store.rest()
-
-    def held(self) -> list[Tensor]:
-        """Return the tensors that hold keys and values now."""
-        return [tensor for store in self._stores.values() for tensor in store.held()]
 
     def withdraw(self, removed: int) -> None:
         """Remove the newest tokens, then convert the rest to its stored form again."""

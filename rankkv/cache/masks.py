@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -122,6 +124,43 @@ class StepMask:
             self._mask = project_mask(None, *where, 1, query_heads, backend, dtype)
             self._valid = slots.kept_valid
         return self._mask[..., :count]
+
+
+class PaddingCheck:
+    """Check once a forward whether its mask hides nothing but padding: all layers get the same mask."""
+
+    def __init__(self) -> None:
+        self._known: tuple[weakref.ref[Tensor], bool] | None = None
+
+    def forget(self) -> None:
+        """Forget the mask of the forward before, which may have changed in place."""
+        self._known = None
+
+    def hides_only_padding(self, mask: Any, seen: int, row_start: Sequence[int]) -> bool:
+        """Return True if every token after a row's padding is visible, without a bias, to the one new query.
+
+        On other devices than the CPU it is False: reading the mask would make the host wait.
+
+        Parameters
+        ----------
+        mask : Tensor
+            The mask of all tokens seen, ``[batch, 1, 1, seen]``.
+        seen : int
+            Number of tokens seen, the new one included.
+        row_start : sequence of int
+            Number of padding tokens before each row's first real token.
+        """
+        if not isinstance(mask, Tensor) or mask.device.type != "cpu" or mask.dim() != 4:
+            return False
+        if self._known is None or self._known[0]() is not mask:
+            plain = mask.shape[1:] == (1, 1, seen) and mask.shape[0] in (1, len(row_start))
+            if plain:
+                real = torch.arange(seen) >= torch.tensor(row_start)[:, None]
+                # An additive mask may also carry a bias, which is no padding.
+                visible = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
+                plain = bool((visible | ~real).all())
+            self._known = weakref.ref(mask), plain
+        return self._known[1]
 
 
 def can_mask_heads(backend: str | None) -> bool:

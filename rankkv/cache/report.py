@@ -62,10 +62,10 @@ def compute_full_cache_bytes(cache: Any) -> int:
     """Compute the bytes of an uncompressed cache after the tokens that ``cache`` has seen."""
     total = 0
     for layer in cache.layers:
-        for tensor in _list_keys_and_values(layer):
-            if tensor.numel():
-                slots = layer.seen if isinstance(layer, RankKVLayer) else tensor.shape[-2]
-                total += tensor.numel() // tensor.shape[-2] * slots * tensor.element_size()
+        if isinstance(layer, RankKVLayer):
+            total += layer.count_full_bytes()
+            continue
+        total += sum(tensor.nbytes for tensor in _list_keys_and_values(layer))
     return total
 
 

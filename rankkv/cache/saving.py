@@ -30,6 +30,7 @@ from ..observe.queries import QueryBuffer
 from ..selection import Selector, get_selector
 from ..utils.files import parse_json, replace_atomically, shorten
 from .file_checks import HEADER_LIMIT, PROMPT_IDS, SavedCheck, compute_digest
+from .head_budget_layer import HeadBudgetLayer
 from .layer import ROW_TENSORS, RankKVLayer
 
 #: The format that is written, and the first one, which is still read.
@@ -100,6 +101,8 @@ def _collect_layers(cache: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]
         record: dict[str, Any] = {"type": type(layer).__name__}
         if isinstance(layer, RankKVLayer):
             record |= {"seen": layer.seen, "compressed_at": layer.compressed_at}
+            if isinstance(layer, HeadBudgetLayer):
+                record["attends_as_held"] = layer.attends_as_held
         elif isinstance(layer, DynamicSlidingWindowLayer):
             record |= {"cumulative_length": layer.cumulative_length}
         else:

@@ -16,7 +16,7 @@ from ..budget.strategies import get_strategy
 from ..config import RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from ..models.tensor_parallel import HeadShards
-from ..observe.call import AttentionCall, check_rows, observe
+from ..observe.call import AttentionCall, MaskReads, check_rows, observe
 from ..observe.observation import Observation
 from ..observe.queries import QueryBuffer
 from ..observe.rotary import LayerRotation
@@ -94,6 +94,7 @@ class CompressionSchedule:
         self.position_offset: Tensor | None = None
         # Tokens of the first forward, until a one-token step or finish() shows that it was the whole prompt.
         self._first_steps: int | None = None
+        self._mask_reads = MaskReads()
 
     @property
     def config(self) -> RankKVConfig:
@@ -119,6 +120,8 @@ class CompressionSchedule:
     def after_attention(self, layers: list[Any], layer_idx: int, call: AttentionCall) -> None:
         """Observe one attention call, and compress the layer if it is due."""
         layer, config, steps = layers[layer_idx], self.config, call.steps
+        if layer_idx == self.layer_indices[0]:
+            self._mask_reads.forget()
         observation = observe(
             layer_idx,
             *call.arguments,
@@ -131,6 +134,7 @@ class CompressionSchedule:
             row_start=self.row_start,
             more_to_come=(self.deferred and not self.selector.replays) or self.streaming,
             shards=self.shards,
+            reads=self._mask_reads,
         )
         observation = self._add_past(layer, observation)
         last = layer_idx == self.layer_indices[-1]
@@ -316,6 +320,7 @@ class CompressionSchedule:
         copied.compressor = copy.copy(self.compressor)
         copied.row_start = None if self.row_start is None else list(self.row_start)
         copied._unscored = dict(self._unscored)
+        copied._mask_reads = MaskReads()
         return copied
 
     def pick_rows(self, repeats: int = 1, indices: Tensor | None = None) -> None:

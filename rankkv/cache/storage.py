@@ -2,26 +2,76 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+#: Slots of the room that a decode step makes: its own token's, and those of tokens to come.
+ROOM = 64
+
 
 class PlainStorage:
-    """Hold a tensor unchanged."""
+    """Hold a tensor unchanged; a decode step makes room behind its tokens for those to come."""
 
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
+        # The memory of which the tensor is the first part; None if the tensor has memory of its own.
+        self._buffer: Tensor | None = None
 
     def put(self, tensor: Tensor | None) -> None:
         """Hold ``tensor [batch, kv_head, slot, head_dim]`` in full until :meth:`rest`."""
-        self._tensor = tensor
+        self._tensor, self._buffer = tensor, None
 
     def get(self) -> Tensor | None:
         """Return the tensor, on its device and in its dtype."""
         return self._tensor
+
+    def append(self, states: Tensor) -> Tensor:
+        """Add the states of new tokens and return all tokens.
+
+        A single token is written into room behind the others, so that a decode step copies no other token.  Where
+        nothing may be written in place, the tokens are copied and joined.
+        """
+        held, buffer = self.get(), self._buffer
+        if held is None:
+            self.put(states)
+            return states
+        width, new = held.shape[-2], states.shape[-2]
+        if buffer is None or buffer.shape[-2] < width + new or not may_write(buffer, states):
+            buffer = self._make_room(held, states)
+        if buffer is None:
+            joined = torch.cat([held, states], dim=-2)
+            self.put(joined)
+            return joined
+        buffer[..., width : width + new, :] = states
+        # The tokens before are never written again: a view that someone holds stays as it is.
+        self._tensor, self._buffer = buffer[..., : width + new, :], buffer
+        return self._tensor
+
+    def _make_room(self, held: Tensor, states: Tensor) -> Tensor | None:
+        """Return a copy of the tokens with room behind them, or None if ``states`` is not a decode step's token."""
+        *lead, width, size = held.shape
+        if width == 0 or states.shape[-2] != 1 or not may_write(held, states):
+            return None
+        buffer = held.new_empty((*lead, width + ROOM, size))
+        buffer[..., :width, :] = held
+        return buffer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy without room."""
+        if self._buffer is not None and self._tensor is not None:
+            memo[id(self._tensor)] = self._tensor.clone(memory_format=torch.contiguous_format)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(
+            {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_buffer"}
+        )
+        copied._buffer = None
+        return copied
 
     def rest(self) -> None:
         """Convert the tensor to its stored form; it waits there for the next forward."""
@@ -29,6 +79,21 @@ class PlainStorage:
     def held(self) -> list[Tensor]:
         """Return the tensors that use memory now."""
         return [] if self._tensor is None else [self._tensor]
+
+
+def may_write(memory: Tensor, states: Tensor) -> bool:
+    """Return True if ``states`` may be written into ``memory`` in place.
+
+    Not while gradients are recorded: a saved tensor must not change.  Nor into memory of inference mode outside it.
+    """
+    usable = torch.is_inference_mode_enabled() or not memory.is_inference()
+    return (
+        usable
+        and not torch.is_grad_enabled()
+        and memory.dtype == states.dtype
+        and memory.device == states.device
+        and memory.shape[:-2] == states.shape[:-2]
+    )
 
 
 class Int8Storage(PlainStorage):
@@ -53,6 +118,10 @@ class Int8Storage(PlainStorage):
             return self._tensor
         quantized, scale = self._quantized
         return (quantized * scale).to(self._dtype)
+
+    def _make_room(self, held: Tensor, states: Tensor) -> Tensor | None:
+        """Return None: every step converts all tokens anyway."""
+        return None
 
     def rest(self) -> None:
         """Quantize the tensor held in full."""
@@ -87,6 +156,10 @@ class OffloadStorage(PlainStorage):
     def get(self) -> Tensor | None:
         """Return the tensor on the device it came from."""
         return None if self._tensor is None else self._tensor.to(self._device)
+
+    def _make_room(self, held: Tensor, states: Tensor) -> Tensor | None:
+        """Return None: every step moves all tokens anyway."""
+        return None
 
     def rest(self) -> None:
         """Move the tensor to the CPU."""
@@ -133,15 +206,23 @@ class SlotLayout:
     blank: Tensor | None = None
 
     @classmethod
-    def of(cls, valid: Tensor) -> SlotLayout:
-        """Build the layout of ``valid [batch, kv_head, slot]`` bool."""
+    def of(cls, valid: Tensor, known: list[list[int]] | None = None) -> SlotLayout:
+        """Build the layout of ``valid [batch, kv_head, slot]`` bool; ``known`` are its counts, if the host has them."""
         counts = valid.sum(-1)
         # An empty slot shows a token of its own head: that of another row could carry its NaN into this one.
         first = counts.flatten().cumsum(0).view_as(counts) - counts
         source = first[..., None] + (valid.cumsum(-1) - 1).clamp(min=0)
-        kept = counts.tolist()
+        kept = counts.tolist() if known is None else known
         blank = (counts == 0).nonzero() if not all(map(all, kept)) else None
-        return cls(tuple(valid.shape), valid.flatten().nonzero()[:, 0], source.flatten(), kept, blank)
+        flat = valid.flatten()
+        if flat.device.type == "cpu":
+            return cls(tuple(valid.shape), flat.nonzero()[:, 0], source.flatten(), kept, blank)
+        # As nonzero() gives them, but the host knows how many there are: empty slots all go to a last place, cut off.
+        total = sum(map(sum, kept))
+        place = torch.where(flat, flat.cumsum(0) - 1, total)
+        held = torch.empty(total + 1, dtype=torch.int64, device=flat.device)
+        held.scatter_(0, place, torch.arange(flat.numel(), device=flat.device))
+        return cls(tuple(valid.shape), held[:total], source.flatten(), kept, blank)
 
     def unpad(self, tensor: Tensor) -> Tensor:
         """Drop the empty slots: ``[batch, kv_head, slot, head_dim]`` to ``[token, head_dim]``."""
@@ -192,11 +273,34 @@ class UnpaddedStorage(PlainStorage):
 
     def append(self, states: Tensor) -> Tensor:
         """Add the states of new tokens and return the padded form."""
+        if self.layout is None:
+            return self._later.append(states)
+        # Joined without room: the padded form is made anew at every step anyway.
         earlier = self._later.get()
         later = states if earlier is None else torch.cat([earlier, states], dim=-2)
         self._later.put(later)
         self._tensor = self._join(later)
         return self._tensor
+
+    def take_parts(self) -> tuple[Tensor, Tensor] | None:
+        """Give up the tokens without padding, ``[token, head_dim]``, and the later tokens; None without a layout."""
+        kept, later = self._kept.get(), self._later.get()
+        if self.layout is None or kept is None or later is None:
+            return None
+        for part in (self._kept, self._later):
+            part.put(None)
+        self._tensor = None
+        return kept, later
+
+    def fill(self, kept: Tensor, later: Tensor) -> None:
+        """Take back what :meth:`take_parts` gave, with more later tokens; the layout has stayed."""
+        self._kept.put(kept)
+        self._later.put(later)
+
+    @property
+    def is_plain(self) -> bool:
+        """True if both parts are stored unchanged."""
+        return type(self._kept) is PlainStorage
 
     def unpad(self, layout: SlotLayout) -> None:
         """Drop the empty slots of ``layout`` from the first slots; all later slots hold a token."""

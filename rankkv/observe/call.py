@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import InputError
 from ..models.tensor_parallel import HeadShards
@@ -52,6 +53,16 @@ class AttentionCall:
         """The arguments in order: module, query, key, value, mask, options."""
         return self.module, self.query, self.key, self.value, self.mask, self.options
 
+    @property
+    def is_plain_sdpa(self) -> bool:
+        """True if the call runs transformers' own sdpa function, and nothing but scaling, softmax and mask."""
+        options = self.options
+        unusual = ("softcap", "s_aux", "position_bias", "output_attentions", "dropout")
+        return self.inner is sdpa_attention_forward and not any(
+            value is not None and (isinstance(value, Tensor) or bool(value))
+            for value in (options.get(name) for name in unusual)
+        )
+
     def run(self) -> Any:
         """Run the attention function and return its result."""
         return self.inner(self.module, self.query, self.key, self.value, self.mask, **self.options)
@@ -75,6 +86,7 @@ def observe(
     row_start: list[int] | None = None,
     more_to_come: bool = False,
     shards: HeadShards | None = None,
+    reads: MaskReads | None = None,
 ) -> Observation:
     """Build an :class:`Observation` from the arguments of one call of a layer's attention function.
 
@@ -105,6 +117,8 @@ def observe(
         True if this may be a chunk of the prompt; a row may then hold only padding so far.
     shards : HeadShards, optional
         The tensor-parallel processes of the model, if there are several.
+    reads : MaskReads, optional
+        Remembers, over the layers of one forward, what the host read of their mask.
 
     Returns
     -------
@@ -120,7 +134,10 @@ def observe(
     """
     batch, key_length, query_length = key.shape[0], key.shape[-2], query.shape[-2]
     seen = key_length if seen is None else seen
-    attention_mask_given = attention_mask is not None
+    given_mask = attention_mask
+    reads = MaskReads() if reads is None else reads
+    lengths = (query_length, key_length)
+    known = reads if slot_valid is None and reads.has(given_mask, lengths) else None
     if attention_mask is None:
         valid = torch.ones(batch, key_length, dtype=torch.bool, device=key.device)
         available = [key_length] * batch
@@ -142,12 +159,12 @@ def observe(
                 :, :: max(1, attention_mask.shape[1] // slot_valid.shape[1]), -1, :key_length
             ]
             valid = slot_valid & is_visible(newest)
-        available = count_real(valid)
+        available = count_real(valid) if known is None else list(known.available)
         if not more_to_come:
             check_rows(available)
     # All heads hold the queries' own keys.
     query_valid = (valid if valid.dim() == 2 else valid[:, 0])[:, key_length - query_length :]
-    if row_start is None and attention_mask_given:
+    if row_start is None and given_mask is not None and known is None:
         ends_real = [end or count == 0 for end, count in zip(valid[:, -1].tolist(), available, strict=True)]
         if not all(ends_real):
             raise InputError(
@@ -156,9 +173,15 @@ def observe(
             )
     if row_start is None:
         # Nothing was evicted yet, so the keys before a row's first real token are padding.
-        row_start = (
-            [0] * batch if attention_mask is None and min(available) == key_length else _first_valid(valid)
-        )
+        if known is not None and known.row_start is not None:
+            row_start = list(known.row_start)
+        elif attention_mask is None and min(available) == key_length:
+            row_start = [0] * batch
+        else:
+            row_start = _first_valid(valid)
+        if slot_valid is None and known is None:
+            # Nothing here depends on the layer.
+            reads.note(given_mask, lengths, available, row_start)
     elif max(row_start) >= seen - query_length > 0:
         # A row of only padding so far may start in this call.
         past = seen - query_length
@@ -194,6 +217,31 @@ def observe(
         module_ref=weakref.ref(module),
         shards=None if shards is None else shards.of_layer(layer_idx, module, query.shape[1], kv_heads),
     )
+
+
+class MaskReads:
+    """Remember what the host read of one forward's mask: all layers get the same one, and each read is a wait."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the mask, at the start of a forward: it may have changed in place."""
+        self._mask: weakref.ref[Any] | None = None
+        self._key: tuple[int, int] = (0, 0)
+        #: Real tokens of each row, and padding before them if it was looked for.
+        self.available: list[int] = []
+        self.row_start: list[int] | None = None
+
+    def has(self, mask: Any, key: tuple[int, int]) -> bool:
+        """Return True if this is the mask that was read, for so many queries and keys."""
+        return mask is not None and self._mask is not None and self._mask() is mask and self._key == key
+
+    def note(self, mask: Any, key: tuple[int, int], available: list[int], row_start: list[int]) -> None:
+        """Note what was read of a mask."""
+        if isinstance(mask, Tensor):
+            self._mask, self._key = weakref.ref(mask), key
+            self.available, self.row_start = list(available), list(row_start)
 
 
 def check_rows(tokens: list[int]) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..utils.devices import send_numbers, spread_numbers
+
 if TYPE_CHECKING:
     from ..models.tensor_parallel import HeadShards
     from .rotary import LayerRotation
@@ -140,7 +142,7 @@ class Observation:
     def query_index(self) -> Tensor:
         """Index of each query among its row's real tokens, ``[batch, query]`` int64; negative for padding."""
         index = torch.arange(self.query_start, self.query_start + self.query_length, device=self.query.device)
-        return index - torch.tensor(self.row_start, device=index.device)[:, None]
+        return index - send_numbers(self.row_start, index.device)[:, None]
 
     @property
     def query_rotary_positions(self) -> Tensor:
@@ -150,7 +152,7 @@ class Observation:
         held = self._valid_heads.sum(dim=-1)
         if held.shape[1] > 1:
             held = held.repeat_interleave(self.query.shape[1] // held.shape[1], dim=1)
-        evicted = torch.tensor(self.lengths, device=held.device)[:, None] - held
+        evicted = send_numbers(self.lengths, held.device)[:, None] - held
         return self.query_index[:, None] - evicted[..., None]
 
     @property
@@ -164,7 +166,9 @@ class Observation:
     @cached_property
     def real_index(self) -> Tensor:
         """Index of each key among its row's real tokens, ``[batch, kv_head or 1, key]`` int64, -1 for padding."""
-        start = torch.tensor(self.row_start, device=self.positions.device).view(-1, 1, 1)
+        if not any(self.row_start) and {*self.lengths, *self.available} == {self.key_length}:
+            return self.positions
+        start = spread_numbers(self.row_start, self.positions.device)
         return torch.where(self._valid_heads, self.positions - start, -1)
 
     @property
@@ -189,17 +193,17 @@ class Observation:
             # Without padding or earlier evictions the evictable columns are consecutive: a view, no copy.
             return window[..., sinks : max(sinks, self.key_length - recent)]
         index = self.real_index
-        newest = torch.tensor(self.lengths, device=index.device).view(-1, 1, 1) - recent
+        newest = spread_numbers([length - recent for length in self.lengths], index.device)
         columns = (index >= sinks) & (index < newest)
         if columns.shape[1] > 1:
             columns = columns.repeat_interleave(window.shape[1] // columns.shape[1], dim=1)
         return window * columns[:, :, None, :]
 
-    def remember(self, compute: Callable[[Observation], Tensor]) -> Tensor:
-        """Return ``compute(self)``, computed once per observation and function."""
+    def remember(self, compute: Callable[[Observation], Tensor], found: Tensor | None = None) -> Tensor:
+        """Return ``compute(self)``, computed once per observation and function, unless ``found`` gives it."""
         known: dict[Any, Tensor] = vars(self).setdefault("_remembered", {})
         if compute not in known:
-            known[compute] = compute(self)
+            known[compute] = compute(self) if found is None else found
         return known[compute]
 
     @cached_property
@@ -348,8 +352,16 @@ class Observation:
 
     def take_row(self, row: int) -> Observation:
         """Return the observation of one batch row, without its padding."""
-        real = self._valid_heads[row].any(dim=0).nonzero()[:, 0]
-        queries = self.query_valid[row].nonzero()[:, 0]
+        first_query = max(0, self.row_start[row] - self.query_start)
+        whole = self.query_start + self.query_length == self.key_length
+        if whole and self.valid.dim() == 2 and self.lengths[row] == self.available[row]:
+            # Only padding stands before the first real token: slices, so that the host need not ask where.
+            real: Any = slice(self.row_start[row], self.key_length)
+            queries: Any = slice(first_query, self.query_length)
+        else:
+            real = self._valid_heads[row].any(dim=0).nonzero()[:, 0]
+            queries = self.query_valid[row].nonzero()[:, 0]
+            first_query = int(queries[0]) if len(queries) else 0
 
         def pick(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
@@ -362,7 +374,7 @@ class Observation:
             keys=self.keys[row : row + 1, :, real],
             values=self.values[row : row + 1, :, real],
             positions=self.positions[row : row + 1, :, real],
-            query_start=self.query_start + (int(queries[0]) if len(queries) else 0),
+            query_start=self.query_start + first_query,
             valid=self.valid[row : row + 1, ..., real],
             query_valid=self.query_valid[row : row + 1, queries],
             row_start=self.row_start[row : row + 1],

@@ -80,6 +80,8 @@ def compute_layer_ranks(
         if scope == "evictable" and aggregation == "concat" and not normalize:
             # Side by side, the Gram matrices of the key/value heads add up.  Head measures may have computed them
             # already.
+            if observation.shards is None:
+                return round_ranks(observation.remember(read_gram_ranks)[:, -1])
             gram = observation.sum_over_shards(observation.remember(compute_group_grams).sum(dim=1))
             return round_ranks(compute_rank_from_gram(gram).cpu())
         window = observation.evictable_attention if scope == "evictable" else observation.window_attention
@@ -122,7 +124,26 @@ def compute_group_ranks(observation: Observation) -> Tensor:
     Tensor
         ``[batch, kv_head]`` float64 on the CPU, rounded to 6 significant digits; 0 where nothing can be evicted.
     """
+    if observation.shards is None:
+        return round_ranks(observation.remember(read_gram_ranks)[:, :-1])
     return round_ranks(compute_rank_from_gram(observation.remember(compute_group_grams)).cpu())
+
+
+def compute_gram_ranks(observation: Observation) -> Tensor:
+    """Compute the ranks of the key/value heads and, last, of all heads side by side, in one call of the solver.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_head + 1]`` float64 on the observation's device.
+    """
+    grams = observation.remember(compute_group_grams)
+    return compute_rank_from_gram(torch.cat([grams, grams.sum(dim=1, keepdim=True)], dim=1))
+
+
+def read_gram_ranks(observation: Observation) -> Tensor:
+    """Return what :func:`compute_gram_ranks` computes, on the CPU."""
+    return observation.remember(compute_gram_ranks).cpu()
 
 
 def compute_group_grams(observation: Observation) -> Tensor:
@@ -157,6 +178,11 @@ def compute_group_concentration(observation: Observation) -> Tensor:
         ``[batch, kv_head]`` float64 on the CPU, in [0, 1], rounded to 6 significant digits; 0 where nothing can be
         evicted.
     """
+    return round_ranks(measure_group_concentration(observation).cpu().to(torch.float64))
+
+
+def measure_group_concentration(observation: Observation) -> Tensor:
+    """Compute what :func:`compute_group_concentration` returns, ``[batch, kv_head]`` float32 on the device."""
     window = observation.evictable_attention
     batch, heads = window.shape[:2]
     mass = window.sum(dim=-1)
@@ -164,8 +190,7 @@ def compute_group_concentration(observation: Observation) -> Tensor:
     # Divide before squaring: the square of a small mass underflows in float32.
     alone = (window / torch.where(seen, mass, 1.0)[..., None]).pow(2).sum(dim=-1)
     of_head = alone.sum(dim=-1) / seen.sum(dim=-1).clamp(min=1)
-    grouped = of_head.view(batch, observation.kv_heads, heads // observation.kv_heads).mean(dim=-1)
-    return round_ranks(grouped.cpu().to(torch.float64))
+    return of_head.view(batch, observation.kv_heads, heads // observation.kv_heads).mean(dim=-1)
 
 
 def compute_full_rank(

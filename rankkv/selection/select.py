@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import count_spanned
+from ..utils.devices import send_numbers, spread_numbers
 from .base import Selector
 
 # Half and a quarter of the budget are protected, rounded. As the budget grows, rounding may take two unprotected places
@@ -83,8 +84,9 @@ def select_tokens(
     # On a GPU, nonzero() below would make the host wait for the device; sorting does not.
     if min(keep) < width or scores.device.type != "cpu":
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-        rank = torch.arange(width, device=order.device)
-        order = order.masked_fill(rank >= torch.tensor(keep, device=order.device).view(-1, 1, 1), -1)
+        if min(keep) < width:
+            rank = torch.arange(width, device=order.device)
+            order = order.masked_fill(rank >= spread_numbers(keep, order.device), -1)
         return order.sort(dim=-1).values
     # On a CPU this beats sorting: keep the scores above the lowest kept one, and the first of those equal to it.
     least = scores.topk(width, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
@@ -124,18 +126,16 @@ def raise_protected(
         selector.count_protected(max(0, budget - spanned), window_size, sink_size)
         for budget, spanned in zip(budgets, spans, strict=True)
     ]
-    newest_from = torch.tensor(
-        [n - recent for n, (recent, _) in zip(lengths, counts, strict=True)], device=device
-    )
-    sinks = torch.tensor([first for _, first in counts], device=device)
+    newest_from = spread_numbers([n - recent for n, (recent, _) in zip(lengths, counts, strict=True)], device)
+    sinks = spread_numbers([first for _, first in counts], device)
     shape = torch.broadcast_shapes(scores.shape, real_index.shape)
     real_index = real_index.expand(shape)
     # NaN becomes the lowest finite number, so that it still ranks above padding.
     scores = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min).expand(shape)
-    is_protected = (real_index >= newest_from.view(-1, 1, 1)) | (real_index < sinks.view(-1, 1, 1))
-    stops = torch.tensor(spanned_in, device=device).view(-1, 1, 1)
+    is_protected = (real_index >= newest_from) | (real_index < sinks)
     for start, stop in protect:
-        is_protected |= (real_index >= start) & (real_index < stops.clamp(max=stop))
+        stops = spread_numbers([min(length, stop) for length in spanned_in], device)
+        is_protected |= (real_index >= start) & (real_index < stops)
     return scores.masked_fill(is_protected, float("inf")).masked_fill(real_index < 0, float("-inf"))
 
 
@@ -206,12 +206,10 @@ def select_tokens_across_heads(
     device = scores.device
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     place = torch.empty_like(order).scatter_(-1, order, torch.arange(keys, device=device).expand_as(order))
-    floors = torch.tensor([int(head_floor * budget) for budget in budgets], device=device)
+    floors = send_numbers([int(head_floor * budget) for budget in budgets], device)
     protected = (scores == float("inf")).sum(dim=-1, keepdim=True)
-    spare = torch.tensor(
-        [max(0, count - b - 1) for b, count in zip(budgets, keep, strict=True)], device=device
-    )
-    safe = torch.maximum(protected, floors.view(-1, 1, 1)) + spare.view(-1, 1, 1)
+    spare = spread_numbers([max(0, count - b - 1) for b, count in zip(budgets, keep, strict=True)], device)
+    safe = torch.maximum(protected, floors.view(-1, 1, 1)) + spare
     # Before the heads compete, each keeps its protected tokens or its floor, and the spare tokens of a cascade.
     is_safe = (place < safe) & (real_index >= 0)
     scores = scores.masked_fill(is_safe, float("inf"))
@@ -219,9 +217,7 @@ def select_tokens_across_heads(
     token = (real_index * heads + torch.arange(heads, device=device).view(-1, 1)).flatten(1).argsort(dim=-1)
     best = scores.flatten(1).gather(1, token).sort(dim=-1, descending=True, stable=True).indices
     best = token.gather(1, best)[:, : heads * max(keep)]
-    is_within = (
-        torch.arange(best.shape[1], device=device) < heads * torch.tensor(keep, device=device)[:, None]
-    )
+    is_within = torch.arange(best.shape[1], device=device) < heads * send_numbers(keep, device)[:, None]
     is_kept = torch.zeros(batch, heads * keys, dtype=torch.bool, device=device).scatter_(1, best, is_within)
     is_kept = is_kept.view(batch, heads, keys)
     index = torch.where(is_kept, torch.arange(keys, device=device), -1).sort(dim=-1).values

@@ -132,10 +132,12 @@ def test_record_of_the_uncompressed_model(model):
 
 
 def test_full_cache_bytes_are_those_of_the_uncompressed_model(model):
-    ours = analyze_generation(model, PROMPT, RankKVCache(model, 0.3), 9, eos_token_id=None)
+    cache = RankKVCache(model, 0.3)
+    ours = analyze_generation(model, PROMPT, cache, 9, eos_token_id=None)
     plain = analyze_generation(model, PROMPT, DynamicCache(config=model.config), 9, eos_token_id=None)
     assert ours.full_cache_bytes == plain.cache_bytes
-    assert ours.cache_bytes < 0.5 * plain.cache_bytes
+    # So short a prompt is less than the room for tokens to come.
+    assert cache.copy().cache_bytes() < 0.5 * plain.cache_bytes
 
 
 def test_one_token_has_no_time_per_output_token(model):

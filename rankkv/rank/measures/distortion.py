@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,14 @@ from torch.nn import functional
 from ...limits import Limits, check_number, make_budget_grid
 from ...observe.observation import Observation
 from ...observe.output_projection import compute_projection_matrix, find_output_projection
-from ..observed_layer import compute_group_concentration, compute_group_ranks
+from ...utils.devices import send_numbers
+from ..observed_layer import (
+    compute_gram_ranks,
+    compute_group_concentration,
+    compute_group_ranks,
+    measure_group_concentration,
+    read_gram_ranks,
+)
 from ..spectrum import round_ranks
 
 # Width of the max-pooling of votes along the keys.
@@ -42,7 +51,7 @@ def compute_eviction_errors(observation: Observation, limits: Sequence[Limits] |
         ``[batch, budget]`` float64, rounded to 6 significant digits.  Zero at the end of a shorter row, and with fewer
         than 2 queries.
     """
-    return round_ranks(_measure_rows(observation, limits, _join_heads))
+    return round_ranks(_measure_rows(observation, limits, _join_heads).cpu())
 
 
 def compute_head_errors(
@@ -77,10 +86,26 @@ def compute_head_errors(
         If ``rank_exponent`` is out of range.
     """
     check_number("rank_exponent", rank_exponent, 0.0, 8.0)
-    factors = compute_group_concentration(observation) ** _CONCENTRATION_EXPONENT
+    errors = _measure_rows(observation, limits, _split_heads)
+    if observation.keys.device.type == "cuda" and observation.shards is None and rank_exponent:
+        concentration, errors = _read_together(observation, errors)
+    else:
+        concentration, errors = compute_group_concentration(observation), errors.cpu()
+    factors = concentration**_CONCENTRATION_EXPONENT
     if rank_exponent:
         factors = factors * compute_group_ranks(observation) ** rank_exponent
-    return round_ranks(_measure_rows(observation, limits, _split_heads) * factors[..., None])
+    return round_ranks(errors * factors[..., None])
+
+
+def _read_together(observation: Observation, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring concentration, ranks and errors of a layer to the host at once: it waits for the device one time."""
+    ranks = observation.remember(compute_gram_ranks)
+    heads = ranks.shape[1] - 1
+    parts = [ranks, measure_group_concentration(observation), errors.flatten(1)]
+    joined = torch.cat([part.to(torch.float64) for part in parts], dim=1).cpu()
+    observation.remember(read_gram_ranks, joined[:, : heads + 1])
+    concentration = round_ranks(joined[:, heads + 1 : 2 * heads + 1])
+    return concentration, joined[:, 2 * heads + 1 :].view(errors.shape)
 
 
 #: Turns the differences of the heads' outputs, ``[budget + 1, row, width]`` with the whole outputs as the last entry,
@@ -100,12 +125,12 @@ def _measure_rows(observation: Observation, limits: Sequence[Limits] | None, red
 
 
 def _compute_row(observation: Observation, floor: int, reduction: _Reduction) -> Tensor:
-    """Compute the errors of one row without padding, ``[budget]`` or ``[kv_head, budget]`` float64 on the CPU."""
+    """Compute the errors of one row without padding, ``[budget]`` or ``[kv_head, budget]`` float64."""
     length, queries = observation.key_length, observation.query_length
     grid = make_budget_grid(length)
     held_out = min(observation.window_size, queries // 2)
     if held_out == 0 or not grid:
-        nothing = torch.zeros(max(1, len(grid)), dtype=torch.float64)
+        nothing = torch.zeros(max(1, len(grid)), dtype=torch.float64, device=_find_double(observation.keys))
         return nothing if reduction is _join_heads else nothing.expand(observation.kv_heads, -1)
     # Skip the budgets below the floor, except the largest: it is the left end of the curve.
     skipped = max(0, sum(budget <= floor for budget in grid) - 1)
@@ -145,9 +170,28 @@ def _split_heads(observation: Observation, wrong: Tensor, kv_heads: int) -> Tens
     else:
         whole = observation.sum_over_shards(wrong[-1] @ matrix).pow(2).sum()
         # ||x W||^2 = x (W W^T) x^T is cheaper: W W^T is as wide as a head, W as the hidden state.
-        part = matrix.unflatten(0, (kv_heads, -1))
-        squares = ((heads.flatten(1, 2) @ (part @ part.mT)).view_as(heads) * heads).sum(dim=(-2, -1))
+        product = _multiply_by_itself(observation, matrix, kv_heads)
+        squares = ((heads.flatten(1, 2) @ product).view_as(heads) * heads).sum(dim=(-2, -1))
     return _divide(squares[:, :-1].clamp(min=0.0), whole)
+
+
+#: W W^T of each attention module, by what it was computed from.  A GPU computes it in less time than a check takes.
+_PRODUCTS: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _multiply_by_itself(observation: Observation, matrix: Tensor, kv_heads: int) -> Tensor:
+    """Compute ``W W^T`` for the rows of each key/value head, ``[kv_head, width, width]``; on a CPU once a module."""
+    module = observation.module
+    part = matrix.unflatten(0, (kv_heads, -1))
+    if module is None or matrix.device.type != "cpu":
+        return part @ part.mT
+    # Weights may change in ways that leave no other trace, so their sums are compared too.
+    weights = matrix.double()
+    found = (matrix.shape, kv_heads, float(weights.sum()), float(weights.square().sum()))
+    known = _PRODUCTS.get(module)
+    if known is None or known[0] != found:
+        known = _PRODUCTS[module] = found, part @ part.mT
+    return known[1]
 
 
 def _find_matrix(observation: Observation, wrong: Tensor) -> Tensor | None:
@@ -162,8 +206,14 @@ def _find_matrix(observation: Observation, wrong: Tensor) -> Tensor | None:
 
 
 def _divide(squares: Tensor, whole: Tensor) -> Tensor:
-    """Divide squared errors by the squared output, as float64 on the CPU."""
-    return (squares / whole.clamp(min=torch.finfo(squares.dtype).tiny)).to("cpu", torch.float64)
+    """Divide squared errors by the squared output, as float64."""
+    divided = squares / whole.clamp(min=torch.finfo(squares.dtype).tiny)
+    return divided.to(_find_double(divided), torch.float64)
+
+
+def _find_double(tensor: Tensor) -> torch.device:
+    """Return where float64 numbers of a tensor stay until the host reads them: some devices have no float64."""
+    return tensor.device if tensor.device.type == "cuda" else torch.device("cpu")
 
 
 def _attend_with_fewer(
@@ -197,12 +247,12 @@ def _attend_with_fewer(
     # Copy whole rows of head_dim numbers: several times faster than a gather of single numbers.
     rows = values.reshape(-1, values.shape[-1])
     first = torch.arange(len(values), device=values.device)[:, None] * values.shape[1]
+    sorted_weights = weights.gather(-1, order[:, None].expand(-1, weights.shape[1], -1))
+    sorted_values = rows.index_select(0, (order + first).flatten()).view(*order.shape, rows.shape[-1])
     outputs, start = [], 0
     for stop in [*(min(budget, cut) for budget in grid), cut]:
-        keys = order[:, start:stop]
-        part = weights.gather(-1, keys[:, None].expand(-1, weights.shape[1], -1))
-        added = rows.index_select(0, (keys + first).flatten()).view(*keys.shape, rows.shape[-1])
-        mixed = torch.baddbmm(mixed, part, added.float())
+        part = sorted_weights[..., start:stop]
+        mixed = torch.baddbmm(mixed, part, sorted_values[:, start:stop].float())
         mass = mass + part.sum(dim=-1, keepdim=True)
         outputs.append(mixed / mass.clamp(min=torch.finfo(mass.dtype).tiny))
         start = stop
@@ -219,16 +269,22 @@ def _order_by_budget(scores: Tensor, grid: list[int], newest: int, sinks: int) -
     # Stable: pooling gives neighbours equal scores, and every machine must keep the earlier one.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     entry = torch.full_like(order, len(grid))
-    known = None
+    # Only small budgets protect fewer keys than the next larger one; the others share the ranks.
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, budget in enumerate(grid):
+        budget = min(budget, cut)
+        groups.setdefault((min(newest, budget // 2), min(sinks, budget // 4)), []).append(number)
     # From large to small: a smaller budget overwrites the entry of the keys that it keeps too.
-    for number in reversed(range(len(grid))):
-        budget = min(grid[number], cut)
-        recent, first = protected = min(newest, budget // 2), min(sinks, budget // 4)
-        if protected != known:
-            # Only small budgets protect fewer keys than the next larger one; the others reuse the ranks.
-            is_protected, known = (order >= cut - recent) | (order < first), protected
-            place = (~is_protected).cumsum(dim=-1).masked_fill_(is_protected, 0)
-        entry.masked_fill_(place <= budget - recent - first, number)
+    for (recent, first), numbers in reversed(groups.items()):
+        is_protected = (order >= cut - recent) | (order < first)
+        place = (~is_protected).cumsum(dim=-1).masked_fill_(is_protected, 0)
+        left = [min(grid[number], cut) - recent - first for number in numbers]
+        if len(numbers) == 1:
+            entry.masked_fill_(place <= left[0], numbers[0])
+            continue
+        # The first of these budgets that has a place for the key; none, if all are too small.
+        found = torch.bucketize(place, send_numbers(left, place.device))
+        entry = torch.where(found < len(numbers), found + numbers[0], entry)
     return torch.empty_like(entry).scatter_(-1, order, entry).sort(dim=-1, stable=True).indices
 
 

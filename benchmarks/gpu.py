@@ -1,0 +1,414 @@
+"""RankKV on one GPU: answers beside those of the CPU, TTFT, TPOT, memory, waits of the host, batches and backends.
+
+    python -m benchmarks.gpu --output results/gpu/h100.json     # under six minutes
+    python -m benchmarks.gpu --small --output build/gpu.json    # tiny shapes, on a CPU too: only that it runs
+
+Weights are random and made on the device, so nothing here says anything about quality.  Parts that no longer fit into
+the budget of time are named as skipped; the record is written after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import rankkv
+from benchmarks.common import describe_machine, synchronize
+from rankkv import RankKVCache
+from rankkv.models.compat import cache_argument
+from rankkv.utils.files import write_text_atomically
+
+#: Name of each kind of cache, and its options; None is the plain cache.  No profile: random weights have none.
+CACHES: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "default": {},
+    "head_budgets=None": {"head_budgets": None},
+    "strategy='uniform'": {"strategy": "uniform", "head_budgets": None},
+}
+#: Options whose answers on the device are compared with those on the CPU.
+CORRECT: list[dict[str, Any]] = [
+    {}, {"head_budgets": None}, {"strategy": "uniform"}, {"strategy": "power"}, {"head_budgets": "adaptive"},
+    {"decode": "bounded"}, {"decode": "periodic", "decode_interval": 6}, {"storage": "int8"},
+    {"storage": "offload"}, {"positions": "packed"}, {"selector": "h2o"}, {"selector": "expected_attention"},
+    {"selector": "keydiff"}, {"strategy": "cake"},
+]  # fmt: skip
+_TINY = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+_EIGHT_BILLION = {
+    "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+#: Config and class of each shape.
+SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "Llama-3.1-8B": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {**_EIGHT_BILLION, "vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 32},
+    ),
+    "Qwen3-8B": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {**_EIGHT_BILLION, "vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36},
+    ),
+}
+
+
+class Bench:
+    """One run: its options, the clock, and the rows so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.has_gpu = torch.cuda.is_available()
+        self.small = options.small or not self.has_gpu
+        self.device = torch.device("cuda" if self.has_gpu else "cpu")
+        self.started = time.perf_counter()
+        self.rows: list[dict[str, Any]] = []
+        self.machine = {
+            **describe_machine(),
+            "card": torch.cuda.get_device_name() if self.has_gpu else "none",
+            "cuda": torch.version.cuda,
+            "small": self.small,
+            "rankkv": rankkv.__version__,
+        }
+
+    def note(self, part: str, **values: Any) -> None:
+        """Add a row, print it, and write the record."""
+        self.rows.append({"part": part, **values})
+        shown = "  ".join(
+            f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in values.items()
+        )
+        spent = time.perf_counter() - self.started
+        print(f"[{spent:6.1f} s] {part}: {shown}", file=sys.stderr, flush=True)
+        record = {"machine": self.machine, "seconds": round(spent, 1), "rows": self.rows}
+        path = Path(self.options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, json.dumps(record, indent=1) + "\n")
+
+    def has_time(self, seconds: float, part: str, **values: Any) -> bool:
+        """Return True if so many seconds are left; note what is skipped."""
+        if self.small or self.options.budget - (time.perf_counter() - self.started) > seconds:
+            return True
+        self.note(part, **values, skipped="no time left")
+        return False
+
+    def build(self, name: str, layers: int | None = None, backend: str = "sdpa") -> Any:
+        """Build a model of random weights, on the device and in the dtype that it runs in."""
+        torch.manual_seed(0)
+        config, kind, shape = SHAPES[name]
+        shape = dict(_TINY) if self.small else dict(shape)
+        if layers is not None and not self.small:
+            shape["num_hidden_layers"] = layers
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16 if self.has_gpu else torch.float32)
+        try:
+            with torch.device(self.device):
+                model = kind(config(**shape, max_position_embeddings=131072, attn_implementation=backend))
+        finally:
+            torch.set_default_dtype(before)
+        return model.eval()
+
+    def build_cache(self, model: Any, name: str, ratio: float) -> Any:
+        """Build an empty cache."""
+        options = CACHES[name]
+        if options is None:
+            return DynamicCache(config=model.config)
+        return RankKVCache(model, ratio, profile=None, **options)
+
+    def draw_ids(self, model: Any, rows: int, tokens: int) -> Tensor:
+        """Draw random ids on the device."""
+        return torch.randint(0, model.config.vocab_size, (rows, tokens), device=self.device)
+
+    def clear(self) -> float:
+        """Free what is free, start measuring the peak, and return the GiB held."""
+        gc.collect()
+        if not self.has_gpu:
+            return 0.0
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
+
+    def read_memory(self) -> tuple[float, float]:
+        """Return GiB held now, and at the peak."""
+        if not self.has_gpu:
+            return 0.0, 0.0
+        return torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30
+
+
+@torch.no_grad()
+def prefill(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Run a prompt."""
+    given: dict[str, Any] = {}
+    if mask is not None:
+        given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return model(ids, use_cache=True, logits_to_keep=1, **given, **cache_argument(cache)).logits[:, -1]
+
+
+@torch.no_grad()
+def step(model: Any, cache: Any, token: Tensor, past: int, mask: Tensor | None = None) -> Tensor:
+    """Decode one token of each row."""
+    given: dict[str, Any] = {"position_ids": torch.full((token.shape[0], 1), past, device=token.device)}
+    if mask is not None:
+        given = {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1}
+    return model(token, use_cache=True, **given, **cache_argument(cache)).logits[:, -1]
+
+
+def decode(model: Any, cache: Any, token: Tensor, past: int, count: int) -> float:
+    """Milliseconds of a step over ``count`` steps that never wait for the token, after three that do not count."""
+    for place in range(3):
+        token = step(model, cache, token, past + place).argmax(-1, keepdim=True)
+    synchronize()
+    begun = time.perf_counter()
+    for place in range(3, 3 + count):
+        token = step(model, cache, token, past + place).argmax(-1, keepdim=True)
+    synchronize()
+    return 1e3 * (time.perf_counter() - begun) / count
+
+
+@contextlib.contextmanager
+def count_waits() -> Iterator[collections.Counter[str]]:
+    """Count the host's waits inside the block, by the line of rankkv that made them."""
+    found: collections.Counter[str] = collections.Counter()
+
+    def take(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if "synchroniz" not in str(message):
+            return
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            _, inside, place = frame.f_code.co_filename.rpartition("/rankkv/")
+            if inside:
+                found[f"rankkv/{place}:{frame.f_lineno}"] += 1
+                return
+            frame = frame.f_back
+        found["model"] += 1
+
+    if not torch.cuda.is_available():
+        yield found
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = take
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def measure_correct(bench: Bench) -> None:
+    """Compare one tiny float32 model on the device and on the CPU: kept tokens, and the logits of 16 steps."""
+    torch.manual_seed(1)
+    on_cpu = LlamaForCausalLM(LlamaConfig(**_TINY, attn_implementation="sdpa")).eval()
+    on_device = LlamaForCausalLM(LlamaConfig(**_TINY, attn_implementation="sdpa")).eval()
+    on_device.load_state_dict(on_cpu.state_dict())
+    on_device.to(bench.device)
+    ids = torch.randint(0, 256, (3, 400))
+    mask = torch.ones_like(ids)
+    mask[1, :90], mask[2, :200] = 0, 0
+    for rows in (1, 3):
+        for options in CORRECT[: 3 if bench.small else None]:
+            if not bench.has_time(240, "correct", rows=rows, options=str(options)):
+                return
+            found = []
+            for model, device in ((on_cpu, torch.device("cpu")), (on_device, bench.device)):
+                cache = RankKVCache(model, 0.3, profile=None, **options)
+                tokens, real = ids[:rows].to(device), mask[:rows].to(device)
+                logits = [prefill(model, cache, tokens, real)]
+                for place in range(16):
+                    real = torch.cat([real, real[:, -1:]], dim=1)
+                    logits.append(step(model, cache, tokens[:, place : place + 1], 400 + place, real))
+                found.append((cache.kept_per_head, torch.stack(logits).float().cpu()))
+            bench.note(
+                "correct",
+                rows=rows,
+                options=str(options),
+                same_counts=found[0][0] == found[1][0],
+                logit_error=float((found[0][1] - found[1][1]).abs().max()),
+            )
+
+
+def measure_unpadded(bench: Bench) -> None:
+    """Compare decoding without padding with the padded way, in half precision: logits and milliseconds of a step."""
+    model = bench.build("Llama-3.1-8B", layers=4)
+    ids = bench.draw_ids(model, 1, 300 if bench.small else 16384)
+    found: dict[str, tuple[Tensor, float, int]] = {}
+    allowed = RankKVCache._may_stay_unpadded
+    for way in ("without padding", "padded"):
+        cache = bench.build_cache(model, "default", 0.2)
+        try:
+            if way == "padded":
+                RankKVCache._may_stay_unpadded = lambda *_: False  # type: ignore[method-assign]
+            prefill(model, cache, ids)
+            logits = torch.stack(
+                [step(model, cache, ids[:, -1:], ids.shape[1] + place) for place in range(4)]
+            )
+            taken = decode(model, cache, ids[:, -1:], ids.shape[1] + 4, 8 if bench.small else 32)
+        finally:
+            RankKVCache._may_stay_unpadded = allowed  # type: ignore[method-assign]
+        growing = sum(getattr(layer, "is_growing", False) for layer in cache.layers)
+        found[way] = logits.float(), taken, growing
+    bench.note(
+        "unpadded",
+        tokens=ids.shape[1],
+        step_ms=found["without padding"][1],
+        padded_step_ms=found["padded"][1],
+        layers_without_padding=found["without padding"][2],
+        logit_error=float((found["without padding"][0] - found["padded"][0]).abs().max()),
+    )
+
+
+def measure_waits(bench: Bench, model: Any) -> None:
+    """Count the host's waits of a prefill and of a decode step."""
+    ids = bench.draw_ids(model, 1, 300 if bench.small else 8192)
+    for name in CACHES:
+        cache = bench.build_cache(model, name, 0.3)
+        with count_waits() as waits:
+            prefill(model, cache, ids)
+        step(model, cache, ids[:, -1:], ids.shape[1])
+        with count_waits() as later:
+            step(model, cache, ids[:, -1:], ids.shape[1] + 1)
+        bench.note(
+            "waits",
+            cache=name,
+            tokens=ids.shape[1],
+            prefill_a_layer=sum(waits.values()) / model.config.num_hidden_layers,
+            step=sum(later.values()),
+            places=dict(waits.most_common(10)),
+        )
+        bench.clear()
+
+
+def measure_ttft(bench: Bench, model: Any, shape: str, lengths: tuple[int, ...], repeats: int) -> None:
+    """Time prefills in turn; note the memory at their peak and afterwards, over that of the model."""
+    for tokens in lengths:
+        if not bench.has_time(60, "ttft", shape=shape, tokens=tokens):
+            continue
+        ids = bench.draw_ids(model, 1, tokens)
+        seconds: dict[str, list[float]] = {name: [] for name in CACHES}
+        memory: dict[str, dict[str, float]] = {}
+        for turn in range(-1, repeats):
+            for name in list(CACHES) if turn % 2 == 0 else list(CACHES)[::-1]:
+                before = bench.clear()
+                cache = bench.build_cache(model, name, 0.3)
+                synchronize()
+                begun = time.perf_counter()
+                prefill(model, cache, ids)
+                synchronize()
+                if turn >= 0:
+                    seconds[name].append(time.perf_counter() - begun)
+                held, peak = bench.read_memory()
+                memory[name] = {"peak_GiB": peak - before, "held_GiB": held - before}
+                del cache
+        for name in CACHES:
+            ratios = [ours / plain for ours, plain in zip(seconds[name], seconds["plain"], strict=True)]
+            bench.note(
+                "ttft",
+                shape=shape,
+                tokens=tokens,
+                cache=name,
+                ms=1e3 * statistics.median(seconds[name]),
+                over_plain=statistics.median(ratios),
+                **memory[name],
+            )
+
+
+def measure_tpot(
+    bench: Bench, model: Any, tokens: int, ratios: tuple[float, ...], rows: int, steps: int
+) -> None:
+    """Time decode steps, over those of the plain cache; note the memory held while decoding."""
+    ids = bench.draw_ids(model, rows, tokens)
+    plain = float("nan")
+    settings = [("plain", 1.0)] + [
+        (name, ratio) for ratio in ratios for name in ("default", "head_budgets=None")
+    ]
+    for name, ratio in settings:
+        if not bench.has_time(30, "tpot", rows=rows, tokens=tokens, cache=name, kept=ratio):
+            continue
+        before = bench.clear()
+        cache = bench.build_cache(model, name, ratio)
+        prefill(model, cache, ids)
+        taken = decode(model, cache, ids[:, -1:], tokens, steps)
+        plain = taken if name == "plain" else plain
+        held, _ = bench.read_memory()
+        bench.note(
+            "tpot", rows=rows, tokens=tokens, cache=name, kept=ratio, ms=taken, over_plain=taken / plain,
+            held_GiB=held - before,
+        )  # fmt: skip
+        del cache
+
+
+def measure_backends(bench: Bench) -> None:
+    """Run four layers with each attention backend: whether it runs, and how long a step takes."""
+    backends = ("sdpa", "eager") if bench.small else ("sdpa", "eager", "flex_attention", "flash_attention_2")
+    for backend in backends:
+        if not bench.has_time(30, "backends", backend=backend):
+            continue
+        try:
+            model = bench.build("Llama-3.1-8B", layers=4, backend=backend)
+            ids = bench.draw_ids(model, 1, 200 if bench.small else 4096)
+            for name in ("plain", "default"):
+                cache = bench.build_cache(model, name, 0.3)
+                prefill(model, cache, ids)
+                taken = decode(model, cache, ids[:, -1:], ids.shape[1], 4 if bench.small else 16)
+                bench.note("backends", backend=backend, tokens=ids.shape[1], cache=name, ms=taken)
+        # A backend that is not installed, or that the library refuses, is a row like any other.
+        except (ImportError, ValueError, RuntimeError, rankkv.errors.RankKVError) as error:
+            bench.note("backends", backend=backend, failed=f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def run(bench: Bench) -> None:
+    """Run the parts, those that everything else relies on first."""
+    parts: dict[str, Callable[[], None]] = {
+        "correct": lambda: measure_correct(bench),
+        "unpadded": lambda: measure_unpadded(bench),
+    }
+    for part in parts.values():
+        part()
+        bench.clear()
+    model = bench.build("Llama-3.1-8B")
+    measure_waits(bench, model)
+    measure_ttft(
+        bench, model, "Llama-3.1-8B", (200,) if bench.small else (8192, 32768, 65536), 1 if bench.small else 2
+    )
+    ratios = (0.3,) if bench.small else (0.1, 0.2, 0.3)
+    measure_tpot(bench, model, 300 if bench.small else 32768, ratios, rows=1, steps=24)
+    for rows in (1, 8):
+        measure_tpot(bench, model, 200 if bench.small else 16384, ratios[:1], rows=rows, steps=16)
+    del model
+    bench.clear()
+    measure_backends(bench)
+    bench.clear()
+    if bench.has_time(45, "ttft", shape="Qwen3-8B"):
+        measure_ttft(bench, bench.build("Qwen3-8B"), "Qwen3-8B", (200,) if bench.small else (16384,), 1)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="tiny shapes, for a CPU too")
+    parser.add_argument("--budget", type=float, default=330.0, help="seconds after which parts are skipped")
+    parser.add_argument("--output", default="results/gpu/gpu.json")
+    run(Bench(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
