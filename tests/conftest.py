@@ -38,10 +38,10 @@ CORE_SELECTORS = {"snapkv", "h2o", "streaming_llm", "expected_attention", "criti
 #: Folders whose files ask the same of several models and backends, and those of them that ask all in `make test` too.
 MANY_MODELS = {"cache", "analysis", "budget", "rank", "observe", "selection"}
 ALL_MODELS = {"test_cache.py", "test_formulas.py", "test_hook.py"}
-#: Families that stand for one kind each: plain, sliding, fused, hybrid, partly rotated, without rotation, latent, linear.
+#: Families that stand for one kind each: plain, sliding, fused, hybrid, partly rotated, not rotated, latent, linear.
 FEW_FAMILIES = {
-    "Llama", "Mistral", "Phi-3", "Gemma 3", "Gemma 4", "GPT-NeoX", "GPT-2", "gpt-oss", "Llama 4", "DeepSeek-V3", "Jamba",
-    "Qwen3-Next", "Qwen2-VL", "BioGPT",
+    "Llama", "Mistral", "Phi-3", "Gemma 3", "Gemma 4", "GPT-NeoX", "GPT-2", "gpt-oss", "Llama 4", "DeepSeek-V3",
+    "Jamba", "Qwen3-Next", "Qwen2-VL", "BioGPT",
 }  # fmt: skip
 #: Tests of all families beside their conformance, which `make test` asks of one family of a kind.
 FEW_FAMILIES_TESTS = {

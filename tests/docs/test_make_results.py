@@ -80,7 +80,8 @@ def test_a_record_is_made_once_at_a_commit_without_a_path_of_this_machine(
     tables.parent.mkdir()
     tables.write_text("print('tables')")
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    command = "experiments/asked_later.py --samples 1 --context 128 --continuation 8 --ratios 0.5 --methods echo --tasks"
+    command = "experiments/asked_later.py --samples 1 --context 128 --continuation 8 --ratios 0.5"
+    command += " --methods echo --tasks"
     entry = {"command": [command], "texts": ["manual"]}
     monkeypatch.setattr(make_results, "ROOT", tmp_path)
     monkeypatch.setattr(make_results, "read_records", lambda: {"small": entry})
