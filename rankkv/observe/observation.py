@@ -406,7 +406,7 @@ class Observation:
             position_bias=_pick_heads(self.position_bias, heads),
             sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[heads],
             past_moments=_pick_heads(self.past_moments, heads),
-            part_of=(heads.start, self.query.shape[1]),
+            part_of=self._count_part(heads.start),
         )
         return group.take_row(row)
 
@@ -426,8 +426,12 @@ class Observation:
             attention_mask=_pick_heads(self.attention_mask, heads),
             position_bias=_pick_heads(self.position_bias, heads),
             sink_logits=None if self.sink_logits is None else self.sink_logits.reshape(-1)[heads],
-            part_of=(head, self.query.shape[1]),
+            part_of=self._count_part(head),
         )
+
+    def _count_part(self, head: int) -> tuple[int, int]:
+        first, heads = (0, self.query.shape[1]) if self.part_of is None else self.part_of
+        return first + head, heads
 
     def _find_visible(self, rows: slice, key_stop: int) -> tuple[Tensor, Tensor | None]:
         """Return the visible keys of some rows, ``[batch, 1 or head, row, key]`` bool, and an additive mask or None."""

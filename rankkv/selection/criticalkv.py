@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..observe.observation import BLOCK_ELEMENTS, Observation
-from ..observe.output_projection import compute_projection_matrix, find_output_projection
+from .scoring import compute_head_projections
 
 
 def refine_criticalkv(
@@ -96,13 +96,10 @@ def compute_value_norms(observation: Observation, projection: bool) -> Tensor:
         ``[batch, kv_head, key]`` float32: the mean over the query heads of a group.
     """
     values, heads = observation.values, observation.query.shape[1]
-    width = heads * values.shape[-1]
-    parts = 1 if observation.shards is None else observation.shards.size
-    found = find_output_projection(observation.module, width, parts) if projection else None
-    if found is None:
+    matrices = compute_head_projections(observation) if projection else None
+    if matrices is None:
         norms = values.float().abs().sum(dim=-1)
         return observation.compute_group_mean(norms)
-    matrices = compute_projection_matrix(found, width, values, parts).view(heads, values.shape[-1], -1)
     # Blocks of tokens bound the memory: each projected value is hidden_size wide.
     rows = max(1, BLOCK_ELEMENTS // (values.shape[0] * matrices.shape[-1]))
     norms = torch.empty(values.shape[0], heads, values.shape[-2], dtype=torch.float32, device=values.device)

@@ -155,12 +155,17 @@ def _find_filter(path: str | PathLike[str], observation: Observation) -> Tensor:
             "filters for this one."
         )
     found = tuple(filters[layer_idx].shape)
-    shards = observation.shards
-    heads = observation.keys.shape[1] * (1 if shards is None else shards.size)
+    shards, own = observation.shards, observation.keys.shape[1]
+    first, heads = 0, own * (1 if shards is None else shards.size)
+    if observation.part_of is not None:
+        # As many query heads for each key head as in the layer.
+        first, heads = (count * own // observation.query.shape[1] for count in observation.part_of)
     expected = (heads, observation.keys.shape[-1])
     if found != expected:
         raise InputError(
             f"the filter for layer {layer_idx} in {fspath(path)!r} is {found}, but the layer's keys "
             f"are {expected} (heads, head_dim): it was computed for another model, so compute filters for this one."
         )
-    return filters[layer_idx] if shards is None else shards.take_own(filters[layer_idx], dim=0)
+    if shards is not None:
+        return shards.take_own(filters[layer_idx], dim=0)
+    return filters[layer_idx][first : first + own]

@@ -116,11 +116,33 @@ def has_output_projection(observation: Observation) -> bool:
     return _find_projection(observation) is not None
 
 
+def compute_head_projections(observation: Observation) -> Tensor | None:
+    """Compute each query head's part of the layer's output projection; None if no projection is found.
+
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries, values and attention module; of all its heads, or of a part of them.
+
+    Returns
+    -------
+    Tensor or None
+        ``[head, head_dim, hidden]``, on the device and in the dtype of the values.
+    """
+    found = _find_projection(observation)
+    if found is None:
+        return None
+    values, heads = observation.values, observation.query.shape[1]
+    first, total = (0, heads) if observation.part_of is None else observation.part_of
+    parts = 1 if observation.shards is None else observation.shards.size
+    matrix = compute_projection_matrix(found, total * values.shape[-1], values, parts)
+    return matrix.view(total, values.shape[-1], -1)[first : first + heads]
+
+
 def _find_projection(observation: Observation) -> nn.Module | None:
     heads = observation.query.shape[1] if observation.part_of is None else observation.part_of[1]
-    width = heads * observation.values.shape[-1]
     parts = 1 if observation.shards is None else observation.shards.size
-    return find_output_projection(observation.module, width, parts)
+    return find_output_projection(observation.module, heads * observation.values.shape[-1], parts)
 
 
 def compute_output_norms(observation: Observation) -> Tensor:
@@ -141,15 +163,11 @@ def compute_output_norms(observation: Observation) -> Tensor:
     """
     values, heads = observation.values, observation.query.shape[1]
     groups = heads // values.shape[1]
-    parts = 1 if observation.shards is None else observation.shards.size
-    width = values.shape[-1]
-    found = _find_projection(observation)
-    if found is None:
+    matrices = compute_head_projections(observation)
+    if matrices is None:
         norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
         return norms.repeat_interleave(groups, dim=1)
-    first, total = (0, heads) if observation.part_of is None else observation.part_of
-    matrix = compute_projection_matrix(found, total * width, values, parts).float()
-    by_head = matrix[first * width : (first + heads) * width].view(values.shape[1], groups, width, -1)
+    by_head = matrices.float().unflatten(0, (values.shape[1], groups))
     squares = by_head @ by_head.mT
     value = values.float()
     norms = value.new_empty(values.shape[0], groups, values.shape[1], values.shape[2])
