@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,10 @@ import torch
 import yaml
 from launching import launch, run
 from typer.testing import CliRunner
+
+with contextlib.suppress(ImportError):
+    # Its import sets up logging anew, which closes the streams of some handlers: not while a test captures them.
+    import submitit  # noqa: F401
 
 from rankkv import compress, load_model
 from rankkv.cli import app
