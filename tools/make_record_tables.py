@@ -166,9 +166,28 @@ def make_storages() -> str:
     return text[text.index("| cache |") :].strip()
 
 
-def make_asked_later(folder: str) -> str:
-    """Return the tables of questions that come after the compression, as the record's summary has them."""
+#: What selector `echo` was in records made before it had far keys.
+EARLIER_ECHO = "echo:chunk_size=256,far_keys=0"
+
+
+def make_asked_later(folder: str, today: str | None = None) -> str:
+    """Return the tables of questions that come after the compression, as the records' summaries have them.
+
+    ``today`` is a folder with the same contexts and the `echo` of today, whose row is added to each table.
+    """
     summary = (RESULTS / folder / "summary.md").read_text(encoding="utf-8")
+    summary = summary.replace("| echo:expected=0 |", f"| {EARLIER_ECHO},expected=0 |")
+    summary = summary.replace("| echo |", f"| {EARLIER_ECHO} |")
+    if today is not None:
+        for heading in re.findall(r"^### (\w+):", summary, re.MULTILINE):
+            row = read_summary(today, f"{heading}:").splitlines()[-1]
+            summary = re.sub(
+                rf"(^### {heading}:.*?\n\n\|.*?)(\n\n|\n*\Z)",
+                lambda found, row=row: f"{found[1]}\n{row}{found[2]}",  # type: ignore[misc]
+                summary,
+                count=1,
+                flags=re.MULTILINE | re.DOTALL,
+            )
     # One level lower than the headings of the page.
     return "\n" + summary.strip().replace("### ", "#### ") + "\n"
 
@@ -321,8 +340,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "shares-of-uniform": make_shares_of_uniform,
         "storages": make_storages,
         "demo": make_demo,
-        "asked-later": lambda: make_asked_later("asked_later"),
-        "asked-later-qwen": lambda: make_asked_later("asked_later_qwen"),
+        "asked-later": lambda: make_asked_later("asked_later", "asked_later_echo"),
+        "asked-later-qwen": lambda: make_asked_later("asked_later_qwen", "asked_later_echo_qwen"),
         "asked-later-peers": lambda: make_asked_later("asked_later_peers"),
         "origins": make_origins,
     },

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..cache.cache import RankKVCache
 from ..cache.prefill import check_input_ids
-from ..cache.report import compute_cache_bytes, count_slots
+from ..cache.report import compute_kept_bytes, count_slots
 from ..errors import InputError
 from ..models.compat import cache_argument
 
@@ -78,8 +78,8 @@ def analyze_generation(
         prompt_tokens=input_ids.shape[1],
         ttft_seconds=clock.arrivals[0] - start,
         tpot_seconds=(clock.arrivals[-1] - clock.arrivals[0]) / steps if steps else 0.0,
-        cache_bytes=compute_cache_bytes(cache),
-        full_cache_bytes=cache.full_cache_bytes() if ours else compute_cache_bytes(cache),
+        cache_bytes=compute_kept_bytes(cache),
+        full_cache_bytes=cache.full_cache_bytes() if ours else compute_kept_bytes(cache),
         kept_lengths=[count_slots(layer) for layer in cache.layers],
         budgets=cache.budgets if ours else [],
         layer_ranks=cache.layer_ranks if ours else [],

@@ -33,7 +33,13 @@ from .masks import PaddingCheck, StepMask, project_mask
 from .owner import Owner
 from .progress import Progress
 from .replay import Replay, ReplayPlan, check_replay
-from .report import compute_cache_bytes, compute_full_cache_bytes, count_slots, summarize
+from .report import (
+    compute_cache_bytes,
+    compute_full_cache_bytes,
+    compute_kept_bytes,
+    count_slots,
+    summarize,
+)
 from .resolve import change_before_compression, check_methods, resolve_options
 from .schedule import CompressionSchedule
 
@@ -278,8 +284,12 @@ class RankKVCache(AttentionObserver, DynamicCache):
         return list(self._schedule.row_start or [])
 
     def cache_bytes(self) -> int:
-        """Return the bytes of all keys and values held; shared storage counts once."""
+        """Return the bytes of all keys and values held, and of room for tokens to come; shared storage counts once."""
         return compute_cache_bytes(self)
+
+    def kept_bytes(self) -> int:
+        """Return the bytes of all keys and values held, without room for tokens to come."""
+        return compute_kept_bytes(self)
 
     def full_cache_bytes(self) -> int:
         """Return the bytes of an uncompressed cache after the same tokens."""

@@ -144,6 +144,13 @@ class HeadBudgetLayer(StoredLayer):
         slots = sum(held.shape[-1] * held.element_size() for held in self._growing.held())
         return rows * heads * self.seen * slots
 
+    @property
+    def room_bytes(self) -> int:
+        """Bytes held for tokens to come, while the layer decodes."""
+        if self._growing is not None:
+            return self._growing.room_bytes
+        return sum(store.room_bytes for store in self._held_stores.values())
+
     def held(self) -> list[Tensor]:
         """Return the tensors that hold keys and values now."""
         return super().held() if self._growing is None else self._growing.held()

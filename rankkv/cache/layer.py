@@ -364,6 +364,11 @@ class RankKVLayer(DynamicLayer):
     def rest(self) -> None:
         """Convert keys and values to their stored form, until the next forward; here they stay unchanged."""
 
+    @property
+    def room_bytes(self) -> int:
+        """Bytes held for tokens to come, while the layer decodes."""
+        return sum(store.room_bytes for store in self._stores.values())
+
     def held(self) -> list[Tensor]:
         """Return the tensors that hold keys and values now."""
         return [tensor for store in self._stores.values() for tensor in store.held()]

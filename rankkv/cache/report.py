@@ -39,6 +39,18 @@ def compute_cache_bytes(cache: Any) -> int:
     return sum(storages.values())
 
 
+def compute_kept_bytes(cache: Any) -> int:
+    """Compute the bytes of the keys and values of all tokens held, without the room for tokens to come.
+
+    Parameters
+    ----------
+    cache : Cache
+        Any cache of transformers.
+    """
+    room = sum(layer.room_bytes for layer in cache.layers if isinstance(layer, RankKVLayer))
+    return compute_cache_bytes(cache) - room
+
+
 def compute_metadata_bytes(cache: Any) -> int:
     """Compute the bytes of what a cache holds beside keys and values: positions, masks and scores of kept tokens.
 
@@ -71,13 +83,16 @@ def compute_full_cache_bytes(cache: Any) -> int:
 
 def summarize(cache: Any) -> str:
     """Write the text that :meth:`rankkv.RankKVCache.summary` returns."""
-    kept, full = cache.cache_bytes(), cache.full_cache_bytes()
+    kept, full = cache.kept_bytes(), cache.full_cache_bytes()
+    room = cache.cache_bytes() - kept
     share = f" ({kept / full:.1%})" if full else ""
     lines = [
         f"RankKVCache: {cache.seen_tokens} tokens seen, {kept:,} of {full:,} bytes kept{share}",
         f"selector {cache.selector}, strategy {cache.config.resolve_strategy()[0]}, scope {cache.config.scope}, "
         f"decode {cache.config.decode}, positions {cache.config.positions}, prefill {cache.config.prefill}",
     ]
+    if room:
+        lines.append(f"{room:,} bytes more are held for tokens to come; copies and saved files have none")
     if not cache.seen_tokens:
         lines.append(
             "no forward has used this cache (transformers' paged cache and generate_batch ignore theirs)"

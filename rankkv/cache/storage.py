@@ -73,6 +73,13 @@ class PlainStorage:
         copied._buffer = None
         return copied
 
+    @property
+    def room_bytes(self) -> int:
+        """Bytes held for tokens to come."""
+        return (
+            0 if self._buffer is None or self._tensor is None else self._buffer.nbytes - self._tensor.nbytes
+        )
+
     def rest(self) -> None:
         """Convert the tensor to its stored form; it waits there for the next forward."""
 
@@ -296,6 +303,11 @@ class UnpaddedStorage(PlainStorage):
         """Take back what :meth:`take_parts` gave, with more later tokens; the layout has stayed."""
         self._kept.put(kept)
         self._later.put(later)
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes held for tokens to come."""
+        return self._kept.room_bytes + self._later.room_bytes
 
     @property
     def is_plain(self) -> bool:

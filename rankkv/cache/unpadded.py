@@ -93,6 +93,12 @@ class UnpaddedHeads:
         """Return the tensors that hold keys and values."""
         return [self.keys, self.values]
 
+    @property
+    def room_bytes(self) -> int:
+        """Bytes held for tokens to come."""
+        used = sum(self._counts) + self.later * len(self._counts)
+        return sum(flat.nbytes - used * flat.shape[-1] * flat.element_size() for flat in self.held())
+
     def attend(self, query: Tensor, scaling: float | None) -> Tensor:
         """Let one query of each query head attend to all tokens of its key/value head.
 

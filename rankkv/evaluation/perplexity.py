@@ -117,7 +117,7 @@ def evaluate_continuation(
     probabilities = reference.exp()
     for name, options in settings.items():
         cache = record.build_cache(**options)
-        kept, kept_bytes = sum(cache.kept_lengths), cache.cache_bytes()
+        kept, kept_bytes = sum(cache.kept_lengths), cache.kept_bytes()
         predicted = predict_tokens(model, cache, continuation_ids)
         loss = float(_compute_losses(predicted, continuation_ids).mean())
         # The prediction after the last token has no token to score: leave it out, as in the loss.

@@ -165,7 +165,7 @@ def _measure_size(cache: Any) -> tuple[int, int, int]:
     if quantized is not None:
         return sum(layer.get_seq_length() for layer in cache.layers), quantized, 0
     if hasattr(cache, "kept_lengths"):
-        return sum(cache.kept_lengths), cache.cache_bytes(), compute_metadata_bytes(cache)
+        return sum(cache.kept_lengths), cache.kept_bytes(), compute_metadata_bytes(cache)
     return (
         sum(count_slots(layer) for layer in layers),
         sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),

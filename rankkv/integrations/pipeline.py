@@ -290,6 +290,6 @@ def _describe_cache(cache: RankKVCache, prompt_tokens: int) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "kept_tokens": sum(cache.budgets),
         "budgets": cache.budgets,
-        "cache_bytes": cache.cache_bytes(),
+        "cache_bytes": cache.kept_bytes(),
         "full_cache_bytes": cache.full_cache_bytes(),
     }

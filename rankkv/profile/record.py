@@ -235,7 +235,11 @@ class RankProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as plain JSON types, with format and version."""
-        return {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(asdict(self)))}
+        record = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(asdict(self)))}
+        if not self.query_centres:
+            # Few profiles have them.
+            del record["query_centres"]
+        return record
 
     @classmethod
     def from_dict(cls, record: Any) -> RankProfile:

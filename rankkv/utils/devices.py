@@ -20,8 +20,12 @@ def send_numbers(numbers: Sequence[int], device: torch.device, dtype: torch.dtyp
     made = torch.tensor(numbers, dtype=dtype)
     if device.type != "cuda":
         return made.to(device)
-    # From pinned memory the copy runs behind the host's back.
-    return made.pin_memory().to(device, non_blocking=True)
+    try:
+        # From pinned memory the copy runs behind the host's back.
+        return made.pin_memory().to(device, non_blocking=True)
+    except RuntimeError:
+        # No memory can be pinned: then the host waits.
+        return made.to(device)
 
 
 def spread_numbers(numbers: Sequence[int], device: torch.device) -> Any:

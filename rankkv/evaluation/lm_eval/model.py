@@ -263,7 +263,7 @@ class RankKVLM(HFLM):
         return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _note_bytes(self, cache: RankKVCache) -> None:
-        self._kept_bytes += cache.cache_bytes()
+        self._kept_bytes += cache.kept_bytes()
         self._full_bytes += cache.full_cache_bytes()
         self._caches += 1
 
