@@ -46,7 +46,7 @@ def score_dropkv(observation: Observation, kernel_size: int = 5) -> Tensor:
 
     References
     ----------
-    Zhang et al., "DropKV: Decoupled Residual-Output Perturbation", openreview.net/forum?id=MqfNzH3TVH.
+    DropKV (decoupled residual-output perturbation), 2026, openreview.net/forum?id=MqfNzH3TVH.
 
     Examples
     --------
