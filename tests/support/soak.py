@@ -144,9 +144,8 @@ def _expected_total(call: Call, length: int, layers: int) -> int:
     options = call.options
     total = round(options["compression_ratio"] * length * layers)
     bounded = options["decode"] == "bounded"
-    by_scores = options["strategy"] == "global" or (
-        options["strategy"] is None and get_selector(options["selector"]).strategy == "global"
-    )
+    strategy = options["strategy"] or get_selector(options["selector"]).strategy
+    by_scores = strategy is not None and STRATEGIES[strategy].by_scores
     usual = (
         max(GLOBAL_FLOOR_TOKENS, 16 + options["sink_size"], int(0.2 * total / layers))
         if by_scores
