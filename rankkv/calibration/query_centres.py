@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.cache import RankKVCache
-from ..cache.prefill import run_prefill
-from ..errors import ConfigError, InputError
-from ..models.placement import find_input_device
 from ..observe.observation import Observation
-from ..selection import Selector
 from ..selection.triattention import FORMAT, load_query_centres, split_pairs
 from ..utils.files import dump_json, write_text_atomically
-from .query_filters import read_ids
+from .observed_texts import observe_texts
 
 # Digits kept of each number: half precision would not keep the small ones.
 _DIGITS = 6
@@ -68,13 +63,10 @@ def compute_query_centres(
     >>> sorted(centres), tuple(centres[0].shape)
     ([0, 1], (4, 3, 4))
     """
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens!r} must be an integer of at least 1.")
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
 
-    # A selector sees the queries of every layer; this one adds them up and evicts nothing.
-    def score(observation: Observation) -> Tensor:
+    def collect(observation: Observation) -> None:
         used = observation.query_valid[0] & (observation.query_index[0] >= observation.sink_size)
         queries = observation.query[:1].float()
         if observation.rotation is not None:
@@ -87,14 +79,8 @@ def compute_query_centres(
         layer = observation.layer_idx
         sums[layer] = new + sums.get(layer, 0.0)
         counts[layer] = int(used.sum()) + counts.get(layer, 0)
-        return observation.real_index.float()
 
-    collector = Selector("query centres", score, "queries", "control", turns=True)
-    for text in texts:
-        ids = read_ids(text, tokenizer)[:, :max_tokens].to(find_input_device(model))
-        run_prefill(model, RankKVCache(model, 1.0, selector=collector, strategy="uniform"), ids)
-    if not sums:
-        raise InputError("there is no text to compute query centres from: give at least one.")
+    observe_texts(model, texts, tokenizer, max_tokens, collect, turns=True)
     return {layer: (found / max(1, counts[layer])).float() for layer, found in sorted(sums.items())}
 
 

@@ -8,15 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cache.cache import RankKVCache
-from ..cache.prefill import check_input_ids, run_prefill
-from ..errors import ConfigError, InputError
-from ..models.placement import find_input_device
 from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments, merge_moments
-from ..selection import Selector
 from ..selection.qfilter import FORMAT, compute_filter, load_query_filters
 from ..utils.files import dump_json, write_text_atomically
+from .observed_texts import observe_texts
 
 
 def compute_query_filters(
@@ -65,25 +61,16 @@ def compute_query_filters(
     >>> sorted(filters), tuple(filters[0].shape)
     ([0, 1], (2, 8))
     """
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens!r} must be an integer of at least 1.")
     moments: dict[int, Tensor] = {}
     key_heads: dict[int, int] = {}
 
-    # A selector sees the queries of every layer; this one collects their moments and evicts nothing.
-    def score(observation: Observation) -> Tensor:
+    def collect(observation: Observation) -> None:
         new = compute_query_moments(observation, "turned")
         past = moments.get(observation.layer_idx)
         moments[observation.layer_idx] = new if past is None else merge_moments(past, new)
         key_heads[observation.layer_idx] = observation.keys.shape[1]
-        return observation.real_index.float()
 
-    collector = Selector("query moments", score, "queries", "control")
-    for text in texts:
-        ids = read_ids(text, tokenizer)[:, :max_tokens].to(find_input_device(model))
-        run_prefill(model, RankKVCache(model, 1.0, selector=collector, strategy="uniform"), ids)
-    if not moments:
-        raise InputError("there is no text to compute query filters from: give at least one.")
+    observe_texts(model, texts, tokenizer, max_tokens, collect)
     return {
         layer: compute_filter(found, key_heads[layer])[0].cpu() for layer, found in sorted(moments.items())
     }
@@ -111,15 +98,3 @@ def save_query_filters(filters: Mapping[int, Tensor], path: str | Path) -> Path:
     # Read the file back, so that wrong filters fail here and not at their first use.
     load_query_filters(path)
     return path
-
-
-def read_ids(text: str | Tensor, tokenizer: Any) -> Tensor:
-    """Return the token ids of one text, ``[1, token]``."""
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise ConfigError("texts that are strings need tokenizer=: give it, or give token ids.")
-        text = tokenizer(text, return_tensors="pt").input_ids
-    ids = check_input_ids(text)
-    if ids.shape[0] != 1:
-        raise InputError(f"token ids of one text must be [token] or [1, token], got {tuple(ids.shape)}.")
-    return ids

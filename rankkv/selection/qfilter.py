@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-from os import PathLike, fspath, stat
+from collections.abc import Mapping
+from os import PathLike, fspath
 
 import torch
 from torch import Tensor
@@ -12,12 +11,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments, split_moments
-from ..utils.files import read_json, shorten
+from .layer_file import load_layer_tables, name_format
 from .scoring import without_padding
 
-FORMAT = "rankkv.query_filters/1"
-# Largest file of filters, in bytes: 128 layers of 128 heads of 256 numbers take 84 MB.
-_SIZE_LIMIT = 256 * 2**20
+FORMAT = name_format("query_filters")
 
 
 @without_padding
@@ -88,7 +85,7 @@ def compute_filter(moments: Tensor, key_heads: int) -> Tensor:
     return torch.where(towards < 0, -first, first).unflatten(1, (key_heads, -1)).mean(dim=2)
 
 
-def load_query_filters(path: str | PathLike[str]) -> dict[int, Tensor]:
+def load_query_filters(path: str | PathLike[str]) -> Mapping[int, Tensor]:
     """Load filters from a file, ``{layer: [key_head, key_dim]}`` float32.
 
     Raises
@@ -96,55 +93,13 @@ def load_query_filters(path: str | PathLike[str]) -> dict[int, Tensor]:
     InputError
         If the file does not exist, or holds no filters.
     """
-    if not isinstance(path, str | PathLike):
-        raise InputError(
-            f"filters={path!r} of selector 'qfilter' must be the path of a file of query filters."
-        )
-    try:
-        found = stat(path)
-    except OSError as error:
-        raise InputError(
-            f"no query filters at {fspath(path)!r} ({error.strerror}): compute them with compute_query_filters() and "
-            "write them with save_query_filters()."
-        ) from error
-    return _read(fspath(path), found.st_mtime_ns, found.st_size)
-
-
-@lru_cache(maxsize=8)
-def _read(path: str, changed_at: int, size: int) -> dict[int, Tensor]:
-    # Time and size are part of the cache's key: a file written again is read again.
-    try:
-        record = read_json(path, _SIZE_LIMIT)
-        record = record.get("query_filters", record)
-        if record["format"] != FORMAT:
-            raise ValueError(f"format {shorten(record['format'])}")
-        return {_read_layer(layer): _read_filter(layer, rows) for layer, rows in record["layers"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise InputError(
-            f"{path!r} holds no query filters of format {FORMAT!r} ({error}): give a file that "
-            "save_query_filters() wrote."
-        ) from error
-
-
-def _read_layer(name: str) -> int:
-    """Return the layer index that a key of the file names."""
-    if not (name.isascii() and name.isdigit()) or str(int(name[:9])) != name:
-        raise ValueError(f"{shorten(name)} is not the index of a layer")
-    return int(name)
-
-
-def _read_filter(layer: str, rows: object) -> Tensor:
-    """Return the filter of one layer, ``[key_head, key_dim]`` float32, if it is a table of finite numbers."""
-    is_table = isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)
-    if not is_table or len({len(row) for row in rows}) > 1:  # type: ignore[attr-defined]
-        raise ValueError(f"the filter of layer {layer} is not a table [key_head, key_dim]")
-    numbers = [value for row in rows for value in row]  # type: ignore[attr-defined]
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
-        raise ValueError(f"the filter of layer {layer} holds something other than finite numbers")
-    found = torch.tensor(rows, dtype=torch.float64).float()
-    if not bool(found.isfinite().all()):
-        raise ValueError(f"the filter of layer {layer} holds numbers beyond float32")
-    return found
+    return load_layer_tables(
+        path,
+        "query filters",
+        "query_filters",
+        "[key_head, key_dim]",
+        "compute them with compute_query_filters() and give filters= the path that save_query_filters() wrote",
+    )
 
 
 def _find_filter(path: str | PathLike[str], observation: Observation) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from os import PathLike, fspath, stat
+from collections.abc import Mapping
+from os import PathLike, fspath
 
 import torch
 from torch import Tensor
@@ -12,12 +12,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..observe.observation import Observation
 from ..observe.rotary import LayerRotation
-from ..utils.files import read_json, shorten
+from .layer_file import load_layer_tables, name_format
 from .scoring import check_integer_option
 
-FORMAT = "rankkv.query_centres/1"
-# Largest file, in bytes: a profile, or 128 layers of 128 heads of 3 x 128 numbers.
-_SIZE_LIMIT = 256 * 2**20
+FORMAT = name_format("query_centres")
 
 
 def score_triattention(
@@ -114,7 +112,7 @@ def split_pairs(rotation: LayerRotation | None, states: Tensor) -> tuple[Tensor,
     return torch.cat([first, rest[..., :half]], dim=-1), torch.cat([second, rest[..., half:]], dim=-1)
 
 
-def load_query_centres(path: str | PathLike[str]) -> dict[int, Tensor]:
+def load_query_centres(path: str | PathLike[str]) -> Mapping[int, Tensor]:
     """Load centres from a file, ``{layer: [head, 3, pair]}`` float32: real part, imaginary part, mean size.
 
     Raises
@@ -122,43 +120,13 @@ def load_query_centres(path: str | PathLike[str]) -> dict[int, Tensor]:
     InputError
         If the file does not exist, or holds no centres.
     """
-    if not isinstance(path, str | PathLike):
-        raise InputError(
-            f"centres={shorten(path)} of selector 'triattention' must be the path of a profile: run rankkv calibrate "
-            "--queries and give get_selector('triattention', centres=path)."
-        )
-    try:
-        found = stat(path)
-    except OSError as error:
-        raise InputError(
-            f"no query centres at {fspath(path)!r} ({error.strerror}): write them with rankkv calibrate --queries."
-        ) from error
-    return _read(fspath(path), found.st_mtime_ns, found.st_size)
-
-
-@lru_cache(maxsize=8)
-def _read(path: str, changed_at: int, size: int) -> dict[int, Tensor]:
-    # Time and size are part of the cache's key: a file written again is read again.
-    try:
-        record = read_json(path, _SIZE_LIMIT)
-        record = record.get("query_centres", record)
-        if record.get("format") != FORMAT:
-            raise ValueError(f"format {shorten(record.get('format'))}")
-        return {int(layer): _read_table(layer, rows) for layer, rows in record["layers"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
-        raise InputError(
-            f"{path!r} holds no query centres of format {FORMAT!r} ({error}): give a profile that rankkv calibrate "
-            "--queries wrote."
-        ) from error
-
-
-def _read_table(layer: str, rows: object) -> Tensor:
-    table = torch.tensor(rows, dtype=torch.float32)
-    if table.dim() != 3 or table.shape[1] != 3 or not math.isfinite(float(table.abs().sum())):
-        raise ValueError(
-            f"the centres of layer {shorten(layer)} are not a table [head, 3, pair] of finite numbers"
-        )
-    return table
+    return load_layer_tables(
+        path,
+        "query centres",
+        "query_centres",
+        "[head, 3, pair]",
+        "run rankkv calibrate --queries and give get_selector('triattention', centres=path) the profile that it wrote",
+    )
 
 
 def _find_centres(path: str | PathLike[str] | None, observation: Observation) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is added to the replies of transformers' handlers: cached tokens, errors in a stream, and its end."""
+"""Complete the replies of transformers' handlers: cached tokens, errors in a stream, and the end of a stream."""
 
 from __future__ import annotations
 

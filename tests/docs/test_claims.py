@@ -235,7 +235,7 @@ def test_the_reliability_page_tells_what_its_records_hold():
         assert f"| `{name}` | {summary[name]['mutants']} | {noticed[name]} |" in page
     _, _, damaged = page.partition("## Damaged files")
     rows = re.findall(r"^\| [\w ()]+ \| \d+ \| \d+ \|$", damaged.partition("## Mixed calls")[0], re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     assert all(row in log for row in rows)
     (calls,) = re.findall(r"\| (\d+) calls over (\d+) families \| no wrong answer", page)
     assert f"{calls[0]} calls over {calls[1]} families, 0 failures" in log

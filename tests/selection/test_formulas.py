@@ -374,7 +374,7 @@ def test_filters_that_do_not_fit_are_named(tiny_llama, tmp_path):
         (wide, r"layer 0 .* is \(4, 16\), but the layer's keys are \(2, 16\)"),
         (empty, "holds no query filters of format"),
         (tmp_path / "none.json", r"no query filters at .*none.json.*compute_query_filters\(\)"),
-        (3, "filters=3 .* must be the path"),
+        (3, "3 is no path of a file of query filters: .* give filters="),
     ):
         selector = get_selector("qfilter", filters=path)
         with pytest.raises(InputError, match=message):
@@ -505,8 +505,8 @@ def test_wrong_values_are_named(name, options, error, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[1.0, 2.0], 5], "layer 0 is not a table"),
-        ([[1.0, 2.0], []], "layer 0 is not a table"),
+        ([[1.0, 2.0], 5], "layer 0 has no table"),
+        ([[1.0, 2.0], []], "layer 0 has no table"),
         ([[1.0, True]], "something other than finite numbers"),
         ([[1.0, "x"]], "something other than finite numbers"),
         ([[1.0, 1e300]], "beyond float32"),

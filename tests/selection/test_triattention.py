@@ -167,9 +167,9 @@ def test_missing_and_foreign_centres_are_named(tiny_llama, tmp_path):
         (fits, "layer 2 .* are None"),
         (wide, r"are \(2, 3, 8\), but the layer needs \(4, 3, 8\)"),
         (empty, "holds no query centres of format"),
-        (numbers, "not a table"),
+        (numbers, "has no table"),
         (tmp_path / "none.json", "no query centres at"),
-        (3, "centres=3 .* must be the path"),
+        (3, "3 is no path of a file of query centres: .* centres=path"),
     ):
         with pytest.raises(InputError, match=message):
             oracles.prefill(tiny_llama(), PROMPTS[0], selector=get_selector("triattention", centres=path))

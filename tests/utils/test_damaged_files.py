@@ -29,6 +29,7 @@ from rankkv.models.compat import cache_argument
 from rankkv.models.gguf_file import check_gguf
 from rankkv.profile.known import describe_shape, sample_weights
 from rankkv.selection.qfilter import load_query_filters
+from rankkv.selection.triattention import load_query_centres
 
 PROMPT = torch.randint(3, 128, (1, 60), generator=torch.Generator().manual_seed(1))
 # Room for address space beyond what the process has, and seconds of this process' time, for one file.
@@ -250,6 +251,25 @@ def check_filters(path: Path, model: Any) -> None:
         assert torch.equal(found, torch.tensor(record["layers"][str(layer)]))
 
 
+def write_centres(folder: Path, model: Any) -> Path:
+    path = folder / "centres.json"
+    layers = {
+        str(i): torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(i)).tolist() for i in range(2)
+    }
+    path.write_text(json.dumps({"query_centres": {"format": "rankkv.query_centres/1", "layers": layers}}))
+    return path
+
+
+def check_centres(path: Path, model: Any) -> None:
+    centres = load_query_centres(path)
+    record = json.loads(path.read_text())
+    record = record.get("query_centres", record)
+    for layer, found in centres.items():
+        assert found.isfinite().all()
+        assert found.shape[1] == 3
+        assert torch.equal(found, torch.tensor(record["layers"][str(layer)]))
+
+
 def write_gguf(folder: Path, model: Any) -> Path:
     import gguf
     import numpy as np
@@ -305,6 +325,7 @@ KINDS: dict[str, Kind] = {
     "sweep": (write_sweep, check_sweep, damage_yaml),
     "gguf": (write_gguf, check_gguf_file, damage_bytes),
     "filters": (write_filters, check_filters, damage_json),
+    "centres": (write_centres, check_centres, damage_json),
 }
 
 
