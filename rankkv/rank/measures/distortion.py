@@ -185,9 +185,11 @@ def _multiply_by_itself(observation: Observation, matrix: Tensor, kv_heads: int)
     part = matrix.unflatten(0, (kv_heads, -1))
     if module is None or matrix.device.type != "cpu":
         return part @ part.mT
-    # Weights may change in ways that leave no other trace, so their sums are compared too.
-    weights = matrix.double()
-    found = (matrix.shape, kv_heads, float(weights.sum()), float(weights.square().sum()))
+    # Weights may change in ways that leave no other trace, so their sums are compared too; the last one by place.
+    weights = matrix.double().flatten()
+    places = torch.linspace(1.0, 2.0, weights.numel(), dtype=torch.float64)
+    sums = float(weights.sum()), float(weights.square().sum()), float(weights @ places)
+    found = (matrix.shape, kv_heads, *sums)
     known = _PRODUCTS.get(module)
     if known is None or known[0] != found:
         known = _PRODUCTS[module] = found, part @ part.mT
