@@ -8,8 +8,8 @@ repeats the last value. A trace is given token by token behind a short prompt, s
 Measured for each token: the Kullback-Leibler divergence of the prediction from the full cache's. An answer is right if
 each of its tokens is the most likely one. All rows of a method are one left-padded batch. A method is a selector, whose
 layers and heads have equal budgets, or a selector and `default` or `profile`: the default of RankKVCache, without or
-with the model's profile. Writes Parquet parts (a run that was killed goes on), `rows.parquet` and `summary.md` with 95 %
-intervals over traces.
+with the model's profile. Writes Parquet parts (a run that was killed goes on), `rows.parquet` and `summary.md` with
+95 % intervals over traces.
 """
 
 from __future__ import annotations
