@@ -4,8 +4,8 @@ Runs where kvpress is installed (`make peers`):
 
 python -m benchmarks.peers.asked_later --contexts 8
 
-Each context is text of the Python documentation that hides four codes.  Each method compresses it without a question, by
-its own prefill, and answers four questions from copies of its cache.  Answers are scored with the right answer given
+Each context is text of the Python documentation that hides four codes.  Each method compresses it without a question,
+by its own prefill, and answers four questions from copies of its cache.  Answers are scored with the right answer given
 token by token: mean loss, and whether each token is the most likely one.  A method that masks instead of freeing holds
 the bytes of the whole cache.  All contexts lack a chat template, so both libraries repeat the same text.
 """
