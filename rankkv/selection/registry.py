@@ -138,7 +138,7 @@ SELECTORS: dict[str, Selector] = {
             score_kvgrad,
             REPLAY,
             "OpenReview:cg1wTCJjjk",
-            "O(chunk x keys + keys x head_dim), and a backward pass",
+            "O(chunk x keys + keys x head_dim + backward pass)",
             comparable=True,
             projection_option="",
             strategy="global",
