@@ -21,6 +21,8 @@ PREFILL_MODES = ("single", "chunked", "streaming")
 HEAD_BUDGETS = ("auto", "adaptive", "distortion", "profile")
 #: Strategies that use a profile.
 PROFILE_USERS = ("profile", "blend")
+#: Strategies that use the score weights of a profile where it has them.
+SCORE_WEIGHT_USERS = ("global",)
 
 #: Meaning of `strategy=None` without calibration: the best of all strategies, measured on several kinds of text.
 DEFAULT_STRATEGY = "distortion"
@@ -203,7 +205,7 @@ class RankKVConfig:
                 "head_budgets='distortion' measures the prompt and uses no profile, but one is given: leave one of "
                 "them out, or use head_budgets='profile'."
             )
-        if given and self.strategy is not None and not uses_profile:
+        if given and self.strategy is not None and not uses_profile and self.strategy not in SCORE_WEIGHT_USERS:
             raise ConfigError(
                 f"strategy={self.strategy!r} uses no profile, but one is given: leave one of them out, or use strategy "
                 f"{' or '.join(map(repr, PROFILE_USERS))}, or head_budgets='profile'."

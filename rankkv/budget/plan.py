@@ -97,6 +97,7 @@ class BudgetPlan:
         #: Scores of the heads of each layer, if they split its budget.
         self.head_scores: list[HeadScores] = []
         self._pool = ScorePool()
+        self._score_weights = find_score_weights(config) if self.reads_scores else None
         # Allocations by distortion curves, by the number of layers they include.
         self._allocated: dict[int, np.ndarray] = {}
         #: Name of the strategy's measure; None if it measures nothing.
@@ -259,6 +260,8 @@ class BudgetPlan:
         if (table == np.finfo(np.float32).min).any():
             # The selection ranks NaN as the lowest finite number.
             self._fix_share("order of scores")
+        if self._score_weights is not None:
+            table = table * np.asarray(self._score_weights[self._added])[:, None]
         scores = HeadScores(table, self.head_floor)
         if self._splits_by_scores:
             self.head_scores.append(scores)
@@ -393,6 +396,12 @@ def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[i
             "belongs to another model, so calibrate this one."
         )
     return profile
+
+
+def find_score_weights(config: RankKVConfig) -> Sequence[Sequence[float]] | None:
+    """Return the profile's factor of each head's scores, ``[layer][kv_head]``; None if it has none of this selector."""
+    found = config.profile.score_weights if isinstance(config.profile, RankProfile) else {}
+    return found["weights"] if found.get("selector") == str(config.selector) else None
 
 
 def weigh_heads(config: RankKVConfig, profile: RankProfile | None) -> Sequence[HeadSplit]:

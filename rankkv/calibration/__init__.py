@@ -3,11 +3,13 @@
 from .calibrate import calibrate
 from .query_centres import compute_query_centres, save_query_centres
 from .query_filters import compute_query_filters, save_query_filters
+from .score_weights import compute_score_weights
 
 __all__ = [
     "calibrate",
     "compute_query_centres",
     "compute_query_filters",
+    "compute_score_weights",
     "save_query_centres",
     "save_query_filters",
 ]
