@@ -205,7 +205,12 @@ class RankKVConfig:
                 "head_budgets='distortion' measures the prompt and uses no profile, but one is given: leave one of "
                 "them out, or use head_budgets='profile'."
             )
-        if given and self.strategy is not None and not uses_profile and self.strategy not in SCORE_WEIGHT_USERS:
+        if (
+            given
+            and self.strategy is not None
+            and not uses_profile
+            and self.strategy not in SCORE_WEIGHT_USERS
+        ):
             raise ConfigError(
                 f"strategy={self.strategy!r} uses no profile, but one is given: leave one of them out, or use strategy "
                 f"{' or '.join(map(repr, PROFILE_USERS))}, or head_budgets='profile'."

@@ -97,7 +97,8 @@ class BudgetPlan:
         #: Scores of the heads of each layer, if they split its budget.
         self.head_scores: list[HeadScores] = []
         self._pool = ScorePool()
-        self._score_weights = find_score_weights(config) if self.reads_scores else None
+        #: Factors of the heads' scores from the profile, ``[layer][kv_head]``; None without.
+        self.score_weights = find_score_weights(config) if self.reads_scores else None
         # Allocations by distortion curves, by the number of layers they include.
         self._allocated: dict[int, np.ndarray] = {}
         #: Name of the strategy's measure; None if it measures nothing.
@@ -260,8 +261,8 @@ class BudgetPlan:
         if (table == np.finfo(np.float32).min).any():
             # The selection ranks NaN as the lowest finite number.
             self._fix_share("order of scores")
-        if self._score_weights is not None:
-            table = table * np.asarray(self._score_weights[self._added])[:, None]
+        if self.score_weights is not None:
+            table = table * np.asarray(self.score_weights[self._added])[:, None]
         scores = HeadScores(table, self.head_floor)
         if self._splits_by_scores:
             self.head_scores.append(scores)

@@ -107,6 +107,8 @@ def summarize(cache: Any) -> str:
         )
     for plan in cache.plans[:1]:
         lines += plan.notes
+        if plan.score_weights is not None:
+            lines.append("the profile weighs each head's scores (profile=None does not)")
         if plan.needs_all_layers:
             lines.append(
                 f"strategy {plan.strategy} weighs all layers together: nothing was released before the last layer"

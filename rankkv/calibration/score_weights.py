@@ -100,7 +100,9 @@ def compute_score_weights(
     if not counts[selector]:
         raise InputError("there is no text to compress: give at least one.")
     if len(counts) < 2:
-        raise ConfigError(f"reference={reference!r} is the selector itself: name another one, such as 'kvzip_plus'.")
+        raise ConfigError(
+            f"reference={reference!r} is the selector itself: name another one, such as 'kvzip_plus'."
+        )
     wanted, own = (np.mean(counts[name], axis=0) for name in (reference, selector))
     weights = np.clip(wanted / own, _SMALLEST, _LARGEST)
     return {

@@ -157,7 +157,9 @@ def calibrate(
             with show_step(console, "Measuring the queries"):
                 from ..calibration.query_centres import compute_query_centres, describe_query_centres
 
-                centres = compute_query_centres(language_model, cut_texts(tokenizer, documents, 2048, max_texts))
+                centres = compute_query_centres(
+                    language_model, cut_texts(tokenizer, documents, 2048, max_texts)
+                )
             profile = replace(profile, query_centres=describe_query_centres(centres))
         if replay:
             with show_step(console, "Replaying the texts"):

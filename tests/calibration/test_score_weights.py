@@ -63,13 +63,17 @@ def test_a_head_of_weight_two_competes_with_twice_its_scores(model):
     weights = np.ones((LAYERS, HEADS))
     weights[1] = 2.0, 0.25
     plain = compress(model, ids, compression_ratio=0.4, selector="echo", profile=None)
-    weighed = compress(model, ids, compression_ratio=0.4, selector="echo", profile=make_profile(model, weights.tolist()))
+    weighed = compress(
+        model, ids, compression_ratio=0.4, selector="echo", profile=make_profile(model, weights.tolist())
+    )
     assert sum(plain.budgets) == sum(weighed.budgets) == round(0.4 * 150 * LAYERS)
 
     taken = []
     cache = RankKVCache(model, selector="echo", profile=None, compression_ratio=0.4)
     compute = cache._schedule.compressor._compute_lasting_scores
-    cache._schedule.compressor._compute_lasting_scores = lambda *given: taken.append(compute(*given)) or taken[-1]
+    cache._schedule.compressor._compute_lasting_scores = lambda *given: (
+        taken.append(compute(*given)) or taken[-1]
+    )
     with torch.no_grad():
         model(ids, past_key_values=cache)
     # The floor of 20 tokens is the 4 sinks and the 16 newest; all others compete.
@@ -82,7 +86,10 @@ def test_a_head_of_weight_two_competes_with_twice_its_scores(model):
 
     # A layer's budget is a whole number for each head, so a layer may miss by less than one token a head.
     assert np.abs(np.array([rows[0] for rows in weighed.kept_per_head]) - count(weights)).max() <= HEADS
-    assert np.abs(np.array([rows[0] for rows in plain.kept_per_head]) - count(np.ones((LAYERS, HEADS)))).max() <= HEADS
+    assert (
+        np.abs(np.array([rows[0] for rows in plain.kept_per_head]) - count(np.ones((LAYERS, HEADS)))).max()
+        <= HEADS
+    )
 
 
 def test_compress_uses_the_known_weights_unless_told_otherwise(model):
@@ -94,9 +101,14 @@ def test_compress_uses_the_known_weights_unless_told_otherwise(model):
     save_known_profile(profile)
     assert np.array_equal(count_kept(model, ids, compression_ratio=0.3), given)
     assert not np.array_equal(before, given)
-    assert np.array_equal(count_kept(model, ids, compression_ratio=0.3, selector="echo", profile=None), before)
+    assert np.array_equal(
+        count_kept(model, ids, compression_ratio=0.3, selector="echo", profile=None), before
+    )
+    assert "the profile weighs each head's scores" in compress(model, ids, compression_ratio=0.3).summary()
     # The weights are those of one selector with one set of options.
-    assert not isinstance(RankKVCache(model, selector="snapkv", strategy="global").config.profile, RankProfile)
+    assert not isinstance(
+        RankKVCache(model, selector="snapkv", strategy="global").config.profile, RankProfile
+    )
 
 
 def test_a_profile_that_weighs_other_scores_is_refused_by_name(model):
