@@ -51,7 +51,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "kvzip kvcompose": {"selector": "kvzip", "strategy": "kvcompose"},
     "kvzip": {"selector": "kvzip"},
     "kvzip plus": {"selector": "kvzip_plus"},
-    "echo": {"selector": "echo"},
+    "echo": {"selector": "echo", "profile": None},
+    # With the score weights of the model's profile, where it has them.
+    "echo weighed": {"selector": "echo"},
     "echo default": {"selector": "echo", **NAMED_STRATEGIES["default"]},
     "echo profile": {"selector": "echo", **NAMED_STRATEGIES["auto"], "head_budgets": "profile"},
     "echo uniform": {"selector": "echo", "strategy": "uniform", **_EQUAL},
