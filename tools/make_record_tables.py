@@ -170,14 +170,16 @@ def make_storages() -> str:
 EARLIER_ECHO = "echo:chunk_size=256,far_keys=0"
 
 
-def make_asked_later(folder: str, today: str | None = None) -> str:
+def make_asked_later(folder: str, today: str | None = None, renames_echo: bool = True) -> str:
     """Return the tables of questions that come after the compression, as the records' summaries have them.
 
     ``today`` is a folder with the same contexts and the `echo` of today, whose row is added to each table.
+    ``renames_echo`` is False for a record that was made with today's.
     """
     summary = (RESULTS / folder / "summary.md").read_text(encoding="utf-8")
-    summary = summary.replace("| echo:expected=0 |", f"| {EARLIER_ECHO},expected=0 |")
-    summary = summary.replace("| echo |", f"| {EARLIER_ECHO} |")
+    if renames_echo:
+        summary = summary.replace("| echo:expected=0 |", f"| {EARLIER_ECHO},expected=0 |")
+        summary = summary.replace("| echo |", f"| {EARLIER_ECHO} |")
     if today is not None:
         for heading in re.findall(r"^### (\w+):", summary, re.MULTILINE):
             row = read_summary(today, f"{heading}:").splitlines()[-1]
@@ -342,6 +344,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "demo": make_demo,
         "asked-later": lambda: make_asked_later("asked_later", "asked_later_echo"),
         "asked-later-qwen": lambda: make_asked_later("asked_later_qwen", "asked_later_echo_qwen"),
+        "asked-later-weighed": lambda: make_asked_later("asked_later_weighed", renames_echo=False),
         "asked-later-peers": lambda: make_asked_later("asked_later_peers"),
         "origins": make_origins,
     },
