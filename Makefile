@@ -11,7 +11,7 @@ VERSIONS := 5.0.0 5.2.0
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers bench-quality bench-gpu bench-compiled results docs dist clean
+.PHONY: help setup demo test test-all test-versions parity lint bench bench-peers peers bench-quality bench-gpu bench-compiled results docs dist clean
 .SECONDARY:
 
 help: ## list the targets
@@ -75,6 +75,9 @@ bench: $(STAMP) ## time and memory against plain generate(), and the table of ta
 
 bench-peers: .venv-parity/.installed ## time to first token beside kvpress, in turn in one process
 	.venv-parity/bin/python -m benchmarks.peers.ttft --tokens 2048 --repeats 7
+
+peers: .venv-parity/.installed ## questions after the compression, by kvpress' code and by RankKV, as results/peers.json
+	OMP_NUM_THREADS=1 .venv-parity/bin/python -m benchmarks.peers.asked_later --contexts 8
 
 bench-quality: $(STAMP) ## loss against the time of a decode step and bytes, as results/figures/quality_speed.png
 	$(BIN)/python -m benchmarks.quality_speed

@@ -6,8 +6,10 @@ Two kinds of traces are made by a seed, as a reasoning model might write them. I
 places, and every few lines one is asked for. In *arithmetic*, five variables grow by small numbers, and each line first
 repeats the last value. A trace is given token by token behind a short prompt, so all methods decode the same text.
 Measured for each token: the Kullback-Leibler divergence of the prediction from the full cache's. An answer is right if
-each of its tokens is the most likely one. All rows of a method are one left-padded batch. Writes Parquet parts (a run
-that was killed goes on), `rows.parquet` and `summary.md` with 95 % intervals over traces.
+each of its tokens is the most likely one. All rows of a method are one left-padded batch. A method is a selector, whose
+layers and heads have equal budgets, or a selector and `default` or `profile`: the default of RankKVCache, without or
+with the model's profile. Writes Parquet parts (a run that was killed goes on), `rows.parquet` and `summary.md` with
+95 % intervals over traces.
 """
 
 from __future__ import annotations
@@ -25,12 +27,24 @@ from allocation_ablation import finish, main
 from tqdm import tqdm
 
 from rankkv.errors import ConfigError
+from rankkv.evaluation.settings import NAMED_STRATEGIES
 
-METHODS = ("snapkv", "h2o", "streaming_llm", "tova", "keydiff", "dropkv", "r_kv", "triattention")
+METHODS = (
+    "streaming_llm", "snapkv", "snapkv default", "snapkv profile", "h2o", "tova", "keydiff", "dropkv", "r_kv",
+    "triattention",
+)  # fmt: skip
+#: Options of RankKVCache by the word behind a selector.
+BUDGETS: dict[str, dict[str, Any]] = {
+    "": {"strategy": "uniform", "head_budgets": None, "profile": None},
+    "default": NAMED_STRATEGIES["default"],
+    "profile": NAMED_STRATEGIES["auto"],
+}
 PROMPTS = {
     "tracking": "Each line moves one thing to a place. Some lines say where a thing is now.\n",
     "arithmetic": "Each line repeats the last value of a letter, adds a number, and says the new value.\n",
 }
+#: Fewest tokens of a trace, so that each has an answer.
+FEWEST = 64
 THINGS = ("ball", "book", "coin", "key", "lamp", "ring")
 PLACES = ("attic", "barn", "cellar", "garden", "hall", "kitchen", "office", "school")
 
@@ -51,7 +65,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default="embedded", help="hub id, local folder, or embedded")
-    add("--methods", nargs="+", default=list(METHODS), help="selectors")
+    add(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        help="selectors, or 'SELECTOR default', 'SELECTOR profile'",
+    )
     add("--budgets", type=int, nargs="+", default=[128, 256], help="tokens that each layer keeps")
     add("--interval", type=int, default=32, help="tokens between two compressions")
     add("--tokens", type=int, default=1024, help="tokens decoded")
@@ -200,7 +219,7 @@ def summarize(rows: Sequence[dict[str, Any]], seed: int) -> str:
         own = [row for row in rows if row["kind"] == kind]
         full = [row["right"] for row in own if row["method"] == "full"]
         lines += [f"### {kind}: divergence from the full cache, nats per token / share of answers right", ""]
-        lines += [f"{len(full)} traces. Full cache: {sum(full) / len(full):.2f} right.", ""]
+        lines += [f"Traces: {len(full)}. Full cache: {sum(full) / len(full):.2f} right.", ""]
         lines += ["| method | " + " | ".join(f"{budget} tokens" for budget in budgets) + " |"]
         lines += ["|---|" + "---|" * len(budgets)]
         for method in dict.fromkeys(row["method"] for row in own if row["method"] != "full"):
@@ -220,9 +239,14 @@ def run(arguments: argparse.Namespace) -> str:
     from rankkv import RankKVCache, load_model
     from rankkv.evaluation.results import ResultStore
 
-    if arguments.samples < 1 or arguments.tokens < 2:
+    if arguments.samples < 1 or arguments.tokens < FEWEST:
         raise ConfigError(
-            f"--samples {arguments.samples} must be at least 1, and --tokens {arguments.tokens} at least 2."
+            f"--samples {arguments.samples} must be at least 1, and --tokens {arguments.tokens} at least {FEWEST}."
+        )
+    unknown = [name for name in arguments.methods if name.partition(" ")[2] not in BUDGETS]
+    if unknown:
+        raise ConfigError(
+            f"--methods {unknown[0]!r} must be a selector, or one followed by default or profile."
         )
     config = {key: value for key, value in vars(arguments).items() if key != "output_dir"}
     store = ResultStore(arguments.output_dir, config)
@@ -231,32 +255,36 @@ def run(arguments: argparse.Namespace) -> str:
     traces = [make_trace(tokenizer, kind, arguments.seed + index, arguments.tokens) for kind, index in named]
     full = predict_all(model, traces)
 
-    def write(unit: str, method: str, budget: int, scores: Sequence[tuple[float, float]]) -> None:
+    def write(
+        unit: str, method: str, budget: int, scores: Sequence[tuple[float, float]], share: float
+    ) -> None:
         rows = [
             {"method": method, "budget": budget, "kind": kind, "text": f"{kind}-{index:03d}",
-             "divergence": drift, "right": right}
+             "divergence": drift, "right": right, "kept_share": share}
             for (kind, index), (drift, right) in zip(named, scores, strict=True)
         ]  # fmt: skip
         store.write(unit, rows)
 
     if not store.is_done("full"):
         plain = ([table[step] for table in full] for step in range(arguments.tokens))
-        write("full", "full", 0, score_method(_stack(plain), traces, full))
+        write("full", "full", 0, score_method(_stack(plain), traces, full), 1.0)
     units = [(method, budget) for budget in arguments.budgets for method in arguments.methods]
     with tempfile.TemporaryDirectory() as folder:
         for method, budget in tqdm(units, unit="method", disable=None):
             unit = f"{method}-{budget}"
             if store.is_done(unit):
                 continue
+            selector, _, budgets = method.partition(" ")
             cache = RankKVCache(
                 model,
                 budget=budget,
-                selector=build_selector(method, model, tokenizer, folder),
-                strategy="uniform",
+                selector=build_selector(selector, model, tokenizer, folder),
                 decode="periodic",
                 decode_interval=arguments.interval,
+                **BUDGETS[budgets],
             )
-            write(unit, method, budget, score_method(decode(model, cache, traces), traces, full))
+            scores = score_method(decode(model, cache, traces), traces, full)
+            write(unit, method, budget, scores, cache.kept_bytes() / cache.full_cache_bytes())
     return finish(store, arguments, summarize, lambda rows, folder: None)
 
 

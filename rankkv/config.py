@@ -77,9 +77,9 @@ class RankKVConfig:
     strategy : str, optional
         Budget strategy, a key of :data:`rankkv.budget_allocation.STRATEGIES`.  None takes the measured default:
         ``"blend"`` with a known profile of the model, else ``"distortion"``.  None also lets the heads of a layer keep
-        different numbers of tokens, see ``head_budgets``.  With selectors ``"echo"``, ``"kvzip"`` and ``"kvzip_plus"``
-        it takes ``"global"``: one top-k of the scores over all heads and layers, of which each head keeps at least
-        ``head_floor`` of the average, 4 sinks and the 16 newest tokens.
+        different numbers of tokens, see ``head_budgets``.  With selectors ``"echo"``, ``"kvzip"``, ``"kvzip_plus"``
+        and ``"kvgrad"`` it takes ``"global"``: one top-k of the scores over all heads and layers, of which each head
+        keeps at least ``head_floor`` of the average, 4 sinks and the 16 newest tokens.
     strategy_options : mapping, optional
         Options of the strategy, such as ``{"exponent": 2}``.
     scope : {"evictable", "window", "full"}, default "evictable"

@@ -194,6 +194,25 @@ def make_asked_later(folder: str, today: str | None = None, renames_echo: bool =
     return "\n" + summary.strip().replace("### ", "#### ") + "\n"
 
 
+def make_drift(folder: str) -> str:
+    """Return the tables of a record of `experiments/decode_drift.py`, one level lower than the page's headings."""
+    summary = (RESULTS / folder / "summary.md").read_text(encoding="utf-8")
+    return "\n" + summary.strip().replace("### ", "#### ") + "\n"
+
+
+def make_peers(name: str) -> str:
+    """Make the table of questions asked later, by kvpress' own code and by RankKV."""
+    rows: list[tuple[object, ...]] = []
+    found = read_record("peers.json")[name]["rows"]
+    plain = next(row for row in found if not row["library"])
+    for row in found:
+        time = f"{row['cpu_seconds']:.1f} s ({row['cpu_seconds'] / plain['cpu_seconds']:.2f})"
+        scores = f"{row['right']:.2f} / {row['loss']:.3f}"
+        rows.append((row["method"], row["library"] or "-", scores, time, f"{row['bytes_of_full']:.3f}"))
+    head = ("method", "library", "right / loss", "CPU time (over plain)", "bytes over full")
+    return write_table(head, rows)
+
+
 def make_demo() -> str:
     """Make the table of the recorded demo."""
     rows = []
@@ -346,6 +365,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "asked-later-qwen": lambda: make_asked_later("asked_later_qwen", "asked_later_echo_qwen"),
         "asked-later-weighed": lambda: make_asked_later("asked_later_weighed", renames_echo=False),
         "asked-later-peers": lambda: make_asked_later("asked_later_peers"),
+        "drift": lambda: make_drift("decode_drift"),
+        "peers": lambda: make_peers("embedded"),
         "origins": make_origins,
     },
     "docs/performance.md": {

@@ -1,6 +1,6 @@
 """kvpress' masked KVzip beside RankKV's freed one on needles among needles: kept pairs and predictions of the answer.
 
-Run in the environment of `make parity`: python -m benchmarks.peers.masked_kvzip 3
+Run in the environment of `make parity`: python -m benchmarks.peers.masked_kvzip 3 [MODEL]
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def list_kept(cache: Any, shape: torch.Size) -> Tensor:
     return found
 
 
-def main(seeds: int) -> None:
+def main(seeds: int, name: str = "embedded") -> None:
     """Print one line a prompt and kept fraction: loss of the answer with each cache, and how both differ."""
     from rankkv import compress, load_model, load_texts
     from rankkv.cache.replay import ReplayPrompt
 
-    model, tokenizer = load_model("embedded")
+    model, tokenizer = load_model(name)
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = None
     text = tokenizer("\n".join(load_texts("python-docs"))[20000:26000], add_special_tokens=False)["input_ids"]
@@ -116,4 +116,4 @@ def main(seeds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, *sys.argv[2:3])

@@ -41,7 +41,7 @@ def compress(
         ``[batch, token]``, 0 at padding (on the left).
     **options
         ``config=``, or options of :class:`~rankkv.RankKVConfig`.
-        ``tokenizer=``: the model's tokenizer.  Selectors that replay the context (``"kvzip"``, ``"kvzip_plus"``) need
+        ``tokenizer=``: the model's tokenizer.  Selectors that replay the context (``"kvzip"``, ``"kvgrad"``) need
         it for their instruction to the model; a :class:`~rankkv.cache.ReplayPrompt` gives that instruction as ids.
         Also further inputs of the model, such as ``pixel_values`` from a processor.  Questions come later here, so
         ``selector="auto"`` is ``"echo"`` where the model allows it; ``summary()`` says where it does not.

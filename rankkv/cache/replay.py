@@ -10,7 +10,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,9 +28,11 @@ from ..models.texts import encode_plain
 from ..observe import hook
 from ..observe.call import AttentionCall, observe
 from ..observe.hook import AttentionObserver
+from ..observe.observation import Observation
 from ..selection import Selector
 from ..selection.scoring import check_integer_option
 from .owner import Owner
+from .replay_gradient import ReplayGradient, check_gradient, run_backward
 
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -106,15 +108,19 @@ class ReplayPlan:
         return cls(torch.zeros(1, 0, dtype=torch.long), ReplayPrompt((), ()))
 
     def check_model(self, model: Any, selector: Selector) -> None:
-        """Check, before anything runs, that the model has positions for the prompt and its replay.
+        """Check, before anything runs, that the model has positions for the prompt and its replay, and a gradient.
 
         Raises
         ------
         InputError
             If the model has one learned vector for each position, and the replay would pass the last one.
+        UnsupportedModelError
+            If the selector needs a gradient, see :func:`~rankkv.cache.replay_gradient.check_gradient`.
         """
         if not self.input_ids.numel():
             return
+        if selector.gradient:
+            check_gradient(model, selector.name)
         length = self.input_ids.shape[1]
         needed = length + self.prompt.count_most(length, selector.replay_chunk)
         limit = find_position_limit(model.config.get_text_config(decoder=True))
@@ -145,7 +151,7 @@ def check_replay(config: RankKVConfig, selector: Selector, model: Any, plan: Rep
     ------
     ConfigError
         If the prompt is not known before, or an option scores tokens that no replay has repeated.
-    InputError
+    InputError, UnsupportedModelError
         As :meth:`ReplayPlan.check_model`.
     """
     name = selector.name
@@ -220,6 +226,10 @@ class _ReplayCache(AttentionObserver, DynamicCache):
             hook.hand_off(self, layer_idx, states[0].shape[-2])
         return states
 
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
+        """Return the new state of a linear layer; nothing reads it later, and a change in place breaks a gradient."""
+        return recurrent_states
+
     def attend(self, layer_idx: int, call: AttentionCall) -> Any:
         """Run the call, then pass it on."""
         output = call.run()
@@ -284,13 +294,15 @@ def replay_prompt(
     Notes
     -----
     Rows of the same length run together, others one after the other.  So each row is repeated as if it were alone.  In
-    memory at a time: the keys and values of one layer once more, and attention of a chunk to itself in blocks.
+    memory at a time: the keys and values of one layer once more, and attention of a chunk to itself in blocks.  With a
+    gradient: the keys and values of all layers once more, and what a backward pass over one chunk needs.
     """
     groups: dict[int, list[int]] = {}
     for row, start in enumerate(row_start):
         groups.setdefault(start, []).append(row)
     length, scores = plan.input_ids.shape[1], dict[int, Tensor]()
-    with _keep_offset(model), _watch_hidden(model) as find_hidden:
+    watched = ReplayGradient(model).watch() if selector.gradient else nullcontext()
+    with _keep_offset(model), _watch_hidden(model) as find_hidden, watched as gradient:
         for padding, rows in groups.items():
             for start in range(padding, length, selector.replay_chunk):
                 stop = min(start + selector.replay_chunk, length)
@@ -299,11 +311,13 @@ def replay_prompt(
                     plan.prompt.build(row[start:stop], row[padding:start])
                     for row in plan.input_ids[rows].tolist()
                 ]
-                take = _Scorer(layers, selector, places, find_hidden, shards)
+                take = _Scorer(layers, selector, places, find_hidden, shards, gradient)
                 cache = _ReplayCache(model, layers, layer_indices, rows, take)
                 hook.watch_for(cache, model)
-                _run(model, cache, torch.tensor(ids), padding, length)
-                hook.check_not_pending(cache)
+                with torch.no_grad() if gradient is None else run_backward():
+                    _run(model, cache, torch.tensor(ids), padding, length)
+                    hook.check_not_pending(cache)
+                    take.finish()
                 for index, found in take.found.items():
                     empty = found.new_zeros((len(row_start), found.shape[1], length))
                     scores.setdefault(index, empty)[rows, :, start:stop] = found
@@ -337,7 +351,7 @@ class _Places:
 
 
 class _Scorer:
-    """Score the cached keys of one chunk, layer by layer, as the replay's attention calls come."""
+    """Score the cached keys of one chunk, as the replay's attention calls come, or after its backward pass."""
 
     def __init__(
         self,
@@ -346,9 +360,12 @@ class _Scorer:
         places: _Places,
         find_hidden: Callable[[nn.Module], Tensor | None],
         shards: HeadShards | None,
+        gradient: ReplayGradient | None,
     ) -> None:
         self._layers, self._selector, self._places = layers, selector, places
-        self._find_hidden, self._shards = find_hidden, shards
+        self._find_hidden, self._shards, self._gradient = find_hidden, shards, gradient
+        # Each layer's module and observation, until the gradient is known.
+        self._waiting: dict[int, tuple[nn.Module, Observation]] = {}
         #: Scores of the chunk's keys, ``[row, kv_head, key]`` float32, by layer.
         self.found: dict[int, Tensor] = {}
 
@@ -364,6 +381,24 @@ class _Scorer:
             shards=self._shards,
         ).take_keys(places.list_keys(call.steps, call.key.device))
         observation.hidden = self._find_hidden(call.module)
+        if self._gradient is None:
+            self._score(layer_idx, observation)
+        else:
+            self._waiting[layer_idx] = call.module, observation
+
+    def finish(self) -> None:
+        """Run backward, and score the layers that wait for it."""
+        if self._gradient is None:
+            return
+        norms = self._gradient.compute_norms([module for module, _ in self._waiting.values()])
+        with torch.no_grad():
+            for layer_idx, found in zip(list(self._waiting), norms, strict=True):
+                _, observation = self._waiting.pop(layer_idx)
+                observation.gradient = found
+                self._score(layer_idx, observation)
+
+    def _score(self, layer_idx: int, observation: Observation) -> None:
+        places = self._places
         scores = self._selector.compute_lasting_scores(observation)
         self.found[layer_idx] = scores[..., places.sinks : places.sinks + places.stop - places.start].float()
 
@@ -428,8 +463,7 @@ def _run(model: Any, cache: _ReplayCache, ids: Tensor, padding: int, length: int
         first = length - padding
         positions = torch.arange(first, first + ids.shape[1], device=device)
         options["position_ids"] = positions.expand(ids.shape)
-    with torch.no_grad():
-        model(input_ids=ids, **options)
+    model(input_ids=ids, **options)
 
 
 def _raise_sinks(scores: Mapping[int, Tensor], row_start: Sequence[int], sink_size: int) -> None:

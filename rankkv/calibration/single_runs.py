@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cache.cache import RankKVCache
 from ..cache.masks import can_mask_heads
 from ..cache.prefill import run_prefill
 from ..errors import UnsupportedModelError
-from ..models.compat import cache_argument
+from ..models.compat import cache_argument, find_decoder_layers
 from ..models.tensor_parallel import find_head_shards
 from .settings import BASE_RATIO, RATIOS
 
@@ -64,7 +64,7 @@ class Continuation:
     def __init__(self, model: Any, input_ids: Tensor) -> None:
         self._model = model
         self._input_ids = input_ids
-        self._layers = _find_layers(model)
+        self._layers = find_decoder_layers(model)
         self._outputs: list[Any] = []
 
     @torch.no_grad()
@@ -118,15 +118,6 @@ class Continuation:
                     del layer.forward
                 else:
                     layer.forward = forward
-
-
-def _find_layers(model: Any) -> list[nn.Module]:
-    """Find the model's decoder layers; empty if it is not clear which modules they are."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
-        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    return list(found[0]) if len(found) == 1 else []
 
 
 class TextPrefill:

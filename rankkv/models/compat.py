@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, cache_utils
 
 from ..errors import UnsupportedModelError
@@ -91,6 +91,26 @@ def holds_state(layer: Any) -> bool:
         return announces_linear_states()
     # A layer without a cache has a stand-in, which nothing updates.
     return type(layer) is not getattr(cache_utils, "DummyLayer", None)
+
+
+def find_decoder_layers(model: Any) -> list[nn.Module]:
+    """Find the model's decoder layers; empty if it is not clear which modules they are."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(found) > 1:
+        # A list of as many experts, say.
+        found = [layers for layers in found if _has_numbers(layers)]
+    return list(found[0]) if len(found) == 1 else []
+
+
+def _has_numbers(layers: nn.ModuleList) -> bool:
+    """Tell whether each layer of the list holds a module with the layer's number."""
+    return all(
+        any(getattr(module, "layer_idx", None) == index for module in layer.modules())
+        for index, layer in enumerate(layers)
+    )
 
 
 def takes_dynamic_cache(model: Any) -> bool:

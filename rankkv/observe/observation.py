@@ -79,6 +79,9 @@ class Observation:
         Measures of this layer that were computed before, if one observation is measured more than once.
     hidden : Tensor, optional
         Hidden states that entered the layer's attention, ``[batch, query, hidden]``; known in a replay only.
+    gradient : Tensor, optional
+        Norms of the gradient at the layer's attention output, ``[batch, query]`` float32; known in a replay that also
+        runs backward.
     replayed : Tensor, optional
         Scores of the keys from a replay of the prompt, ``[batch, kv_head, key]``, if the selector needs them.
     part_of : tuple of int, optional
@@ -112,6 +115,7 @@ class Observation:
     shards: HeadShards | None = None
     memory: dict[Any, Tensor] | None = None
     hidden: Tensor | None = None
+    gradient: Tensor | None = None
     replayed: Tensor | None = None
     part_of: tuple[int, int] | None = None
 
@@ -330,6 +334,7 @@ class Observation:
             attention_mask=pick(self.attention_mask),
             position_bias=pick(self.position_bias),
             hidden=None if self.hidden is None else self.hidden[:, rows],
+            gradient=None if self.gradient is None else self.gradient[:, rows],
         )
 
     def take_keys(self, index: Tensor) -> Observation:
@@ -384,6 +389,7 @@ class Observation:
             position_bias=pick(self.position_bias),
             past_moments=None if self.past_moments is None else self.past_moments[row : row + 1],
             hidden=None if self.hidden is None else self.hidden[row : row + 1, queries],
+            gradient=None if self.gradient is None else self.gradient[row : row + 1, queries],
         )
 
     def take_group(self, row: int, key_head: int) -> Observation:

@@ -22,6 +22,7 @@ SELECTORS = {
     "echo": "Echo",
     "kvzip": "KVzip",
     "kvzip_plus": "KVzip+",
+    "kvgrad": "KVgrad",
     "dropkv": "DropKV",
     "defensivekv": "DefensiveKV",
     "capkv": "CapKV",

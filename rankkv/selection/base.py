@@ -66,6 +66,8 @@ class Selector:
         Budget strategy that ``strategy=None`` stands for with this method; None leaves the usual default.
     required : str
         Option without which a cache cannot use the method, a file of calibrated values; empty for none.
+    gradient : bool
+        True if the replay also runs backward, so that the method gets ``observation.gradient``.
     recent_tokens : int, optional
         Number of newest tokens protected, whatever the budget, as long as it also holds the sinks.
 
@@ -93,6 +95,7 @@ class Selector:
     strategy: str | None = None
     recent_tokens: int | None = None
     required: str = ""
+    gradient: bool = False
 
     def with_options(self, **options: Any) -> Selector:
         """Return this selector with ``options`` bound.
@@ -255,6 +258,7 @@ class WrappingSelector(Selector):
             past_queries=base.past_queries,
             turns=base.turns,
             whole_prompt=base.whole_prompt,
+            gradient=base.gradient,
             base=base,
             **more,
         )
@@ -295,6 +299,7 @@ class WrappingSelector(Selector):
             past_queries=base.past_queries,
             turns=base.turns,
             whole_prompt=base.whole_prompt,
+            gradient=base.gradient,
             recent_fraction=recent_fraction,
             base=base,  # type: ignore[call-arg]
         )

@@ -44,11 +44,7 @@ def score_kvzip(observation: Observation, chunk_size: int = CHUNK_TOKENS) -> Ten
     ----------
     Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", 2025, arXiv:2505.23416.
     """
-    batch, heads = observation.query.shape[:2]
-    top = observation.keys.new_zeros((batch, heads, observation.key_length), dtype=torch.float32)
-    for weights in observation.attention_blocks():
-        seen = top[..., : weights.shape[-1]]
-        torch.maximum(seen, weights.amax(dim=-2), out=seen)
+    top = compute_largest_weights(observation)
     return _take_group_maximum(observation, top)
 
 
@@ -90,19 +86,38 @@ def score_kvzip_plus(observation: Observation, chunk_size: int = CHUNK_TOKENS) -
             f"selector 'kvzip_plus' needs the hidden states of layer {observation.layer_idx}, which only a replay of "
             "the prompt observes: use rankkv.compress(model, ids, tokenizer=tokenizer)."
         )
-    batch, heads = observation.query.shape[:2]
-    top = observation.keys.new_zeros((batch, heads, observation.key_length), dtype=torch.float32)
-    sizes = observation.hidden.float().norm(dim=-1).to(top.device)
+    sizes = observation.hidden.float().norm(dim=-1).to(observation.keys.device)
     # Padding has no attention; a hidden state of zeros must not turn it into NaN.
-    per_size = 1.0 / sizes.clamp(min=torch.finfo(torch.float32).tiny)
-    start = 0
-    for weights in observation.attention_blocks():
-        rows = per_size[:, None, start : start + weights.shape[-2], None]
-        start += weights.shape[-2]
-        seen = top[..., : weights.shape[-1]]
-        torch.maximum(seen, (weights * rows).amax(dim=-2), out=seen)
+    top = compute_largest_weights(observation, 1.0 / sizes.clamp(min=torch.finfo(torch.float32).tiny))
     # The norms do not depend on the query, so they may be multiplied after its maximum.
     return _take_group_maximum(observation, top * compute_output_norms(observation))
+
+
+def compute_largest_weights(observation: Observation, factors: Tensor | None = None) -> Tensor:
+    """Compute the largest attention weight of each key over the queries, for each query head.
+
+    Parameters
+    ----------
+    observation : Observation
+        Queries and keys of one layer.
+    factors : Tensor, optional
+        ``[batch, query]`` float32, multiplied to each query's weights before the maximum.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, head, key]`` float32.
+    """
+    batch, heads = observation.query.shape[:2]
+    top = observation.keys.new_zeros((batch, heads, observation.key_length), dtype=torch.float32)
+    start = 0
+    for weights in observation.attention_blocks():
+        stop = start + weights.shape[-2]
+        own = weights if factors is None else weights * factors[:, None, start:stop, None]
+        start = stop
+        seen = top[..., : own.shape[-1]]
+        torch.maximum(seen, own.amax(dim=-2), out=seen)
+    return top
 
 
 def _take_group_maximum(observation: Observation, per_head: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .expected_attention import score_expected_attention
 from .h2o import score_h2o
 from .keydiff import score_keydiff
 from .knorm import score_knorm
+from .kvgrad import score_kvgrad
 from .kvzip import score_kvzip, score_kvzip_plus
 from .lagkv import score_lagkv
 from .lava import score_lava
@@ -131,6 +132,17 @@ SELECTORS: dict[str, Selector] = {
             comparable=True,
             projection_option="",
             strategy="global",
+        ),
+        Selector(
+            "kvgrad",
+            score_kvgrad,
+            REPLAY,
+            "OpenReview:cg1wTCJjjk",
+            "O(chunk x keys + keys x head_dim + backward pass)",
+            comparable=True,
+            projection_option="",
+            strategy="global",
+            gradient=True,
         ),
         Selector(
             "dropkv",

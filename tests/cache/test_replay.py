@@ -14,7 +14,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from rankkv import RankKVCache, compress
 from rankkv.cache.prefill import build_cache
 from rankkv.cache.replay import ReplayPlan, ReplayPrompt, replay_prompt
-from rankkv.errors import CacheStateError, ConfigError, InputError
+from rankkv.errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from rankkv.evaluation import record_prefill
 from rankkv.integrations.generate import custom_generate, generate
 from rankkv.models.compat import cache_argument
@@ -90,6 +90,8 @@ def score_by_plain_forwards(model, ids, name):
             attentions = eager(
                 torch.tensor([row + repeated]), output_attentions=True, use_cache=False
             ).attentions
+        if name == "kvgrad":
+            gradients = differentiate(eager, torch.tensor([row + repeated]), length)
         sinks = min(4, start)
         columns = [*range(sinks), *range(start, start + len(chunk)), *range(length, length + len(repeated))]
         # Linear layers have no attention weights, and some models leave them out.
@@ -101,9 +103,31 @@ def score_by_plain_forwards(model, ids, name):
             seen = seen / seen.sum(dim=-1, keepdim=True)
             if name == "kvzip_plus":
                 seen = seen / hidden[index][0, length:].norm(dim=-1)[:, None]
+            if name == "kvgrad":
+                seen = seen * gradients[index][:, None]
             found = seen[..., sinks : sinks + len(chunk)].amax(dim=1)
             parts.setdefault(index, []).append(found)
     return {index: torch.cat(found, dim=-1) for index, found in parts.items()}
+
+
+def differentiate(model, ids, length):
+    """Return the norm of the gradient at each attention output behind ``length``, by zeros that are added to it."""
+    zeros, last, handles = {}, [], []
+    for layer in model.model.layers:
+        index, width = layer.self_attn.layer_idx, layer.self_attn.o_proj.weight.shape[0]
+        zeros[index] = torch.zeros(ids.shape[1], width, requires_grad=True)
+        handles.append(
+            layer.self_attn.o_proj.register_forward_hook(
+                lambda module, args, output, index=index: output + zeros[index]
+            )
+        )
+    handles.append(model.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0])))
+    with torch.enable_grad():
+        model(ids, use_cache=False)
+        (last[0][0, length:] ** 2).sum().backward()
+    for handle in handles:
+        handle.remove()
+    return {index: added.grad[length:].norm(dim=-1) for index, added in zeros.items()}
 
 
 def test_scores_are_those_of_a_plain_forward(family):
@@ -117,9 +141,10 @@ def test_scores_are_those_of_a_plain_forward(family):
         assert (found[0, :, :4] > found[0, :, 4:].max()).all()
 
 
-def test_plus_weighs_by_projected_values_and_hidden_states(model):
-    scores, cache = score(model, LONG, "kvzip_plus")
-    expected = score_by_plain_forwards(model, LONG, "kvzip_plus")
+@pytest.mark.parametrize("name", ["kvzip_plus", "kvgrad"])
+def test_weighed_by_projected_values_and_by_hidden_states_or_the_gradient(model, name):
+    scores, cache = score(model, LONG, name)
+    expected = score_by_plain_forwards(model, LONG, name)
     for index, found in scores.items():
         projection = model.model.layers[index].self_attn.o_proj.weight
         heads = expected[index].shape[0]
@@ -374,6 +399,45 @@ def test_options_that_no_replay_serves_are_refused_before_the_model_runs(model, 
     monkeypatch.setattr(type(model), "forward", None)
     with pytest.raises(ConfigError, match=r"selector 'kvzip'"):
         squeeze(model, LONG, **options)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_gradient_leaves_nothing_behind_whatever_the_caller_turned_off(tiny_llama, guard):
+    model = tiny_llama()
+    list(model.parameters())[3].requires_grad_(False)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    expected = oracles.kept_tokens(squeeze(model, LONG, name="kvgrad"))
+    with guard():
+        cache = squeeze(model, LONG, name="kvgrad")
+        assert oracles.kept_tokens(cache) == expected
+        asked = torch.cat([LONG, SHORT[:, :3]], dim=1)
+        assert oracles.generate(model, asked, cache, 2).shape[1] == 2
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(layer.keys.requires_grad for layer in cache.layers)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_cannot_be_differentiated_is_refused_by_name(tiny_llama, monkeypatch):
+    quantized, flexible = tiny_llama(), tiny_llama(attn_implementation="flex_attention")
+    quantized.hf_quantizer = object()
+    with torch.inference_mode():
+        frozen = tiny_llama()
+    unclear = tiny_llama()
+    unclear.config.num_hidden_layers += 1
+    monkeypatch.setattr(type(quantized), "forward", None)
+    for model, fragment in (
+        (quantized, "quantized weights"),
+        (flexible, "'flex_attention'"),
+        (frozen, r"created in torch.inference_mode\(\)"),
+        (unclear, "as many decoder layers"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=rf"selector 'kvgrad' .*{fragment}.*'kvzip_plus'"):
+            squeeze(model, LONG, name="kvgrad")
+        # A wrapper needs what its base needs.
+        wrapped = get_selector("chunkkv", base=small("kvgrad"))
+        with pytest.raises(UnsupportedModelError, match=fragment):
+            squeeze(model, LONG, selector=wrapped)
 
 
 def test_images_are_refused(model):

@@ -207,7 +207,7 @@ def test_padding_that_is_not_a_number_does_not_leak(model, name):
             tensor[1, :, :31] = float("nan")
         sizes = {"kv_heads": key.shape[1], "window_size": 32, "sink_size": 4}
         broken = observe(layer_idx, module, query, key, value, attention_mask, options, **sizes)
-        broken.hidden = clean.hidden
+        broken.hidden, broken.gradient = clean.hidden, clean.gradient
         assert torch.equal(broken.compute_attention(slice(0, 50)), clean.compute_attention(slice(0, 50)))
         for scope in ("full", "window", "evictable"):
             assert torch.equal(compute_layer_ranks(broken, scope), compute_layer_ranks(clean, scope))
@@ -283,7 +283,7 @@ def test_no_intermediate_grows_with_the_square_of_the_length(monkeypatch, name, 
     length, heads = 1500, 4
     monkeypatch.setattr(observation_module, "CPU_BLOCK_ELEMENTS", heads * 64 * length)
     layer = make(query_length=length, key_length=length, heads=heads)
-    layer.hidden = torch.ones(1, length, 8)
+    layer.hidden, layer.gradient = torch.ones(1, length, 8), torch.ones(1, length)
     with LargestOutput() as largest:
         SELECTORS[name].compute_scores(layer)
         compute_layer_ranks(layer, scope)

@@ -1,4 +1,4 @@
-"""KVzip and KVzip+ beside kvpress' own: the same scores, and the same kept tokens but for the newest."""
+"""KVzip, KVzip+ and KVgrad beside kvpress' own: the same scores, and the same kept tokens but for the newest."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from rankkv.selection import get_selector
 
 SINKS, NEWEST = 4, 16
 KEPT = (0.5, 0.25)
-#: kvpress' option for each selector.
-METHODS = {"kvzip": False, "kvzip_plus": True}
+#: kvpress' press and its options for each selector.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kvzip": ("KVzipPress", {"kvzip_plus_normalization": False}),
+    "kvzip_plus": ("KVzipPress", {"kvzip_plus_normalization": True}),
+    "kvgrad": ("KVgradPress", {}),
+}
 NEWEST_KEPT = "the newest token is always kept"
 NEWEST_GLOBAL = "every head keeps its 16 newest tokens, and a layer a whole number of tokens per head"
 #: A template that writes nothing before the context: kvpress does not repeat that part, and RankKV does.
@@ -41,13 +45,15 @@ class LetterTokenizer:
 
 
 def run_kvpress(
-    model: Any, ids: Tensor, tokenizer: Any, plus: bool, removed: float, chunk: int, layerwise: bool
+    model: Any, ids: Tensor, tokenizer: Any, name: str, removed: float, chunk: int, layerwise: bool
 ) -> tuple[Tensor, Tensor]:
     """Return kvpress' scores and kept tokens, each ``[layer, kv_head, token]``."""
+    import kvpress
     from kvpress.presses import kvzip_press
 
-    press = kvzip_press.KVzipPress(
-        removed, layerwise=layerwise, n_sink=SINKS, kvzip_plus_normalization=plus, chunk_size=chunk
+    press_name, options = METHODS[name]
+    press = getattr(kvpress, press_name)(
+        removed, layerwise=layerwise, n_sink=SINKS, chunk_size=chunk, **options
     )
     finish, noted = press.compress_post, []
 
@@ -111,7 +117,7 @@ def compare(model: Any, ids: Tensor, tokenizer: Any, name: str, chunk: int, tall
             heads = shape[1] if layerwise else shape[0] * shape[1]
             # kvpress rounds the number of removed pairs down.
             removed = (heads * (length - kept) + 0.5) / (heads * length)
-            scores, theirs = run_kvpress(model, ids, tokenizer, METHODS[name], removed, chunk, layerwise)
+            scores, theirs = run_kvpress(model, ids, tokenizer, name, removed, chunk, layerwise)
             assert scores.shape == shape
             options: dict[str, Any] = {"selector": get_selector(name, chunk_size=chunk)}
             newest = NEWEST
@@ -154,7 +160,7 @@ def compare(model: Any, ids: Tensor, tokenizer: Any, name: str, chunk: int, tall
 
 
 def compare_scores(model: Any, ids: Tensor, tokenizer: Any, name: str, chunk: int) -> None:
-    scores, _ = run_kvpress(model, ids, tokenizer, METHODS[name], 0.5, chunk, layerwise=False)
+    scores, _ = run_kvpress(model, ids, tokenizer, name, 0.5, chunk, layerwise=False)
     plain = DynamicCache()
     oracles.forward(model, plain, ids)
     plan = ReplayPlan(ids, ReplayPrompt.of(tokenizer))

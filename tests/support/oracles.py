@@ -397,7 +397,10 @@ def capture_calls(model: Any, input_ids: Tensor, mask: Tensor | None = None) -> 
 def observe_layers(
     model: Any, input_ids: Tensor, mask: Tensor | None = None, window_size: int = 32, sink_size: int = 4
 ) -> list[Observation]:
-    """Return the observations of one forward, a layer each, with the hidden states that a replay would note."""
+    """Return the observations of one forward, a layer each, with what a replay would note.
+
+    Hidden states are those of the forward; their norms stand for those of a gradient.
+    """
     hidden: dict[int, Tensor] = {}
     handles = [
         module.register_forward_pre_hook(
@@ -419,6 +422,7 @@ def observe_layers(
     ]
     for layer in layers:
         layer.hidden = hidden[layer.layer_idx]
+        layer.gradient = layer.hidden.norm(dim=-1)
     return layers
 
 

@@ -85,7 +85,7 @@ def check_one_token(name: str, model: Any) -> None:
     """A prompt of one token has one score."""
     tensors = [torch.randn(1, heads, 1, 8) for heads in (4, 2, 2)]
     layer = observe(0, torch.nn.Module(), *tensors, None, {}, kv_heads=2, window_size=WINDOW, sink_size=4)
-    layer.hidden = torch.randn(1, 1, 32)
+    layer.hidden, layer.gradient = torch.randn(1, 1, 32), torch.rand(1, 1)
     scores = SELECTORS[name].compute_scores(layer)
     assert scores.shape[-1] == 1
     assert torch.isfinite(scores).all()
