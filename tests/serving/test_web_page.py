@@ -125,7 +125,7 @@ def test_a_stranger_asks_about_a_document_with_three_clicks(tiny, document, tmp_
         assert find(browser, "count").text.replace(",", "") == str(context["tokens"])
         shown = browser.execute_script("return document.getElementById('tokens').textContent")
         assert text[:-40] in shown
-        answer = get_text(live.chat(NASTY, rankkv={"context": context["id"]}, max_tokens=256))
+        answer = get_text(live.chat(NASTY, rankkv={"context": context["id"]}, max_tokens=128))
         told = browser.execute_script("return document.querySelector('article div').textContent")
         assert told.strip() == answer.strip()
         kinds = browser.execute_script(
@@ -171,7 +171,7 @@ def test_the_full_caches_answer_a_file_and_what_goes_wrong(tiny, document, tmp_p
             "return [...document.querySelectorAll('article div')].map(d => d.textContent.trim())"
         )
         asked = [
-            get_text(live.chat("What is it?", rankkv={"context": context["id"]}, max_tokens=256)).strip()
+            get_text(live.chat("What is it?", rankkv={"context": context["id"]}, max_tokens=128)).strip()
             for context in (compressed, full)
         ]
         assert told == asked
