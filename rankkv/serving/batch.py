@@ -135,6 +135,8 @@ class Batch(AttentionObserver, DynamicCache):
             return "its attention does not run through sdpa"
         if not accepts_argument(model, "position_ids") or find_offset_owner(model) is not None:
             return "its positions are not given by position_ids alone"
+        if any(_depends_on_length(module) for module in model.modules()):
+            return "its rotary embedding depends on the longest text of a batch"
         if model.generation_config.stop_strings is not None:
             return "its generation config has stop strings"
         ids = torch.arange(6, device=model.device)[None] % model.get_input_embeddings().num_embeddings
@@ -366,6 +368,13 @@ class Batch(AttentionObserver, DynamicCache):
             found = _merge(found, (part[0], part[1], part[2]))
         top, total, output = (tensor.reshape(1, -1, steps, tensor.shape[-1]) for tensor in found)
         return top, total, output
+
+
+def _depends_on_length(module: Any) -> bool:
+    """Return True for a rotary embedding whose frequencies are chosen by the largest position of a forward."""
+    kind = getattr(module, "rope_type", None)
+    kinds = kind.values() if isinstance(kind, dict) else [kind]
+    return any(isinstance(name, str) and ("dynamic" in name or name == "longrope") for name in kinds)
 
 
 def _attend_heads(queries: Tensor, heads: Sequence[tuple[Tensor, Tensor]]) -> Part:

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from families import VOCABULARY, build
 from live import generate, get_text, open_stream, render, run_live, wait_for
 
 from rankkv import RankKVCache, compress
@@ -125,7 +126,7 @@ def test_a_client_that_leaves_frees_its_row_and_others_go_on(live, document, lea
     asking.join(60)
     assert get_text(replies[0]) == alone
     wait_for(lambda: live.service.manager.batched == 1)
-    assert live.service.turns.running == 1
+    wait_for(lambda: live.service.turns.running == 1)
     stays.close()
     wait_for(lambda: not live.service.turns.running)
 
@@ -295,3 +296,63 @@ def test_models_that_cannot_decode_together_answer_one_by_one(tiny_llama, tiny, 
         drawn = ("Say it.", {"temperature": 1.2, "seed": 3, "max_tokens": 6})
         alone = [get_text(live.chat(question, **options)) for question, options in (*requests, drawn)]
         assert [get_text(reply) for reply in ask_together(live, [*requests, drawn])] == alone
+
+
+#: Families whose answers decode together; the others answer one by one.
+TOGETHER = [
+    "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2-MoE", "Qwen3", "Qwen3-MoE", "Phi", "Phi-3", "Gemma", "GPT-NeoX",
+    "GPT-2", "GPT-2, scaled by layer", "GPT-J", "GPT-BigCode", "OPT", "OLMo", "OLMo 2", "OLMoE", "StarCoder2",
+    "Granite", "Granite-MoE", "SmolLM3", "Cohere", "GLM", "GLM-4", "GLM-4-MoE", "StableLM", "Nemotron", "ERNIE 4.5",
+    "Hunyuan", "Seed-OSS", "Helium", "MiniMax-M2", "Persimmon", "CodeGen", "BioGPT",
+]  # fmt: skip
+OFTEN = ("GPT-2, scaled by layer", "Granite", "Phi", "OPT")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in TOGETHER]
+)
+def test_rows_of_every_family_have_the_logits_of_the_row_alone(name):
+    model = build(name)
+    assert Batch.check(model) is None
+    draw = torch.Generator().manual_seed(7)
+
+    def make(count):
+        return torch.randint(3, VOCABULARY, (count,), generator=draw)
+
+    caches = [
+        compress(model, make(60)[None], compression_ratio=ratio, selector="snapkv") for ratio in (0.3, 0.6)
+    ]
+    batch, rows = Batch(model, 4), []
+    for place in range(4):
+        question, row = make(4 + place), batch.open(caches[place % 2])
+        batch.fill(row, question)
+        batch.join(row)
+        rows.append((caches[place % 2], question.tolist(), make(5).tolist()))
+    steps = [batch.step([tokens[step] for _, _, tokens in rows]) for step in range(5)]
+    for place, (cache, question, tokens) in enumerate(rows):
+        found, expected = (
+            [logits[place] for logits in steps],
+            decode_alone(model, cache, question, tokens)[1:],
+        )
+        scale = float(torch.stack(expected).abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Ministral", "no ordinary keys and values"),
+        ("Gemma 3n", "no ordinary keys and values"),
+        ("Qwen2-VL", "position_ids alone"),
+        ("DeepSeek-V3", "in a trial"),
+    ],
+)
+def test_a_family_that_cannot_decode_together_is_told(name, told):
+    assert told in Batch.check(build(name))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_by_the_longest_text_are_not_shared(tiny_llama, kind):
+    model = tiny_llama()
+    model.model.rotary_emb.rope_type = kind
+    assert "longest text" in Batch.check(model)
