@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--blocks", type=int, default=64, help="KV blocks of transformers' server, 256 tokens each"
+        "--blocks", type=int, default=128, help="KV blocks of transformers' server, 256 tokens each"
     )
     parser.add_argument("--output", type=Path, default=Path("results/serving_throughput.json"))
     arguments = parser.parse_args()

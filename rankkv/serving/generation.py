@@ -448,8 +448,10 @@ class ContextGenerateManager(GenerateManager):
 
     def _take_step(self) -> None:
         self._is_due = False
-        self._step()
-        self._order_step()
+        try:
+            self._step()
+        finally:
+            self._order_step()
 
     def _between_layers(self, *_: Any) -> None:
         """Stop a prefill that nobody waits for, or let the answers that run have their share of the time."""
