@@ -44,6 +44,8 @@ class ServeSettings:
         Folder of stored contexts; None is a folder of RankKV's cache folder.
     api_keys : tuple of str
         Accepted keys.  Each key has contexts of its own.
+    max_batch : int
+        Most answers that decode together.
     max_queue : int
         Most requests that wait, for each key.
     max_body : int
@@ -76,6 +78,7 @@ class ServeSettings:
     cache_memory: int = 2 * 10**9
     cache_dir: Path | None = None
     api_keys: tuple[str, ...] = ()
+    max_batch: int = 16
     max_queue: int = 32
     max_body: int = 4 * 2**20
     max_answer_tokens: int = 4096
@@ -87,7 +90,14 @@ class ServeSettings:
         RankKVConfig(compression_ratio=self.compression_ratio, selector=self.selector)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port} must be from 0 to 65535.")
-        for name in ("max_queue", "max_body", "max_answer_tokens", "max_context_tokens", "max_contexts"):
+        for name in (
+            "max_batch",
+            "max_queue",
+            "max_body",
+            "max_answer_tokens",
+            "max_context_tokens",
+            "max_contexts",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1.")

@@ -8,25 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from live import Live, generate, run_live
+from live import Live, generate, get_text, render, run_live
 
 from rankkv import RankKVCache, compress
 from rankkv.serving.prompts import encode_context
 
 QUESTIONS = ["What does assert do?", "  (Which statement?)", "\nName 3 words.", "A", "é?", "1"]
-
-
-def render(tokenizer, messages):
-    return list(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-    )
-
-
-def get_text(reply):
-    assert reply.status == 200, reply.data
-    return reply.json["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize(

@@ -372,7 +372,7 @@ def test_a_template_that_refuses(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404), ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/v1/contexts/a/b", 404),
+        ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/v1/contexts/a/b", 404),
         ("POST", "/v1/embeddings", 404), ("GET", "/v1/../metrics/x", 404), ("DELETE", "/health", 405),
         ("GET", CHAT, 405), ("PUT", CONTEXTS, 405), ("POST", "/metrics", 405), ("GET", "/load_model", 405),
         ("POST", "/reset", 403), ("GET", "/reset", 403), ("POST", "/v1/systemone", 403),
