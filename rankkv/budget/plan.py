@@ -35,6 +35,9 @@ from .heads import (
 from .scores import HeadScores, ScorePool
 from .strategies import check_options, compute_weights, get_strategy
 
+# A ratio whose total is raised to the smallest floors.
+_SMALLEST_RATIO = 1e-9
+
 
 class BudgetPlan:
     """Budgets of the compressible layers for one prompt of ``length`` tokens.
@@ -107,6 +110,11 @@ class BudgetPlan:
         #: Effective ranks of the layers, if the strategy reads them beside another measure.
         self.ranks: list[float] = []
         self.budgets: list[int] = []
+        #: Share of the attention of the prompt's last queries that goes to evicted tokens; None if not measured.
+        self.lost_attention: float | None = None
+        self._config = config
+        # What was added, for plans of other totals; empty unless the total is still open.
+        self._added_measures: list[tuple[Any, ...]] = []
         bounded = config.decode == "bounded"
         if total_budget is not None:
             given, total = f"total_budget={total_budget}", total_budget
@@ -155,6 +163,10 @@ class BudgetPlan:
         self._upper = np.full(count, total if bounded else length, dtype=np.int64)
         self._all_there = True
         self._added = 0
+        #: Plan whose floors the measures are made for: the smallest one while the total is open, else this one.
+        self.measuring: BudgetPlan = self
+        if config.max_loss is not None and total_budget is None:
+            self.measuring = BudgetPlan(_set_ratio(config, _SMALLEST_RATIO), length, layer_indices)
 
     @staticmethod
     def check(config: RankKVConfig) -> None:
@@ -218,6 +230,11 @@ class BudgetPlan:
         head_scores : array, optional
             ``[kv_head, token]`` descending scores of the tokens beyond each head's floor, if the strategy reads them.
         """
+        if self.measuring is not self:
+            self._added_measures.append((measured, available, rank, head_errors, head_scores))
+        self._add(measured, available, rank, head_errors, head_scores)
+
+    def _add(self, measured: Any, available: int | None, rank: Any, head_errors: Any, head_scores: Any) -> None:
         if available is not None and available < self.length and not self._bounded:
             self._upper[self._added] = available
             self._lower[self._added] = min(self._least, available)
@@ -259,7 +276,8 @@ class BudgetPlan:
         if (table == np.finfo(np.float32).min).any():
             # The selection ranks NaN as the lowest finite number.
             self._fix_share("order of scores")
-        scores = HeadScores(table, self.head_floor)
+        # Scores are sorted beyond the smallest floor.
+        scores = HeadScores(table[:, self.head_floor - self.measuring.head_floor :], self.head_floor)
         if self._splits_by_scores:
             self.head_scores.append(scores)
         if self._joins_heads:
@@ -292,9 +310,32 @@ class BudgetPlan:
             self.layer_measures = weights.tolist()
         return list(self.budgets)
 
+    @property
+    def least_total(self) -> int:
+        """Smallest total that the layers can keep."""
+        return self.measuring.total_budget
+
+    def repeat(self, total: int) -> BudgetPlan:
+        """Return the finished plan of another total, from the measures that were added to this one.
+
+        Parameters
+        ----------
+        total : int
+            Tokens over all layers, raised to the smallest floors.
+        """
+        layers = len(self._lower)
+        share = min(1.0, max(total, 1) / max(1, self.length * layers))
+        plan = BudgetPlan(_set_ratio(self._config, share), self.length, self.layer_indices)
+        plan.measuring = self.measuring
+        for added in self._added_measures:
+            plan._add(*added)
+        plan.finish()
+        return plan
+
     def settle(self) -> None:
         """Forget the scores of all tokens, and remember the number of tokens that each head got."""
         self._pool = ScorePool()
+        self._added_measures, self.measuring = [], self
         if self.head_scores:
             self.head_curves = [
                 scores.settle(max(0, budget - self.spanned))
@@ -369,6 +410,11 @@ class BudgetPlan:
             ).astype(np.float64)
             self._allocated[count] = known
         return known
+
+
+def _set_ratio(config: RankKVConfig, ratio: float) -> RankKVConfig:
+    """Return the options with a ratio as the only thing that sets the size."""
+    return replace(config, compression_ratio=ratio, budget=None, max_loss=None, on_doubt="say")
 
 
 def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[int]) -> RankProfile | None:

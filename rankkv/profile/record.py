@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import InputError, ProfileError, SourceUnavailableError
 from ..utils.files import dump_json, parse_json, shorten, write_text_atomically
 from ..utils.hub import pull_file, push_file, require
+from .loss_curve import LossCurve
 
 FORMAT = "rankkv-profile"
 VERSION = 1
@@ -63,6 +64,8 @@ class RankProfile:
         measured.
     query_centres : mapping
         Centres of each head's queries, for selector ``"triattention"``; empty if not measured.
+    loss_curves : mapping
+        Selector name to a record of :class:`rankkv.profile.loss_curve.LossCurve`; empty if not measured.
 
     Raises
     ------
@@ -93,6 +96,7 @@ class RankProfile:
     name: str = ""
     head_gain_divergence: tuple[tuple[float, ...], ...] = ()
     query_centres: Mapping[str, Any] = field(default_factory=dict)
+    loss_curves: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -131,6 +135,10 @@ class RankProfile:
             raise TypeError("ranks and calibration must be mappings")
         if not isinstance(self.query_centres, Mapping):
             raise TypeError(f"query_centres is {shorten(self.query_centres)}, it must be a mapping")
+        if not isinstance(self.loss_curves, Mapping) or not all(isinstance(name, str) for name in self.loss_curves):
+            raise TypeError(f"loss_curves is {shorten(self.loss_curves)}, it must map selectors to curves")
+        for record in self.loss_curves.values():
+            LossCurve.from_dict(record)
         count = len(self.layer_indices)
         for name, measured in self.ranks.items():
             if not isinstance(measured, Mapping):
@@ -236,9 +244,10 @@ class RankProfile:
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as plain JSON types, with format and version."""
         record = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(asdict(self)))}
-        if not self.query_centres:
+        for name in ("query_centres", "loss_curves"):
             # Few profiles have them.
-            del record["query_centres"]
+            if not record[name]:
+                del record[name]
         return record
 
     @classmethod
