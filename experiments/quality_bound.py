@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "echo": {"selector": "echo"},
     "snapkv": {"selector": "snapkv", "profile": None},
 }
+#: Strategy that each of them takes, which its curve records.
+STRATEGIES = {"echo": "global", "snapkv": "distortion"}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -97,7 +99,7 @@ def fit_curves(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             [row["lost"] for row in own],
             [row["divergence"] for row in own],
             [f"{row['model']} {row['text']}" for row in own],
-            {"models": models},
+            {"models": models, "strategy": STRATEGIES[method]},
         ).to_dict()
     return curves
 

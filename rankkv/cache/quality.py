@@ -29,8 +29,10 @@ PREDICTED_SELECTORS = ("snapkv", "echo")
 TEST_WINDOWS, TEST_STEP = 2, 8
 #: Prompts shorter than this were not measured.
 SHORTEST_PROMPT = 256
-# The search for the smallest cache ends when it is known to this factor, or after so many tries.
-_TOLERANCE, _MOST_TRIES = 1.03, 8
+# The search for the smallest cache ends when the share lost is met to this factor, or after so many tries.
+_TOLERANCE, _MOST_TRIES = 1.04, 6
+# Part of the share that may be lost which a try aims at.
+_SAFE_SIDE = 0.98
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,6 @@ class LossBound:
     def choose(self, plan: BudgetPlan, tables: Sequence[AttentionTable], earlier: float = 0.0) -> BudgetPlan:
         """Return the finished plan of the smallest cache below the bound, or of the largest one that is allowed.
 
-        The logarithm of the predicted loss is nearly linear in that of the total, so the search interpolates.
-
         Parameters
         ----------
         plan : BudgetPlan
@@ -177,46 +177,79 @@ class LossBound:
             Share of the attention that was lost in earlier compressions.
         """
 
-        def attempt(total: int) -> tuple[BudgetPlan, float]:
+        aim = self.config.max_loss or 0.0
+        if self.config.on_doubt == "keep" and list_doubts(plan):
+            aim /= 2.0
+        most_lost = self.curve.find_lost(aim)
+
+        def attempt(total: int) -> BudgetPlan:
             with warnings.catch_warnings():
                 # The largest plan has warned of layers that are not finite.
                 warnings.simplefilter("ignore")
                 tried = plan.repeat(total)
             note_lost_attention(tried, tables, self.config, self.protector, earlier)
-            return tried, self.curve.predict(tried.lost_attention or 0.0)[1]
+            return tried
 
-        aim = self.config.max_loss or 0.0
-        if self.config.on_doubt == "keep" and list_doubts(plan):
-            aim /= 2.0
-        low, low_loss, high = plan.least_total, math.inf, plan.total_budget
-        best, high_loss = attempt(high)
-        if high_loss > aim:
-            best.notes.append(
-                f"  max_loss={self.config.max_loss:g} is not reached within the largest cache allowed: raise "
-                "compression_ratio or budget, or leave them out"
-            )
-            return best
-        for _ in range(_MOST_TRIES):
-            if high <= low * _TOLERANCE + 1:
+        best = None
+        low, high = Trial(plan.least_total - 1, 1.0), Trial(plan.total_budget, 0.0)
+        everything = plan.total_budget >= plan.length * len(plan.layer_indices)
+        if not everything:
+            best = attempt(high.total)
+            high = Trial(high.total, best.lost_attention or 0.0)
+            if high.lost > most_lost:
+                best.notes.append(
+                    f"  max_loss={self.config.max_loss:g} is not reached within the largest cache allowed: raise "
+                    "compression_ratio or budget, or leave them out"
+                )
+                return best
+        for number in range(_MOST_TRIES):
+            if high.total <= low.total + 1 or high.lost >= most_lost / _TOLERANCE:
                 break
-            total = _interpolate(low, low_loss, high, high_loss, aim)
-            tried, loss = attempt(total)
-            if loss <= aim:
-                best, high, high_loss = tried, total, loss
+            total = interpolate(low, high, most_lost, first=number == 0)
+            tried = attempt(total)
+            trial = Trial(total, tried.lost_attention or 0.0)
+            if trial.lost <= most_lost:
+                best, high = tried, trial
             else:
-                low, low_loss = total, loss
-        return best
+                low = trial
+        return best or attempt(high.total)
 
 
-def _interpolate(low: int, low_loss: float, high: int, high_loss: float, aim: float) -> int:
-    """Return a total strictly between two, near the one at which the loss is as aimed at."""
-    middle = math.sqrt(max(1, low) * high)
-    if 0.0 < high_loss < low_loss < math.inf:
-        share = (math.log(low_loss) - math.log(aim)) / (math.log(low_loss) - math.log(high_loss))
+@dataclass(frozen=True)
+class Trial:
+    """A total of tokens over all layers, and the share of attention that it loses."""
+
+    total: int
+    lost: float
+
+
+def interpolate(low: Trial, high: Trial, most_lost: float, first: bool = False) -> int:
+    """Return a total strictly between two, near the one that loses slightly less than ``most_lost``.
+
+    The share lost falls nearly linearly with the logarithm of the total.
+
+    Parameters
+    ----------
+    low, high : Trial
+        A total that loses too much, and one that does not.
+    most_lost : float
+        Share that may be lost.
+    first : bool, default False
+        True if ``low`` was not tried: a quarter of ``high`` is a good first guess.
+
+    Examples
+    --------
+    >>> interpolate(Trial(100, 0.4), Trial(1600, 0.0), 0.2)
+    411
+    """
+    ends = math.log(max(1, low.total)), math.log(max(1, high.total))
+    if first:
+        middle = ends[1] - math.log(4.0)
+    else:
+        part = (most_lost * _SAFE_SIDE - high.lost) / max(low.lost - high.lost, 1e-9)
         # Kept away from both ends, so that each try shrinks the range.
-        share = min(max(share, 0.1), 0.9)
-        middle = math.exp(math.log(max(1, low)) + share * (math.log(high) - math.log(max(1, low))))
-    return min(max(round(middle), low + 1), high - 1)
+        middle = ends[1] + min(max(part, 0.05), 0.95) * (ends[0] - ends[1])
+    return min(max(round(math.exp(middle)), low.total + 1), high.total - 1)
 
 
 def list_doubts(plan: BudgetPlan, curve: LossCurve | None = None) -> list[str]:

