@@ -39,6 +39,8 @@ class DefaultRatio(float):
     """Ratio that no one gave: with ``max_loss`` or strategy ``"threshold"`` it sets no upper bound."""
 
 
+#: Strategies that set the size of the cache themselves.
+SIZING_STRATEGIES = ("threshold",)
 #: Default of ``compression_ratio``.
 DEFAULT_RATIO = DefaultRatio(0.3)
 #: Largest value of ``max_loss``, in nats per token.
@@ -69,7 +71,8 @@ class RankKVConfig:
     Parameters
     ----------
     compression_ratio : float, default 0.3
-        Fraction of the KV cache kept, in (0, 1].  kvpress gives this name to the fraction *removed*.
+        Fraction of the KV cache kept, in (0, 1].  kvpress gives this name to the fraction *removed*.  With ``max_loss``
+        or strategy ``"threshold"`` it is an upper bound, and 1 if it is not given.
     budget : int, optional
         Average number of tokens per layer; overrides ``compression_ratio``.
     min_budget : int, optional
@@ -186,7 +189,8 @@ class RankKVConfig:
 
     def __post_init__(self) -> None:
         # The dataclass is frozen for its users; checked values are stored through `object`.
-        if self.max_loss is not None and isinstance(self.compression_ratio, DefaultRatio):
+        is_open = self.max_loss is not None or self.strategy in SIZING_STRATEGIES
+        if is_open and isinstance(self.compression_ratio, DefaultRatio):
             object.__setattr__(self, "compression_ratio", 1.0)
         object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
         if self.budget is not None:
@@ -227,6 +231,11 @@ class RankKVConfig:
                 raise ConfigError("on_doubt='keep' keeps more than max_loss asks for, and none is given: give max_loss.")
             return
         object.__setattr__(self, "max_loss", check_max_loss(self.max_loss))
+        if self.strategy in SIZING_STRATEGIES:
+            raise ConfigError(
+                f"strategy={self.strategy!r} and max_loss={self.max_loss:g} both set the size of the cache: leave one of "
+                "them out."
+            )
         if self.prefill == "streaming" or self.recompress_turns:
             given = "prefill='streaming'" if self.prefill == "streaming" else "recompress_turns=True"
             raise ConfigError(
@@ -259,7 +268,8 @@ class RankKVConfig:
     @property
     def keeps_all(self) -> bool:
         """True if nothing can be evicted: the ratio is 1 and nothing else sets the size."""
-        return self.compression_ratio == 1.0 and self.budget is None and self.max_loss is None
+        sized = self.max_loss is not None or self.strategy in SIZING_STRATEGIES
+        return self.compression_ratio == 1.0 and self.budget is None and not sized
 
     def resolve_strategy(self) -> tuple[str, dict[str, Any]]:
         """Return the name and options of the strategy, with the defaults filled in."""

@@ -95,6 +95,10 @@ class BudgetPlan:
         self.head_curves: list[HeadCurves] = []
         #: True if the strategy reads the scores of all heads.
         self.reads_scores = self._strategy.by_scores
+        # Smallest score that stays, if the strategy has one.
+        self._threshold: float | None = None
+        if self._strategy.by_threshold:
+            self._threshold = check_options(self.strategy, self.strategy_options)["threshold"]
         self._splits_by_scores = self.reads_scores and config.head_budgets == "adaptive"
         self._joins_heads = self.reads_scores and config.head_budgets is None
         #: Scores of the heads of each layer, if they split its budget.
@@ -129,7 +133,9 @@ class BudgetPlan:
         elif self.reads_scores:
             # One top-k decides, so a layer's floor is that of its heads: sinks, newest tokens, a share of the average.
             protected = GLOBAL_RECENT_TOKENS + config.sink_size
-            minimum = max(GLOBAL_FLOOR_TOKENS, protected, int(config.head_floor * total / count))
+            minimum = max(GLOBAL_FLOOR_TOKENS, protected)
+            if self._threshold is None:
+                minimum = max(minimum, int(config.head_floor * total / count))
         else:
             minimum = max(FLOOR_TOKENS, total // count // 2)
         #: Tokens in spans that the options protect.
@@ -153,7 +159,10 @@ class BudgetPlan:
         self.limits = Limits(total, length, config.window_size, self.floor)
         # Every head keeps at least the fixed floor, so that its sinks and newest tokens stay.
         fixed = self.floor if self.reads_scores else FLOOR_TOKENS
-        head_floor = max(min(fixed, self.floor), int(config.head_floor * total / count))
+        head_floor = min(fixed, self.floor)
+        if self._threshold is None:
+            # A total that only bounds what the threshold keeps sets no floor.
+            head_floor = max(head_floor, int(config.head_floor * total / count))
         #: Limits of single heads; their floor may be lower than that of their layer.
         self.head_limits = replace(self.limits, floor=head_floor)
         self._bounded = bounded
@@ -279,11 +288,16 @@ class BudgetPlan:
         # Scores are sorted beyond the smallest floor.
         scores = HeadScores(table[:, self.head_floor - self.measuring.head_floor :], self.head_floor)
         if self._splits_by_scores:
-            self.head_scores.append(scores)
-        if self._joins_heads:
-            scores = scores.average()
+            self.head_scores.append(self._cut(scores))
+        scores = self._cut(scores.average() if self._joins_heads else scores)
         lower, upper = int(self._lower[self._added]), int(self._upper[self._added])
         self._pool.add(self._added, scores, lower, upper)
+
+    def _cut(self, scores: HeadScores) -> HeadScores:
+        """Return the scores that reach the threshold, all without one."""
+        if self._threshold is None:
+            return scores
+        return HeadScores(np.where(scores.table >= self._threshold, scores.table, -np.inf), scores.floor)
 
     def compute_ceilings(self) -> list[int]:
         """Compute upper bounds of the budgets of the layers so far; the final budgets never exceed them."""
@@ -303,12 +317,23 @@ class BudgetPlan:
         count = len(self._lower)
         self.total_budget = min(self.total_budget, int(self._upper.sum()))
         shares = self._compute_shares(count)
+        if self._threshold is not None:
+            shares = self._round_up(shares)
         weights = shares if self._by_heads or self.reads_scores else self._compute_weights(count)
         budgets = allocate_integers(shares, self.total_budget, self._lower, self._upper, weights)
         self.budgets = budgets.tolist()
         if not self._strategy.scalar:
             self.layer_measures = weights.tolist()
         return list(self.budgets)
+
+    def _round_up(self, shares: np.ndarray) -> np.ndarray:
+        """Return whole shares that hold every score above the threshold, unless the total forbids it."""
+        whole = np.minimum(np.ceil(shares - 1e-9), self._upper)
+        if whole.sum() > self.total_budget:
+            left = float(self.total_budget - shares.sum())
+            return spread_shares(shares, left, self._upper.astype(np.float64))
+        self.total_budget = int(whole.sum())
+        return whole
 
     @property
     def least_total(self) -> int:
@@ -395,6 +420,8 @@ class BudgetPlan:
         left = max(0.0, float(self.total_budget - reserved.sum()))
         self._pool.share(left)
         result = low + self._pool.count(count)
+        if self._threshold is not None:
+            return result
         # Beyond all scores, the rest is spread evenly.
         return spread_shares(result, left - float((result - low).sum()), high)
 

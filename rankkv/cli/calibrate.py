@@ -56,6 +56,9 @@ def calibrate(
     queries: Annotated[
         bool, typer.Option(help="Also measure the centres of the queries, for selector triattention.")
     ] = False,
+    losses: Annotated[
+        bool, typer.Option(help="Also measure the loss of compressed caches, for max_loss on this model.")
+    ] = False,
     dtype: DtypeName = None,
     device_map: DeviceMap = None,
     engine: Annotated[
@@ -91,6 +94,8 @@ def calibrate(
         raise ConfigError(
             f"--queries needs the model in this process, and --engine is {engine!r}: leave it out."
         )
+    if losses and engine != "local":
+        raise ConfigError(f"--losses needs the model in this process, and --engine is {engine!r}: leave it out.")
     _check_engine(engine, {"address": address, "workers": workers, "gpus-per-worker": gpus_per_worker})
     main = is_main_process()
     console.quiet = not main
@@ -147,6 +152,10 @@ def calibrate(
             )
         if queries:
             profile = _add_query_centres(console, profile, language_model, tokenizer, documents, max_texts)
+        if losses:
+            profile = _add_loss_curves(
+                console, profile, language_model, tokenizer, documents, context_tokens, max_texts
+            )
     if main:
         _keep(console, profile, output, resume_path, push_to, json)
 
@@ -180,6 +189,24 @@ def _add_query_centres(
         step = max(1, len(chunks) // max_texts)
         centres = compute_query_centres(model, chunks[::step][:max_texts])
     return replace(profile, query_centres=describe_query_centres(centres))
+
+
+def _add_loss_curves(
+    console: Console,
+    profile: RankProfile,
+    model: Any,
+    tokenizer: Any,
+    documents: list[str],
+    context_tokens: int,
+    max_texts: int,
+) -> RankProfile:
+    """Return the profile with the model's loss curves over the texts."""
+    from ..calibration.loss_curves import cut_contexts, measure_loss_curves
+
+    contexts = cut_contexts(tokenizer, documents, context_tokens, max_texts)
+    with show_step(console, f"Measuring the loss of {len(contexts)} contexts"):
+        curves = measure_loss_curves(model, contexts, name=profile.name)
+    return replace(profile, loss_curves={selector: curve.to_dict() for selector, curve in curves.items()})
 
 
 def _find_resume_path(model: str) -> Path:
