@@ -89,12 +89,14 @@ def score_context(model: Any, ids: Any, arguments: argparse.Namespace) -> Iterat
 
 def fit_curves(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the loss curve of each method as plain JSON types."""
+    from rankkv.models.embedded import EMBEDDED_HUB_ID
     from rankkv.profile.loss_curve import fit_loss_curve
 
     curves = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method and row["by"] == "ratio"]
-        models = sorted({row["model"] for row in own})
+        names = {EMBEDDED_HUB_ID if row["model"] == "embedded" else row["model"] for row in own}
+        models = sorted(name.rpartition("/")[2] for name in names)
         curves[method] = fit_loss_curve(
             [row["lost"] for row in own],
             [row["divergence"] for row in own],

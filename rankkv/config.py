@@ -34,7 +34,6 @@ AUTO_SELECTOR = "auto"
 BOTH_GIVEN = "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
 
 
-
 class DefaultRatio(float):
     """Ratio that no one gave: with ``max_loss`` or strategy ``"threshold"`` it sets no upper bound."""
 
@@ -80,8 +79,8 @@ class RankKVConfig:
     max_loss : float, optional
         Loss to stay below, in nats per token, in (0, 10]: the mean KL divergence of the next-token distribution from
         the full cache's, over the 128 tokens that follow.  The smallest cache is kept whose loss is predicted to stay
-        below it for nine of ten prompts.  ``compression_ratio`` and ``budget``, only if given beside it, are upper bounds
-        of the cache.  All layers stay at that bound until the last one has prefilled.
+        below it for nine of ten prompts.  ``compression_ratio`` and ``budget`` beside it, only if given, are upper
+        bounds of the cache.  All layers stay at that bound until the last one has prefilled.
     on_doubt : {"say", "keep"}, default "say"
         What a doubtful prediction leads to, such as that of a short prompt.  ``"say"``: a line in ``summary()``.
         ``"keep"``, with ``max_loss``: half of ``max_loss`` is aimed at.
@@ -228,19 +227,21 @@ class RankKVConfig:
         _check_choice("on_doubt", self.on_doubt, DOUBT_MODES)
         if self.max_loss is None:
             if self.on_doubt == "keep":
-                raise ConfigError("on_doubt='keep' keeps more than max_loss asks for, and none is given: give max_loss.")
+                raise ConfigError(
+                    "on_doubt='keep' keeps more than max_loss asks for, and none is given: give max_loss."
+                )
             return
         object.__setattr__(self, "max_loss", check_max_loss(self.max_loss))
         if self.strategy in SIZING_STRATEGIES:
             raise ConfigError(
-                f"strategy={self.strategy!r} and max_loss={self.max_loss:g} both set the size of the cache: leave one of "
-                "them out."
+                f"strategy={self.strategy!r} and max_loss={self.max_loss:g} both set the size of the cache: leave "
+                "one of them out."
             )
         if self.prefill == "streaming" or self.recompress_turns:
             given = "prefill='streaming'" if self.prefill == "streaming" else "recompress_turns=True"
             raise ConfigError(
-                f"max_loss={self.max_loss:g} is settled once, at the end of a prompt, and {given} evicts in between: use "
-                "prefill='single' or 'chunked' and recompress_turns=False, or give compression_ratio instead."
+                f"max_loss={self.max_loss:g} is settled once, at the end of a prompt, and {given} evicts in between: "
+                "use prefill='single' or 'chunked' and recompress_turns=False, or give compression_ratio instead."
             )
 
     def _check_profile(self) -> None:

@@ -243,7 +243,9 @@ class BudgetPlan:
             self._added_measures.append((measured, available, rank, head_errors, head_scores))
         self._add(measured, available, rank, head_errors, head_scores)
 
-    def _add(self, measured: Any, available: int | None, rank: Any, head_errors: Any, head_scores: Any) -> None:
+    def _add(
+        self, measured: Any, available: int | None, rank: Any, head_errors: Any, head_scores: Any
+    ) -> None:
         if available is not None and available < self.length and not self._bounded:
             self._upper[self._added] = available
             self._lower[self._added] = min(self._least, available)

@@ -33,7 +33,14 @@ from .layer import RankKVLayer, SlotMap, StoredLayer, release_hidden
 from .masks import PaddingCheck, StepMask, project_mask
 from .owner import Owner
 from .progress import Progress
-from .quality import check_predicted, find_curve, list_doubts, settle_strategy
+from .quality import (
+    LONGEST_GAP,
+    check_predicted,
+    find_curve,
+    find_longest_gap,
+    list_doubts,
+    settle_strategy,
+)
 from .replay import Replay, ReplayPlan, check_replay
 from .report import (
     compute_cache_bytes,
@@ -319,8 +326,15 @@ class RankKVCache(AttentionObserver, DynamicCache):
     @property
     def doubts(self) -> list[str]:
         """Reasons for which the predicted loss of row 0 is weak, as phrases."""
-        plans = [plan for plan in self.plans[:1] if plan.lost_attention is not None]
-        return [doubt for plan in plans for doubt in list_doubts(plan, self.find_loss_curve()[0])]
+        plan = next(iter(self.plans), None)
+        if plan is None or plan.lost_attention is None:
+            return []
+        doubts = list_doubts(plan, self.find_loss_curve()[0])
+        layers = [self.layers[index] for index in self.layer_indices]
+        first, stop = find_longest_gap(layers, self.row_start[0], plan.length)
+        if stop - first >= LONGEST_GAP:
+            doubts.append(f"the tokens {first} to {stop - 1} are kept by no head of any layer")
+        return doubts
 
     def find_loss_curve(self) -> tuple[LossCurve | None, bool]:
         """Return the curve that predicts losses, None if there is none, and if it was measured on this model."""

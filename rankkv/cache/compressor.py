@@ -178,9 +178,7 @@ class Compressor:
             self._shrink(layers, done, ceilings, len(done) - 1)
             self._release_excess(layers, done, ceilings)
             return False
-        self._open = finish_plans(
-            self._open, self._attention, config, self.protector, self.curve, self.plans
-        )
+        self._open = finish_plans(self._open, self._attention, config, self.protector, self.curve, self.plans)
         budgets, self._attention = [plan.budgets for plan in self._open], []
         for place, index in enumerate(done):
             self._shrink(layers, done, budgets, place, final=True)
@@ -307,7 +305,8 @@ def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation:
         observation,
         plan.measure,
         limits=[
-            row.measuring.head_limits if plan.measure == "head_distortion" else row.measuring.limits for row in plans
+            row.measuring.head_limits if plan.measure == "head_distortion" else row.measuring.limits
+            for row in plans
         ],
         layers=len(plan.layer_indices),
         **options,

@@ -22,6 +22,7 @@ from ..profile.loss_curve import LossCurve, load_default_curves
 from ..profile.record import RankProfile
 from ..selection import Selector
 from ..utils.devices import spread_numbers
+from .layer import RankKVLayer
 
 #: Selectors whose loss was measured, so that it can be predicted.
 PREDICTED_SELECTORS = ("snapkv", "echo")
@@ -29,6 +30,8 @@ PREDICTED_SELECTORS = ("snapkv", "echo")
 TEST_WINDOWS, TEST_STEP = 2, 8
 #: Prompts shorter than this were not measured.
 SHORTEST_PROMPT = 256
+#: Tokens of a span that no head keeps, from which on it is a doubt.
+LONGEST_GAP = 32
 # The search for the smallest cache ends when the share lost is met to this factor, or after so many tries.
 _TOLERANCE, _MOST_TRIES = 1.04, 6
 # Part of the share that may be lost which a try aims at.
@@ -70,7 +73,9 @@ def measure_attention(
     """
     last = observation.query_length - 1
     start = max(0, last - TEST_STEP * ((min(queries, last + 1) - 1) // TEST_STEP))
-    shares = observation.compute_group_mean(observation.compute_attention(slice(start, None, TEST_STEP)).sum(dim=2))
+    shares = observation.compute_group_mean(
+        observation.compute_attention(slice(start, None, TEST_STEP)).sum(dim=2)
+    )
     shares = torch.nan_to_num(observation.gather_over_shards(shares))
     scores = observation.gather_over_shards(scores.float().expand(-1, observation.kv_heads, -1))
     index = observation.real_index
@@ -176,7 +181,6 @@ class LossBound:
         earlier : float, default 0
             Share of the attention that was lost in earlier compressions.
         """
-
         aim = self.config.max_loss or 0.0
         if self.config.on_doubt == "keep" and list_doubts(plan):
             aim /= 2.0
@@ -270,6 +274,40 @@ def list_doubts(plan: BudgetPlan, curve: LossCurve | None = None) -> list[str]:
             f"{plan.lost_attention:.1%} of the attention is lost, more than in any measurement ({curve.lost[-1]:.1%})"
         )
     return doubts
+
+
+def find_longest_gap(layers: Sequence[RankKVLayer], start: int, length: int, row: int = 0) -> tuple[int, int]:
+    """Find the longest span of prompt tokens that no head of any layer keeps, as (first, stop).
+
+    Parameters
+    ----------
+    layers : sequence of RankKVLayer
+        The compressed layers.
+    start : int
+        Padding before the row's first token.
+    length : int
+        Tokens of the prompt.
+    row : int, default 0
+        Row of the batch.
+
+    Returns
+    -------
+    (int, int)
+        Counted from the row's first token; (0, 0) if every token is kept somewhere.
+    """
+    is_kept = torch.zeros(length + 1, dtype=torch.bool)
+    for layer in layers:
+        positions, valid = layer.compute_positions()[row], layer.compute_slot_valid()
+        if valid is not None:
+            positions = torch.where(valid[row], positions, start)
+        places = (positions - start).flatten().clamp(0, length).unique().cpu()
+        is_kept[places] = True
+    # The place behind the prompt ends the last span.
+    is_kept[length] = True
+    ends = torch.cat([torch.tensor([-1]), is_kept.nonzero()[:, 0]])
+    widths = ends[1:] - ends[:-1] - 1
+    best = int(widths.argmax())
+    return int(ends[best]) + 1 if int(widths[best]) else 0, int(ends[best + 1]) if int(widths[best]) else 0
 
 
 def find_curve(

@@ -141,7 +141,9 @@ def describe_loss(cache: Any) -> list[str]:
         f"{cache.loss_bounds[0]:.2g}{asked}; {cache.lost_attention[0]:.1%} of the attention is lost"
     ]
     if not is_own:
-        lines.append(f"the loss curve is that of {models}: measure this model's with rankkv calibrate --losses")
+        lines.append(
+            f"the loss curve is that of {models}: measure this model's with rankkv calibrate --losses"
+        )
     measured = curve.measured.get("strategy")
     used = cache.config.resolve_strategy()[0]
     if measured not in (None, used):

@@ -88,13 +88,14 @@ def measure_loss_curves(
         if on_progress is not None:
             on_progress()
     described = [name or model.config._name_or_path or type(model).__name__]
-    return {
-        selector: fit_loss_curve(
-            *zip(*rows, strict=True), {"models": described, "strategy": strategies[selector]}
-        )
-        for selector, rows in found.items()
-        if rows
-    }
+    curves = {}
+    for selector, rows in found.items():
+        if not rows:
+            raise InputError("there is no text to measure: give at least 4.")
+        lost, losses, prompts = zip(*rows, strict=True)
+        measured = {"models": described, "strategy": strategies[selector]}
+        curves[selector] = fit_loss_curve(lost, losses, prompts, measured)
+    return curves
 
 
 def cut_contexts(tokenizer: Any, texts: Any, context_tokens: int, max_texts: int) -> list[Tensor]:

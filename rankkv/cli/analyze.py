@@ -64,7 +64,8 @@ def analyze(
     losses: Annotated[
         bool,
         typer.Option(
-            "--losses", help="Also predict the loss at several shares kept, of the first prompt, and mark the knee."
+            "--losses",
+            help="Also predict the loss at several shares kept, of the first prompt, and mark the knee.",
         ),
     ] = False,
     max_length: Annotated[

@@ -95,7 +95,9 @@ def calibrate(
             f"--queries needs the model in this process, and --engine is {engine!r}: leave it out."
         )
     if losses and engine != "local":
-        raise ConfigError(f"--losses needs the model in this process, and --engine is {engine!r}: leave it out.")
+        raise ConfigError(
+            f"--losses needs the model in this process, and --engine is {engine!r}: leave it out."
+        )
     _check_engine(engine, {"address": address, "workers": workers, "gpus-per-worker": gpus_per_worker})
     main = is_main_process()
     console.quiet = not main

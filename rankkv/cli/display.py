@@ -155,7 +155,13 @@ def make_loss_table(points: Sequence[PredictedLoss]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, justify in (("kept", "right"), ("loss", "right"), ("9 of 10 below", "right"), ("", "left"), ("", "left")):
+    for name, justify in (
+        ("kept", "right"),
+        ("loss", "right"),
+        ("9 of 10 below", "right"),
+        ("", "left"),
+        ("", "left"),
+    ):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     logs = [math.log10(max(point.loss, _LEAST_SHOWN)) for point in points]
     low, high = min(logs), max(logs)

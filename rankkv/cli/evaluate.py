@@ -173,7 +173,11 @@ def evaluate(
     # Check names and numbers before the slow imports.
     for number in numbers:
         check_compression_ratio(number)
-    losses = [_number(item, float, "--max-losses") for item in _split(max_losses, "--max-losses")] if max_losses else []
+    losses = (
+        [_number(item, float, "--max-losses") for item in _split(max_losses, "--max-losses")]
+        if max_losses
+        else []
+    )
     for number in losses:
         check_max_loss(number)
     for name in _split(selectors, "--selectors"):

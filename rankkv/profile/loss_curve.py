@@ -190,8 +190,8 @@ def fit_loss_curve(
     known = sorted(set(names.tolist()))
     if len(x) < 4 * PER_KNOT or len(known) < 4:
         raise InputError(
-            f"a loss curve needs at least {4 * PER_KNOT} measurements of 4 prompts that lose attention, got {len(x)} of "
-            f"{len(known)}: give more or longer texts."
+            f"a loss curve needs at least {4 * PER_KNOT} measurements of 4 prompts that lose attention, got {len(x)} "
+            f"of {len(known)}: give more or longer texts."
         )
     errors = []
     for name in known:
@@ -230,8 +230,8 @@ def _fit_knots(x: Any, y: Any) -> tuple[Any, Any]:
     return knots[distinct], values[distinct]
 
 
-def _shorten(values: Any) -> list[float]:
-    return [float(f"{value:.6g}") for value in values]
+def _shorten(values: Any) -> tuple[float, ...]:
+    return tuple(float(f"{value:.6g}") for value in values)
 
 
 def _read_positive(value: Any) -> float:

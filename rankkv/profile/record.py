@@ -135,7 +135,9 @@ class RankProfile:
             raise TypeError("ranks and calibration must be mappings")
         if not isinstance(self.query_centres, Mapping):
             raise TypeError(f"query_centres is {shorten(self.query_centres)}, it must be a mapping")
-        if not isinstance(self.loss_curves, Mapping) or not all(isinstance(name, str) for name in self.loss_curves):
+        if not isinstance(self.loss_curves, Mapping) or not all(
+            isinstance(name, str) for name in self.loss_curves
+        ):
             raise TypeError(f"loss_curves is {shorten(self.loss_curves)}, it must map selectors to curves")
         for record in self.loss_curves.values():
             LossCurve.from_dict(record)

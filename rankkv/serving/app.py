@@ -251,7 +251,7 @@ class Service:
                 f"selector {shorten(selector)} must be the name of a selector.", param="selector"
             )
         get_selector(selector)
-        sizes = {} if ratio is None else {"compression_ratio": float(ratio)}
+        sizes: dict[str, Any] = {} if ratio is None else {"compression_ratio": float(ratio)}
         if loss is not None:
             sizes["max_loss"] = check_max_loss(loss)
         RankKVConfig(selector=selector, **sizes)

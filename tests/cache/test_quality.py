@@ -8,7 +8,7 @@ import torch
 
 import rankkv
 from rankkv import RankKVCache, RankKVConfig, compress
-from rankkv.cache.quality import TEST_STEP, find_knee
+from rankkv.cache.quality import TEST_STEP, find_knee, find_longest_gap
 from rankkv.errors import ConfigError
 from rankkv.profile.loss_curve import LossCurve, load_default_curves
 
@@ -136,7 +136,12 @@ def test_options_may_change_before_the_compression(model):
 
 def test_every_compression_of_a_long_answer_adds_to_the_loss(model):
     cache = oracles.prefill(
-        model, oracles.random_prompt(100), compression_ratio=0.5, decode="periodic", decode_interval=16, profile=None
+        model,
+        oracles.random_prompt(100),
+        compression_ratio=0.5,
+        decode="periodic",
+        decode_interval=16,
+        profile=None,
     )
     lost = [cache.lost_attention[0]]
     for step in range(40):
@@ -159,6 +164,28 @@ def test_a_doubtful_prompt_keeps_more_if_asked(model):
         for doubt in ("say", "keep")
     }
     assert sizes["say"] == sizes["keep"]
+
+
+@pytest.mark.parametrize("options", [*DEFAULTS.values(), UNIFORM], ids=str)
+def test_the_longest_gap_is_kept_by_no_head(model, options):
+    prompts = [oracles.random_prompt(length, seed=length) for length in (150, 300)]
+    cache = oracles.prefill(model, *oracles.left_pad(prompts), compression_ratio=0.06, **options)
+    for row, prompt in enumerate(prompts):
+        kept = {
+            position - cache.row_start[row]
+            for index in cache.layer_indices
+            for positions in oracles.kept_positions(cache, index)[row]
+            for position in positions
+        }
+        first, stop = find_longest_gap(cache.layers, cache.row_start[row], prompt.shape[1], row)
+        assert not kept & set(range(first, stop))
+        gaps = "".join("x" if place in kept else " " for place in range(prompt.shape[1])).split("x")
+        assert stop - first == max(map(len, gaps))
+
+
+def test_a_long_gap_is_a_doubt(model):
+    cache = oracles.prefill(model, oracles.random_prompt(600), budget=20, **UNIFORM)
+    assert any("kept by no head of any layer" in doubt for doubt in cache.doubts)
 
 
 def test_the_summary_tells_the_prediction_and_whose_curve_it_is(model):

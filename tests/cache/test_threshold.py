@@ -52,7 +52,9 @@ def test_prompts_decide_the_size_and_a_higher_threshold_keeps_less(model):
     threshold = float(list_scores(model, prompts[0])[0].median())
     totals = [sum(keep(model, prompt, threshold).budgets) for prompt in prompts]
     assert len(set(totals)) > 1
-    by_threshold = [sum(keep(model, prompts[0], factor * threshold).budgets) for factor in (0.0, 0.5, 1.0, 2.0, 1e4)]
+    by_threshold = [
+        sum(keep(model, prompts[0], factor * threshold).budgets) for factor in (0.0, 0.5, 1.0, 2.0, 1e4)
+    ]
     assert by_threshold == sorted(by_threshold, reverse=True)
     assert by_threshold[0] == 200 * 4
     assert by_threshold[-1] == FLOOR * 4
