@@ -44,6 +44,8 @@ SIZING_STRATEGIES = ("threshold",)
 DEFAULT_RATIO = DefaultRatio(0.3)
 #: Largest value of ``max_loss``, in nats per token.
 MOST_LOSS = 10.0
+#: Selectors whose loss was measured, so that it can be predicted.
+PREDICTED_SELECTORS = ("snapkv", "echo")
 #: What a doubtful prediction leads to: only a line in the summary, or a larger cache.
 DOUBT_MODES = ("say", "keep")
 
@@ -384,6 +386,26 @@ def check_max_loss(max_loss: object) -> float:
             "as 0.05."
         )
     return float(max_loss)  # type: ignore[arg-type]
+
+
+def check_predicted(max_loss: float | None, selector: str) -> None:
+    """Check that the loss of a selector can be predicted, if ``max_loss`` is given.
+
+    Raises
+    ------
+    ConfigError
+        If it was not measured.
+
+    Examples
+    --------
+    >>> check_predicted(0.05, "echo")
+    """
+    if max_loss is None or selector in (*PREDICTED_SELECTORS, AUTO_SELECTOR):
+        return
+    raise ConfigError(
+        f"max_loss={max_loss:g} needs the measured loss of a selector, and that of {selector!r} was not measured: use "
+        f"selector {' or '.join(map(repr, PREDICTED_SELECTORS))}, or compression_ratio instead."
+    )
 
 
 def check_spans(protect: Any) -> tuple[tuple[int, int], ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
-from ..config import AUTO_SELECTOR, BOTH_GIVEN, DEFAULT_RATIO, RankKVConfig
+from ..config import AUTO_SELECTOR, BOTH_GIVEN, DEFAULT_RATIO, RankKVConfig, check_predicted
 from ..errors import CacheStateError, ConfigError, InputError, RankKVError, UnsupportedModelError
 from ..models.compat import announces_linear_states, check_transformers, drop_linear_states, warn_if_dropped
 from ..models.placement import find_layer_devices
@@ -35,7 +35,6 @@ from .owner import Owner
 from .progress import Progress
 from .quality import (
     LONGEST_GAP,
-    check_predicted,
     find_curve,
     find_longest_gap,
     list_doubts,
@@ -149,7 +148,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
         shards = find_head_shards(model)
-        check_predicted(config, self.selector)
+        check_predicted(config.max_loss, self.selector.name)
         config = settle_strategy(config)
         config = resolve_options(config, model, self.layer_indices, shards, self.selector)
         for index in self.layer_indices:

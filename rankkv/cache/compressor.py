@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..budget.plan import BudgetPlan
 from ..budget.strategies import get_strategy
-from ..config import RankKVConfig
+from ..config import PREDICTED_SELECTORS, RankKVConfig
 from ..errors import UnsupportedModelError
 from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments
@@ -19,7 +19,7 @@ from ..rank.measures import compute_measures
 from ..selection import GLOBAL_PROTECTION, Selector, raise_protected
 from ..selection.scoring import has_output_projection
 from .layer import RankKVLayer
-from .quality import PREDICTED_SELECTORS, LayerAttention, finish_plans, measure_attention
+from .quality import LayerAttention, finish_plans, measure_attention
 
 # Slots held above the budget during a prefill, as a fraction of (total budget + one layer).
 # Without this slack every new layer would copy all earlier layers once more.

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..budget.attention import AttentionTable, compute_lost
 from ..budget.plan import BudgetPlan
-from ..config import RankKVConfig
-from ..errors import ConfigError
+from ..config import PREDICTED_SELECTORS, RankKVConfig
 from ..observe.observation import Observation
 from ..profile.known import find_profile
 from ..profile.loss_curve import LossCurve, load_default_curves
@@ -24,8 +23,6 @@ from ..selection import Selector
 from ..utils.devices import spread_numbers
 from .layer import RankKVLayer
 
-#: Selectors whose loss was measured, so that it can be predicted.
-PREDICTED_SELECTORS = ("snapkv", "echo")
 #: Windows of newest queries that test what is lost, and the step between two of these queries.
 TEST_WINDOWS, TEST_STEP = 2, 8
 #: Prompts shorter than this were not measured.
@@ -334,22 +331,6 @@ def find_curve(
     if profile is not None and selector.name in profile.loss_curves:
         return LossCurve.from_dict(profile.loss_curves[selector.name]), True
     return load_default_curves().get(selector.name), False
-
-
-def check_predicted(config: RankKVConfig, selector: Selector) -> None:
-    """Check that the loss of a selector can be predicted, if ``max_loss`` is given.
-
-    Raises
-    ------
-    ConfigError
-        If it was not measured.
-    """
-    if config.max_loss is None or selector.name in PREDICTED_SELECTORS:
-        return
-    raise ConfigError(
-        f"max_loss={config.max_loss:g} needs the measured loss of a selector, and that of {selector.name!r} was not "
-        f"measured: use selector {' or '.join(map(repr, PREDICTED_SELECTORS))}, or compression_ratio instead."
-    )
 
 
 def settle_strategy(config: RankKVConfig) -> RankKVConfig:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..budget.strategies import get_strategy
-from ..config import RankKVConfig
+from ..config import PREDICTED_SELECTORS, RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from ..models.tensor_parallel import HeadShards
 from ..observe.call import AttentionCall, MaskReads, check_rows, observe
@@ -23,7 +23,7 @@ from ..observe.rotary import LayerRotation
 from ..selection import Selector
 from .compressor import Compressor
 from .layer import RankKVLayer
-from .quality import PREDICTED_SELECTORS, TEST_WINDOWS
+from .quality import TEST_WINDOWS
 from .replay import Replay
 
 # Queries held beyond the observation window while a draft may still be rejected.

@@ -11,8 +11,9 @@ from transformers.cache_utils import DynamicCache
 
 from ..cache.cache import RankKVCache
 from ..cache.prefill import run_prefill
-from ..cache.quality import PREDICTED_SELECTORS, SHORTEST_PROMPT
+from ..cache.quality import SHORTEST_PROMPT
 from ..cache.resolve import find_obstacle
+from ..config import PREDICTED_SELECTORS
 from ..errors import InputError
 from ..models.compat import cache_argument
 from ..models.placement import find_input_device

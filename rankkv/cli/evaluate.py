@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import check_compression_ratio, check_max_loss
+from ..config import check_compression_ratio, check_max_loss, check_predicted
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..utils.hub import require
 from ..utils.processes import find_own_device, gather, is_main_process, split_samples
@@ -180,6 +180,8 @@ def evaluate(
     )
     for number in losses:
         check_max_loss(number)
+        for name in _split(selectors, "--selectors"):
+            check_predicted(number, name)
     for name in _split(selectors, "--selectors"):
         check_method("selectors", name, {}, "--selectors")
     for name in _split(strategies, "--strategies"):

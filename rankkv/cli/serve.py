@@ -93,7 +93,7 @@ def serve(
         grace_seconds=grace_seconds,
     )
     if selector != "auto":
-        check_cache_options(selector, compression_ratio=compression_ratio)
+        check_cache_options(selector, compression_ratio=compression_ratio, max_loss=max_loss)
     check_model(model, dtype, device_map)
     check_requirements()
     check_address(host, port)

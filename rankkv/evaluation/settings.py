@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..budget.plan import BudgetPlan
-from ..cache.quality import check_predicted
-from ..config import RankKVConfig
+from ..config import RankKVConfig, check_predicted
 from ..selection import get_selector
 
 #: In a setting's name, in place of a strategy: the number after it is a loss, not a ratio.
@@ -84,7 +83,8 @@ def build_settings(
         uniform_of[name] = f"{selector}|{UNIFORM}|{ratio:g}"
     for selector, loss in itertools.product(selectors, max_losses):
         options = {"max_loss": loss, "selector": selector}
-        check_predicted(RankKVConfig(**options), get_selector(selector))
+        RankKVConfig(**options)
+        check_predicted(loss, get_selector(selector).name)
         name = f"{selector}|{MAX_LOSS}|{loss:g}"
         settings[name] = options
     return settings, uniform_of

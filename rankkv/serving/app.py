@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ..config import RankKVConfig, check_max_loss
+from ..config import RankKVConfig, check_max_loss, check_predicted
 from ..errors import RankKVError
 from ..models.checkpoints import get_context_length
 from ..observe.hook import check_observable
@@ -254,6 +254,7 @@ class Service:
         sizes: dict[str, Any] = {} if ratio is None else {"compression_ratio": float(ratio)}
         if loss is not None:
             sizes["max_loss"] = check_max_loss(loss)
+            check_predicted(loss, selector)
         RankKVConfig(selector=selector, **sizes)
         name = body.get("name")
         options = {**sizes, "selector": selector}
