@@ -53,7 +53,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--also", type=Path, nargs="*", default=[], help="folders whose rows join the fit")
     add("--seed", type=int, default=0, help="where the contexts start, and of the bootstrap")
     add("--output_dir", type=Path, default=Path("results/quality_bound"), help="where everything goes")
-    return parser.parse_args(arguments)
+    found = parser.parse_args(arguments)
+    # Contexts are cut for the longest; shorter ones are its end.
+    found.context = max(found.lengths)
+    return found
 
 
 def score_context(model: Any, ids: Any, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -185,7 +188,7 @@ def run(arguments: argparse.Namespace) -> str:
             f"--continuation {arguments.continuation} at least 2."
         )
     texts = read_texts(arguments)
-    arguments.processes, arguments.context = 1, max(arguments.lengths)
+    arguments.processes = 1
     fit, also = arguments.fit, arguments.also
     del arguments.fit, arguments.also
     store = ResultStore(arguments.output_dir, {**describe(arguments), "model": Path(arguments.model).name})
