@@ -305,7 +305,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
         It is the mean KL divergence of the next-token distribution from the full cache's, over the 128 tokens that
         follow, which half of the prompts stay below.  It is predicted from :attr:`lost_attention`.  None with a
-        selector whose loss was not measured.
+        selector whose loss was not measured, and with ``prefill="streaming"`` or ``recompress_turns=True``.
         """
         return [None if loss is None else loss[0] for loss in self._predict()]
 

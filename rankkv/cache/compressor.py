@@ -65,6 +65,12 @@ class Compressor:
         return GLOBAL_PROTECTION if by_scores else self.selector
 
     @property
+    def predicts(self) -> bool:
+        """True if the attention that eviction loses is measured, because the loss can be predicted from it."""
+        in_parts = self.config.prefill == "streaming" or self.config.recompress_turns
+        return self.selector.name in PREDICTED_SELECTORS and not in_parts
+
+    @property
     def carries_scores(self) -> bool:
         """True if scores are kept after a round, because later queries will continue them."""
         continued = (
@@ -169,7 +175,7 @@ class Compressor:
             self._open, rows, observation.available, ranks, heads, tables, strict=True
         ):
             plan.add_layer(measured, available, rank, errors, table)
-        if self.selector.name in PREDICTED_SELECTORS:
+        if self.predicts:
             found = measure_attention(observation, scores, self.protector, self.test_queries)
             self._attention.append(found)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]

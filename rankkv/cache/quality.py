@@ -108,7 +108,12 @@ def _start_at_zero(values: Tensor) -> Tensor:
 
 def split_rows(layers: Sequence[LayerAttention]) -> list[list[AttentionTable]]:
     """Return the tables of all layers on the host, ``[row][layer]``."""
-    parts = [[part.cpu().double().numpy() for part in (one.newest, one.first, one.others)] for one in layers]
+    parts = []
+    for one in layers:
+        # One transfer for each layer: the host waits for the device.
+        sizes = [part.shape[-1] for part in (one.newest, one.first, one.others)]
+        joined = torch.cat([one.newest, one.first, one.others], dim=-1).cpu().double()
+        parts.append([part.numpy() for part in joined.split(sizes, dim=-1)])
     rows = len(parts[0][0]) if parts else 0
     return [[AttentionTable(*(part[row] for part in layer)) for layer in parts] for row in range(rows)]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..budget.strategies import get_strategy
-from ..config import PREDICTED_SELECTORS, RankKVConfig
+from ..config import RankKVConfig
 from ..errors import CacheStateError, ConfigError, InputError, UnsupportedModelError
 from ..models.tensor_parallel import HeadShards
 from ..observe.call import AttentionCall, MaskReads, check_rows, observe
@@ -66,7 +66,7 @@ class CompressionSchedule:
         self.replay: Replay | None = None
         # Held-out measures need several windows: one selects, another one tests.
         windows = get_strategy(config.resolve_strategy()[0]).windows
-        if selector.name in PREDICTED_SELECTORS:
+        if self.compressor.predicts:
             windows = max(windows, TEST_WINDOWS)
         if config.head_budgets == "distortion":
             windows = max(windows, get_strategy("distortion").windows)

@@ -188,6 +188,13 @@ def test_a_long_gap_is_a_doubt(model):
     assert any("kept by no head of any layer" in doubt for doubt in cache.doubts)
 
 
+@pytest.mark.parametrize("option", [{"prefill": "streaming"}, {"recompress_turns": True}], ids=str)
+def test_no_loss_is_told_of_a_prompt_that_is_evicted_in_parts(model, option):
+    cache = oracles.prefill(model, oracles.random_prompt(120), **option)
+    assert cache.predicted_loss is None
+    assert cache.doubts == []
+
+
 def test_the_summary_tells_the_prediction_and_whose_curve_it_is(model):
     cache = oracles.prefill(model, oracles.random_prompt(300), max_loss=0.1, profile=None)
     told = cache.summary()
