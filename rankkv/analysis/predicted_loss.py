@@ -87,7 +87,7 @@ def predict_losses(
     # Chunked: the prompt waits for `finish`, so that one prefill serves all shares.  With `max_loss` a selector whose
     # loss was not measured is refused before the prefill.
     waiting = RankKVCache(model, selector=selector, profile=None, prefill="chunked", max_loss=1.0)
-    run_prefill(model, waiting, input_ids)
+    run_prefill(model, waiting.measure_lost_attention(), input_ids)
     found: dict[int, PredictedLoss] = {}
     for ratio in sorted(shares):
         cache = waiting.copy_with(compression_ratio=ratio, max_loss=None).finish()

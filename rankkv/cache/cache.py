@@ -305,7 +305,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
 
         It is the mean KL divergence of the next-token distribution from the full cache's, over the 128 tokens that
         follow, which half of the prompts stay below.  It is predicted from :attr:`lost_attention`.  None with a
-        selector whose loss was not measured, and with ``prefill="streaming"`` or ``recompress_turns=True``.
+        selector whose loss was not measured, with ``prefill="streaming"`` or ``recompress_turns=True``, and on a GPU
+        without ``max_loss`` or :meth:`measure_lost_attention`.
         """
         return [None if loss is None else loss[0] for loss in self._predict()]
 
@@ -334,6 +335,14 @@ class RankKVCache(AttentionObserver, DynamicCache):
         if stop - first >= LONGEST_GAP:
             doubts.append(f"the tokens {first} to {stop - 1} are kept by no head of any layer")
         return doubts
+
+    def measure_lost_attention(self) -> RankKVCache:
+        """Measure what eviction loses on a GPU too, as with ``max_loss``; return the cache.
+
+        On a CPU it is always measured.
+        """
+        self._schedule.compressor.measures_lost = True
+        return self
 
     def find_loss_curve(self) -> tuple[LossCurve | None, bool]:
         """Return the curve that predicts losses, None if there is none, and if it was measured on this model."""
@@ -434,6 +443,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         copied = self.copy()
         copied._schedule.compressor.config = config
         if config.max_loss is not None:
+            copied._schedule.compressor.measures_lost = True
             copied._schedule.compressor.curve = copied.find_loss_curve()[0]
         return copied
 

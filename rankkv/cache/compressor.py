@@ -55,6 +55,8 @@ class Compressor:
         self._attention: list[LayerAttention] = []
         #: Newest queries that test what is lost.
         self.test_queries = config.window_size
+        #: True to measure the attention lost on every device; on a GPU its launches are not free.
+        self.measures_lost = config.max_loss is not None
         #: Curve from the attention lost to the loss, if ``max_loss`` is given.
         self.curve: LossCurve | None = None
 
@@ -66,7 +68,7 @@ class Compressor:
 
     @property
     def predicts(self) -> bool:
-        """True if the attention that eviction loses is measured, because the loss can be predicted from it."""
+        """True if the loss can be predicted from the attention that eviction loses."""
         in_parts = self.config.prefill == "streaming" or self.config.recompress_turns
         return self.selector.name in PREDICTED_SELECTORS and not in_parts
 
@@ -175,7 +177,7 @@ class Compressor:
             self._open, rows, observation.available, ranks, heads, tables, strict=True
         ):
             plan.add_layer(measured, available, rank, errors, table)
-        if self.predicts:
+        if self.predicts and (self.measures_lost or observation.keys.device.type == "cpu"):
             found = measure_attention(observation, scores, self.protector, self.test_queries)
             self._attention.append(found)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]

@@ -132,7 +132,14 @@ def summarize(cache: Any) -> str:
 def describe_loss(cache: Any) -> list[str]:
     """Describe the predicted loss of row 0 in lines; empty before the prefill or if the loss was not measured."""
     if cache.predicted_loss is None:
-        return []
+        is_open = (
+            cache.plans and cache.plans[0].lost_attention is None and cache._schedule.compressor.predicts
+        )
+        return (
+            ["the loss is not predicted on a GPU without max_loss or measure_lost_attention()"]
+            if is_open
+            else []
+        )
     curve, is_own = cache.find_loss_curve()
     models = ", ".join(curve.measured.get("models", [])) or "other models"
     asked = "" if cache.config.max_loss is None else f", max_loss {cache.config.max_loss:g}"

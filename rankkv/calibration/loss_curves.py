@@ -80,6 +80,7 @@ def measure_loss_curves(
         for selector in selectors:
             # Chunked: the prompt waits for `finish`, so that one prefill serves all ratios.
             waiting = RankKVCache(model, selector=selector, profile=None, prefill="chunked")
+            waiting.measure_lost_attention()
             run_prefill(model, waiting, context)
             for ratio in ratios:
                 cache = waiting.copy_with(compression_ratio=ratio).finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import oracles
+import pretend_gpu
 import pytest
 import torch
 
@@ -193,6 +194,21 @@ def test_no_loss_is_told_of_a_prompt_that_is_evicted_in_parts(model, option):
     cache = oracles.prefill(model, oracles.random_prompt(120), **option)
     assert cache.predicted_loss is None
     assert cache.doubts == []
+
+
+def test_a_gpu_measures_what_is_lost_only_if_asked(tiny_llama):
+    model = pretend_gpu.put_on_gpu(tiny_llama(2))
+    prompt = pretend_gpu.put_on_gpu(oracles.random_prompt(120))
+    with pretend_gpu.pretend():
+        caches = [RankKVCache(model, profile=None), RankKVCache(model, profile=None).measure_lost_attention()]
+        caches.append(RankKVCache(model, max_loss=0.1))
+        for cache in caches:
+            oracles.forward(model, cache, prompt)
+        plain, asked, bounded = caches
+        assert plain.predicted_loss is None
+        assert "not predicted on a GPU" in plain.summary()
+        assert asked.predicted_loss > 0
+        assert 0 < bounded.loss_bounds[0] <= 0.1
 
 
 def test_the_summary_tells_the_prediction_and_whose_curve_it_is(model):
