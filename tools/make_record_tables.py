@@ -213,6 +213,20 @@ def make_peers(name: str) -> str:
     return write_table(head, rows)
 
 
+def make_quality_bound(*folders: str) -> str:
+    """Make the tables of what each `max_loss` kept and lost, one for each model and selector."""
+    lines: list[str] = []
+    for folder in folders:
+        model = str(read_record(f"{folder}/manifest.json")["config"]["model"])
+        name = "SmolLM2-135M-Instruct" if model == "embedded" else model
+        for line in (RESULTS / folder / "summary.md").read_text(encoding="utf-8").splitlines():
+            if line.startswith("### "):
+                lines.append(f"**{name}, {line.removeprefix('### ')}**")
+            elif " kept | " not in line or line.startswith("| asked"):
+                lines.append(line)
+    return "\n".join(lines).strip()
+
+
 def make_demo() -> str:
     """Make the table of the recorded demo."""
     rows = []
@@ -378,6 +392,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/evaluation.md": {"sweep": make_sweep},
     "docs/kvpress.md": {"parity": make_parity},
+    "docs/choosing.md": {"quality-bound": lambda: make_quality_bound("quality_bound")},
     "docs/command-line.md": {"commands": make_commands},
 }  # fmt: skip
 

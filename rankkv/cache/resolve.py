@@ -183,8 +183,7 @@ def resolve_global(config: RankKVConfig, selector: Selector, can_spread: bool) -
             )
         return replace(config, head_budgets=None)
     if config.head_budgets == "auto":
-        keeps_all = config.compression_ratio == 1.0 and config.budget is None
-        return replace(config, head_budgets="adaptive" if can_spread and not keeps_all else None)
+        return replace(config, head_budgets="adaptive" if can_spread and not config.keeps_all else None)
     return config
 
 
@@ -239,7 +238,7 @@ def check_global(config: RankKVConfig, selector: Selector) -> None:
 #: Options that a prefill does not read, so that they may change before the compression.
 READ_AT_COMPRESSION = (
     "compression_ratio", "budget", "min_budget", "strategy", "strategy_options", "scope", "aggregation", "profile",
-    "head_budgets", "head_floor", "protect",
+    "head_budgets", "head_floor", "protect", "max_loss", "on_doubt",
 )  # fmt: skip
 
 
@@ -344,5 +343,4 @@ def resolve_head_budgets(config: RankKVConfig, can_spread: bool) -> RankKVConfig
 def _is_left_open(config: RankKVConfig) -> bool:
     """Return True if strategy, scope and aggregation are at their defaults and less than the full cache is kept."""
     usual = (config.scope, config.aggregation) == (RankKVConfig.scope, RankKVConfig.aggregation)
-    keeps_all = config.compression_ratio == 1.0 and config.budget is None
-    return config.head_budgets == "auto" and config.strategy is None and usual and not keeps_all
+    return config.head_budgets == "auto" and config.strategy is None and usual and not config.keeps_all

@@ -63,6 +63,9 @@ def calibrate(
             "pipeline, serve)."
         ),
     ] = False,
+    losses: Annotated[
+        bool, typer.Option(help="Also measure the loss of compressed caches, for max_loss on this model.")
+    ] = False,
     dtype: DtypeName = None,
     device_map: DeviceMap = None,
     engine: Annotated[
@@ -94,7 +97,7 @@ def calibrate(
     console = make_console()
     check_at_least_one("--max-texts", max_texts)
     check_output(output)
-    for option, given in {"--queries": queries, "--replay": replay}.items():
+    for option, given in {"--queries": queries, "--replay": replay, "--losses": losses}.items():
         if given and engine != "local":
             raise ConfigError(
                 f"{option} needs the model in this process, and --engine is {engine!r}: leave it out."
@@ -168,6 +171,10 @@ def calibrate(
                 chunks = cut_texts(tokenizer, documents, context_tokens, max_texts)
                 weights = compute_score_weights(language_model, chunks, tokenizer, max_tokens=context_tokens)
             profile = replace(profile, score_weights=weights)
+        if losses:
+            profile = _add_loss_curves(
+                console, profile, language_model, tokenizer, documents, context_tokens, max_texts
+            )
     if main:
         _keep(console, profile, output, resume_path, push_to, json)
 
@@ -193,6 +200,24 @@ def cut_texts(tokenizer: Any, documents: list[str], tokens: int, count: int) -> 
     ids = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in documents]
     chunks = [chunk for text in ids for chunk in text.split(tokens) if len(chunk) > 1]
     return chunks[:: max(1, len(chunks) // count)][:count]
+
+
+def _add_loss_curves(
+    console: Console,
+    profile: RankProfile,
+    model: Any,
+    tokenizer: Any,
+    documents: list[str],
+    context_tokens: int,
+    max_texts: int,
+) -> RankProfile:
+    """Return the profile with the model's loss curves over the texts."""
+    from ..calibration.loss_curves import cut_contexts, measure_loss_curves
+
+    contexts = cut_contexts(tokenizer, documents, context_tokens, max_texts)
+    with show_step(console, f"Measuring the loss of {len(contexts)} contexts"):
+        curves = measure_loss_curves(model, contexts, name=profile.name)
+    return replace(profile, loss_curves={selector: curve.to_dict() for selector, curve in curves.items()})
 
 
 def _find_resume_path(model: str) -> Path:

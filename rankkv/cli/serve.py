@@ -28,6 +28,13 @@ def serve(
     compression_ratio: Annotated[
         float, typer.Option(help="Fraction of a new context's KV cache kept, in (0, 1].")
     ] = 0.3,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Loss of a new context to stay below, in nats per token, instead of --compression-ratio.",
+            show_default="keep --compression-ratio",
+        ),
+    ] = None,
     selector: Annotated[str, typer.Option(help="Token selection method of new contexts.")] = "auto",
     cache_memory: Annotated[str, typer.Option(help="Memory for contexts; others wait on disk.")] = "2GB",
     cache_dir: Annotated[
@@ -74,6 +81,7 @@ def serve(
         host=host,
         port=port,
         compression_ratio=compression_ratio,
+        max_loss=max_loss,
         selector=selector,
         cache_memory=parse_bytes(cache_memory, "--cache-memory"),
         cache_dir=None if cache_dir is None else cache_dir.expanduser(),
@@ -87,7 +95,7 @@ def serve(
         grace_seconds=grace_seconds,
     )
     if selector != "auto":
-        check_cache_options(selector, compression_ratio=compression_ratio)
+        check_cache_options(selector, compression_ratio=compression_ratio, max_loss=max_loss)
     check_model(model, dtype, device_map)
     check_requirements()
     check_address(host, port)

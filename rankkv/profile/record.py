@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import InputError, ProfileError, SourceUnavailableError
 from ..utils.files import dump_json, parse_json, shorten, write_text_atomically
 from ..utils.hub import pull_file, push_file, require
+from .loss_curve import LossCurve
 
 FORMAT = "rankkv-profile"
 VERSION = 1
@@ -66,6 +67,8 @@ class RankProfile:
     score_weights : mapping
         ``{"selector": name, "weights": [layer][kv_head]}`` and how they were measured: factors of a selector's scores,
         for strategy ``"global"``; empty if not measured.
+    loss_curves : mapping
+        Selector name to a record of :class:`rankkv.profile.loss_curve.LossCurve`; empty if not measured.
 
     Raises
     ------
@@ -97,6 +100,7 @@ class RankProfile:
     head_gain_divergence: tuple[tuple[float, ...], ...] = ()
     query_centres: Mapping[str, Any] = field(default_factory=dict)
     score_weights: Mapping[str, Any] = field(default_factory=dict)
+    loss_curves: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -136,6 +140,12 @@ class RankProfile:
         if not isinstance(self.query_centres, Mapping):
             raise TypeError(f"query_centres is {shorten(self.query_centres)}, it must be a mapping")
         self._check_score_weights()
+        if not isinstance(self.loss_curves, Mapping) or not all(
+            isinstance(name, str) for name in self.loss_curves
+        ):
+            raise TypeError(f"loss_curves is {shorten(self.loss_curves)}, it must map selectors to curves")
+        for record in self.loss_curves.values():
+            LossCurve.from_dict(record)
         count = len(self.layer_indices)
         for name, measured in self.ranks.items():
             if not isinstance(measured, Mapping):
@@ -258,7 +268,7 @@ class RankProfile:
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as plain JSON types, with format and version."""
         record = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(asdict(self)))}
-        for name in ("query_centres", "score_weights"):
+        for name in ("query_centres", "score_weights", "loss_curves"):
             # Few profiles have them.
             if not record[name]:
                 del record[name]

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ..config import RankKVConfig
+from ..config import RankKVConfig, check_max_loss, check_predicted
 from ..errors import RankKVError
 from ..models.checkpoints import get_context_length
 from ..observe.hook import check_observable
@@ -37,7 +37,7 @@ from .replies import add_cached_tokens, complete_stream, describe_failure
 from .settings import ServeSettings
 from .turns import Job, Turns
 
-_CONTEXT_FIELDS = ("text", "messages", "compression_ratio", "selector", "name", "model")
+_CONTEXT_FIELDS = ("text", "messages", "compression_ratio", "max_loss", "selector", "name", "model")
 _BODY_SECONDS = 60.0
 _CLOSED = ("/reset", "/v1/systemone", "/v1/audio/transcriptions")
 
@@ -245,9 +245,12 @@ class Service:
                 param="text",
             )
         ratio, selector = body.get("compression_ratio"), body.get("selector")
-        ratio = self.settings.compression_ratio if ratio is None else ratio
+        loss = body.get("max_loss")
+        # A ratio in the request replaces the server's loss, and a loss the server's ratio.
+        loss = self.settings.max_loss if loss is None and ratio is None else loss
+        ratio = self.settings.compression_ratio if ratio is None and loss is None else ratio
         selector = self.settings.selector if selector is None else selector
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float)):
             raise RequestError(
                 f"compression_ratio {shorten(ratio)} must be a number in (0, 1].", param="compression_ratio"
             )
@@ -256,9 +259,13 @@ class Service:
                 f"selector {shorten(selector)} must be the name of a selector.", param="selector"
             )
         get_selector(selector)
-        RankKVConfig(compression_ratio=ratio, selector=selector)
+        sizes: dict[str, Any] = {} if ratio is None else {"compression_ratio": float(ratio)}
+        if loss is not None:
+            sizes["max_loss"] = check_max_loss(loss)
+            check_predicted(loss, selector)
+        RankKVConfig(selector=selector, **sizes)
         name = body.get("name")
-        options = {"compression_ratio": float(ratio), "selector": selector}
+        options = {**sizes, "selector": selector}
         return content, options, None if name is None else check_name(name)
 
     def _encode(self, content: dict[str, Any]) -> Any:

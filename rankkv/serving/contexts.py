@@ -109,6 +109,7 @@ class Context:
             "kept": round(self.kept, 4),
             "seconds": round(self.seconds, 3),
             "compression_ratio": self.options.get("compression_ratio"),
+            "max_loss": self.options.get("max_loss"),
             "selector": self.options.get("selector"),
             "in_memory": self.in_memory,
         }

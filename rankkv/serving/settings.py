@@ -38,6 +38,8 @@ class ServeSettings:
         Address to listen on.  Port 0 takes a free one.
     compression_ratio, selector : float, str
         Defaults of a new context.
+    max_loss : float, optional
+        Loss that a new context stays below, instead of the ratio.
     cache_memory : int
         Bytes of compressed contexts held in memory.
     cache_dir : Path, optional
@@ -74,6 +76,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     compression_ratio: float = 0.3
+    max_loss: float | None = None
     selector: str = AUTO_SELECTOR
     cache_memory: int = 2 * 10**9
     cache_dir: Path | None = None
@@ -87,7 +90,7 @@ class ServeSettings:
     grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        RankKVConfig(compression_ratio=self.compression_ratio, selector=self.selector)
+        RankKVConfig(compression_ratio=self.compression_ratio, selector=self.selector, max_loss=self.max_loss)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port} must be from 0 to 65535.")
         for name in (
