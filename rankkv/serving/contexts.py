@@ -59,6 +59,8 @@ class Context:
         Share of the keys and values that the cache keeps.
     seconds : float
         Time that prefill and compression took.
+    predicted_loss : float, optional
+        Loss to expect of the cache, nats per token; None where it is not predicted.
     cache : RankKVCache, optional
         None while it is on disk only, and for a conversation that shares the cache of its root.
     tail : Tail, optional
@@ -77,6 +79,7 @@ class Context:
     full_bytes: int = 0
     kept: float = 1.0
     seconds: float = 0.0
+    predicted_loss: float | None = None
     cache: RankKVCache | None = None
     tail: Tail | None = None
     used: int = 0
@@ -108,6 +111,7 @@ class Context:
             "full_bytes": self.full_bytes,
             "kept": round(self.kept, 4),
             "seconds": round(self.seconds, 3),
+            "predicted_loss": self.predicted_loss,
             "compression_ratio": self.options.get("compression_ratio"),
             "max_loss": self.options.get("max_loss"),
             "selector": self.options.get("selector"),
@@ -460,6 +464,7 @@ class ContextStore:
             "full_bytes": context.full_bytes,
             "kept": context.kept,
             "seconds": context.seconds,
+            "predicted_loss": context.predicted_loss,
             "ids": context.ids.tolist(),
         }
         with replace_atomically(self._place(context, "json")) as temporary:
@@ -536,6 +541,8 @@ class ContextStore:
             full_bytes=int(record["full_bytes"]),
             kept=float(record["kept"]),
             seconds=float(record["seconds"]),
+            # Records of before have none.
+            predicted_loss=None if record.get("predicted_loss") is None else float(record["predicted_loss"]),
         )
 
 

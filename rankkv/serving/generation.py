@@ -268,6 +268,8 @@ class ContextGenerateManager(GenerateManager):
                 self._may_step_between = True
             context.seconds = time.perf_counter() - start
             context.bytes, context.full_bytes = cache.cache_bytes(), cache.full_cache_bytes()
+            loss = cache.predicted_loss
+            context.predicted_loss = None if loss is None else round(loss, 5)
             if cache.layer_indices:
                 lengths = [cache.kept_lengths[index] for index in cache.layer_indices]
                 context.kept = sum(lengths) / (len(lengths) * context.tokens)

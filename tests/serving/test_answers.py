@@ -29,6 +29,7 @@ def test_answers_equal_generation_with_a_copy(live, tiny, document, options):
     options = options if "max_loss" in options else {"compression_ratio": 0.3, **options}
     stored = compress(model, torch.tensor([ids]), tokenizer=tokenizer, **options)
     assert (context["bytes"], context["full_bytes"]) == (stored.cache_bytes(), stored.full_cache_bytes())
+    assert context["predicted_loss"] == (stored.predicted_loss and round(stored.predicted_loss, 5))
     for question in QUESTIONS:
         reply = live.chat(question, rankkv={"context": context["id"]})
         whole = render(tokenizer, [{"role": "user", "content": f"{document}\n\n{question}"}])
