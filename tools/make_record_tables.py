@@ -210,7 +210,8 @@ def make_peers(name: str) -> str:
         scores = f"{row['right']:.2f} / {row['loss']:.3f}"
         rows.append((row["method"], row["library"] or "-", scores, time, f"{row['bytes_of_full']:.3f}"))
     head = ("method", "library", "right / loss", "CPU time (over plain)", "bytes over full")
-    return write_table(head, rows)
+    asked = f"{plain['contexts']} contexts of {plain['tokens']} tokens, four questions each.\n\n"
+    return "\n" + asked + write_table(head, rows) + "\n"
 
 
 def make_quality_bound(*folders: str) -> str:

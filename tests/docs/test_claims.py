@@ -20,7 +20,7 @@ PAGES = ["README.md", "README.zh-CN.md", *sorted(f"docs/{p.name}" for p in (ROOT
 PAGES += sorted(f"docs/recipes/{path.name}" for path in (ROOT / "docs" / "recipes").glob("*.md"))
 RECORDS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "results").glob("*.json"))
 #: Records whose program writes command and commit for each part.
-PARTS = ("results/bench.json", "results/serving.json", "results/speed.json")
+PARTS = ("results/bench.json", "results/peers.json", "results/serving.json", "results/speed.json")
 
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 WRITTEN = re.compile(r"<!-- ([\w-]+):begin -->.*?<!-- \1:end -->", re.DOTALL)
