@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,36 +37,48 @@ QUESTIONS = (
 
 
 class Server:
-    """A server on a free port, with a folder of its own that is removed with it."""
+    """A server in a folder of its own, which is removed with it; it can be killed and started again."""
 
     def __init__(self, model: str, *options: str) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        command = [
+        self.port = 0
+        self._command = [
             sys.executable,
             "-m",
             "rankkv",
             "serve",
             model,
-            "--port",
-            "0",
             "--cache-dir",
             self.folder.name,
+            *options,
         ]
-        self.program = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+        self.start()
+
+    def start(self) -> None:
+        """Start the program, the second time on the same port, and wait until it listens."""
+        command = [*self._command, "--port", str(self.port)]
+        self.program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.program.stderr is not None
         for line in self.program.stderr:
             found = re.search(r"at http://127\.0\.0\.1:(\d+)", line)
             if found:
                 self.port = int(found[1])
+                # Its log is read on, or the pipe would fill and hold it up.
+                threading.Thread(target=self.program.stderr.read, daemon=True).start()
                 return
         raise SystemExit(f"the server ended with code {self.program.wait()}")
+
+    def kill(self) -> None:
+        """End the program as a power cut would."""
+        self.program.kill()
+        self.program.wait()
 
     def __enter__(self) -> Server:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.program.terminate()
-        self.program.communicate()
+        self.program.wait(120)
         self.folder.cleanup()
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[http.client.HTTPConnection, Any]:

@@ -51,7 +51,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "kvzip kvcompose": {"selector": "kvzip", "strategy": "kvcompose"},
     "kvzip": {"selector": "kvzip"},
     "kvzip plus": {"selector": "kvzip_plus"},
-    "echo": {"selector": "echo"},
+    "echo": {"selector": "echo", "profile": None},
+    # With the score weights of the model's profile, where it has them.
+    "echo weighed": {"selector": "echo"},
     "echo default": {"selector": "echo", **NAMED_STRATEGIES["default"]},
     "echo profile": {"selector": "echo", **NAMED_STRATEGIES["auto"], "head_budgets": "profile"},
     "echo uniform": {"selector": "echo", "strategy": "uniform", **_EQUAL},
@@ -180,7 +182,7 @@ def summarize(rows: Sequence[dict[str, Any]], seed: int) -> str:
 
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        table: dict[tuple[str, float], dict[str, list[tuple[float, float]]]] = {}
+        table: Table = {}
         for row in rows:
             if row["task"] == task:
                 by_text = table.setdefault((row["method"], row["ratio"]), {})
@@ -191,9 +193,7 @@ def summarize(rows: Sequence[dict[str, Any]], seed: int) -> str:
         def tell(
             name: str, ratio: float, task: str = task, texts: Sequence[str] = texts, table: Any = table
         ) -> str:
-            by_text = table[name, ratio]
-            losses = [sum(loss for loss, _ in by_text[text]) / len(by_text[text]) for text in texts]
-            rights = [sum(right for _, right in by_text[text]) / len(by_text[text]) for text in texts]
+            losses, rights = (average(name, ratio, part, table, texts) for part in (0, 1))
             loss, right = compute_mean(losses, seed=seed), compute_mean(rights, seed=seed)
             interval = f"{loss.mean:.3f} [{loss.low:.3f}, {loss.high:.3f}]"
             return interval if task == "continuation" else f"{right.mean:.2f} / {interval}"
@@ -208,8 +208,47 @@ def summarize(rows: Sequence[dict[str, Any]], seed: int) -> str:
         lines += ["|---|" + "---|" * len(ratios)]
         for name in dict.fromkeys(name for name, _ in table if name != "full"):
             lines.append(f"| {name} | " + " | ".join(tell(name, ratio) for ratio in ratios) + " |")
-        lines.append("")
+        lines += ["", *compare(table, task, texts, ratios, seed)]
     return "\n".join(lines)
+
+
+#: The method that others are compared with, context by context.
+REFERENCE = "kvzip"
+#: Scores of each context, `(loss, right)` of every question, by method and share kept.
+Table = dict[tuple[str, float], dict[str, list[tuple[float, float]]]]
+
+
+def average(name: str, ratio: float, part: int, table: Table, texts: Sequence[str]) -> list[float]:
+    """Return each context's mean over its questions: of the losses (part 0) or of the right answers (part 1)."""
+    scores = table[name, ratio]
+    return [sum(score[part] for score in scores[text]) / len(scores[text]) for text in texts]
+
+
+def compare(
+    table: Table, task: str, texts: Sequence[str], ratios: Sequence[float], seed: int
+) -> Iterator[str]:
+    """Yield the lines of a table of paired differences to the reference, if that was run at all."""
+    from rankkv.evaluation.statistics import compute_mean
+
+    names = [name for name in dict.fromkeys(name for name, _ in table) if name not in ("full", REFERENCE)]
+    if (REFERENCE, ratios[0]) not in table or not names:
+        return
+    yield f"Difference to {REFERENCE}, paired by context:"
+    yield ""
+    yield "| method | " + " | ".join(f"{100 * ratio:g} % kept" for ratio in ratios) + " |"
+    yield "|---|" + "---|" * len(ratios)
+    for name in names:
+        cells = []
+        for ratio in ratios:
+            parts = []
+            for part, digits in ((1, 2), (0, 3)):
+                pairs = zip(
+                    *(average(who, ratio, part, table, texts) for who in (name, REFERENCE)), strict=True
+                )
+                parts.append(compute_mean([own - other for own, other in pairs], seed=seed).show(digits, "+"))
+            cells.append(parts[1] if task == "continuation" else " / ".join(parts))
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    yield ""
 
 
 def run(arguments: argparse.Namespace) -> str:

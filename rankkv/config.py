@@ -21,6 +21,8 @@ PREFILL_MODES = ("single", "chunked", "streaming")
 HEAD_BUDGETS = ("auto", "adaptive", "distortion", "profile")
 #: Strategies that use a profile.
 PROFILE_USERS = ("profile", "blend")
+#: Strategies that use the score weights of a profile where it has them.
+SCORE_WEIGHT_USERS = ("global",)
 
 #: Meaning of `strategy=None` without calibration: the best of all strategies, measured on several kinds of text.
 DEFAULT_STRATEGY = "distortion"
@@ -32,6 +34,22 @@ AUTO_SELECTOR = "auto"
 
 #: Message if an option would be ignored.
 BOTH_GIVEN = "give either config=RankKVConfig(...) or single options, not both: one would be ignored."
+
+
+class DefaultRatio(float):
+    """Ratio that no one gave: with ``max_loss`` or strategy ``"threshold"`` it sets no upper bound."""
+
+
+#: Strategies that set the size of the cache themselves.
+SIZING_STRATEGIES = ("threshold",)
+#: Default of ``compression_ratio``.
+DEFAULT_RATIO = DefaultRatio(0.3)
+#: Largest value of ``max_loss``, in nats per token.
+MOST_LOSS = 10.0
+#: Selectors whose loss was measured, so that it can be predicted.
+PREDICTED_SELECTORS = ("snapkv", "echo")
+#: What a doubtful prediction leads to: only a line in the summary, or a larger cache.
+DOUBT_MODES = ("say", "keep")
 
 #: Fewest tokens per layer unless `min_budget` is given.
 FLOOR_TOKENS = 16
@@ -47,7 +65,7 @@ class RankKVConfig:
 
     This is the one place that documents the options, in five groups:
 
-    - size: ``compression_ratio``, ``budget``, ``min_budget``
+    - size: ``compression_ratio``, ``budget``, ``min_budget``, ``max_loss``, ``on_doubt``
     - tokens: ``selector``, ``window_size``, ``sink_size``, ``protect``
     - layers: ``strategy``, ``strategy_options``, ``scope``, ``aggregation``, ``profile``
     - heads: ``head_budgets``, ``head_floor``
@@ -56,11 +74,20 @@ class RankKVConfig:
     Parameters
     ----------
     compression_ratio : float, default 0.3
-        Fraction of the KV cache kept, in (0, 1].  kvpress gives this name to the fraction *removed*.
+        Fraction of the KV cache kept, in (0, 1].  kvpress gives this name to the fraction *removed*.  With ``max_loss``
+        or strategy ``"threshold"`` it is an upper bound, and 1 if it is not given.
     budget : int, optional
         Average number of tokens per layer; overrides ``compression_ratio``.
     min_budget : int, optional
         Fewest tokens per layer; None means ``max(16, average budget // 2)``.
+    max_loss : float, optional
+        Loss to stay below, in nats per token, in (0, 10]: the mean KL divergence of the next-token distribution from
+        the full cache's, over the 128 tokens that follow.  The smallest cache is kept whose loss is predicted to stay
+        below it for nine of ten prompts.  ``compression_ratio`` and ``budget`` beside it, only if given, are upper
+        bounds of the cache.  All layers stay at that bound until the last one has prefilled.
+    on_doubt : {"say", "keep"}, default "say"
+        What a doubtful prediction leads to, such as that of a short prompt.  ``"say"``: a line in ``summary()``.
+        ``"keep"``, with ``max_loss``: half of ``max_loss`` is aimed at.
     selector : str or Selector, default "auto"
         Token selection method: a key of :data:`rankkv.selection.SELECTORS`, or a selector with options.  ``"auto"`` is
         ``"snapkv"``, which keeps what the end of the prompt asks for.  In :func:`rankkv.compress` and the pipeline,
@@ -140,7 +167,7 @@ class RankKVConfig:
     32
     """
 
-    compression_ratio: float = 0.3
+    compression_ratio: float = DEFAULT_RATIO
     budget: int | None = None
     selector: Any = AUTO_SELECTOR
     strategy: str | None = None
@@ -160,9 +187,14 @@ class RankKVConfig:
     head_budgets: str | None = "auto"
     head_floor: float = 0.2
     protect: Any = None
+    max_loss: float | None = None
+    on_doubt: str = "say"
 
     def __post_init__(self) -> None:
         # The dataclass is frozen for its users; checked values are stored through `object`.
+        is_open = self.max_loss is not None or self.strategy in SIZING_STRATEGIES
+        if is_open and isinstance(self.compression_ratio, DefaultRatio):
+            object.__setattr__(self, "compression_ratio", 1.0)
         object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
         if self.budget is not None:
             _check_int("budget", self.budget, 1, "it is the average number of tokens per layer")
@@ -185,6 +217,7 @@ class RankKVConfig:
         if not isinstance(self.recompress_turns, bool):
             raise ConfigError(f"recompress_turns={self.recompress_turns!r} must be True or False.")
         object.__setattr__(self, "protect", check_spans(self.protect))
+        self._check_loss()
         self._check_profile()
         if self.prefill == "chunked" and self.scope == "full":
             raise ConfigError(
@@ -193,6 +226,27 @@ class RankKVConfig:
             )
         if self.strategy_options is not None:
             object.__setattr__(self, "strategy_options", FrozenOptions(self.strategy_options))
+
+    def _check_loss(self) -> None:
+        _check_choice("on_doubt", self.on_doubt, DOUBT_MODES)
+        if self.max_loss is None:
+            if self.on_doubt == "keep":
+                raise ConfigError(
+                    "on_doubt='keep' keeps more than max_loss asks for, and none is given: give max_loss."
+                )
+            return
+        object.__setattr__(self, "max_loss", check_max_loss(self.max_loss))
+        if self.strategy in SIZING_STRATEGIES:
+            raise ConfigError(
+                f"strategy={self.strategy!r} and max_loss={self.max_loss:g} both set the size of the cache: leave "
+                "one of them out."
+            )
+        if self.prefill == "streaming" or self.recompress_turns:
+            given = "prefill='streaming'" if self.prefill == "streaming" else "recompress_turns=True"
+            raise ConfigError(
+                f"max_loss={self.max_loss:g} is settled once, at the end of a prompt, and {given} evicts in between: "
+                "use prefill='single' or 'chunked' and recompress_turns=False, or give compression_ratio instead."
+            )
 
     def _check_profile(self) -> None:
         object.__setattr__(self, "profile", check_profile(self.profile))
@@ -203,7 +257,12 @@ class RankKVConfig:
                 "head_budgets='distortion' measures the prompt and uses no profile, but one is given: leave one of "
                 "them out, or use head_budgets='profile'."
             )
-        if given and self.strategy is not None and not uses_profile:
+        if (
+            given
+            and self.strategy is not None
+            and not uses_profile
+            and self.strategy not in SCORE_WEIGHT_USERS
+        ):
             raise ConfigError(
                 f"strategy={self.strategy!r} uses no profile, but one is given: leave one of them out, or use strategy "
                 f"{' or '.join(map(repr, PROFILE_USERS))}, or head_budgets='profile'."
@@ -215,6 +274,12 @@ class RankKVConfig:
             raise ConfigError(
                 f"{user} needs a profile, but profile=None forbids one: use profile='auto' or give a RankProfile."
             )
+
+    @property
+    def keeps_all(self) -> bool:
+        """True if nothing can be evicted: the ratio is 1 and nothing else sets the size."""
+        sized = self.max_loss is not None or self.strategy in SIZING_STRATEGIES
+        return self.compression_ratio == 1.0 and self.budget is None and not sized
 
     def resolve_strategy(self) -> tuple[str, dict[str, Any]]:
         """Return the name and options of the strategy, with the defaults filled in."""
@@ -260,16 +325,22 @@ def join_options(options: Mapping[str, Any]) -> RankKVConfig:
 def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return new options, plus resets for the old options they would conflict with.
 
-    A new ratio resets ``budget``, which would override it.  A new strategy resets the old strategy's options.
+    A new ratio resets ``budget``, which would override it, and ``max_loss``.  A new ``max_loss`` resets the ratio and
+    the budget.  A new strategy resets the old strategy's options.
 
     Examples
     --------
-    >>> complete_options({"compression_ratio": 0.5, "selector": "h2o"})
-    {'budget': None, 'compression_ratio': 0.5, 'selector': 'h2o'}
+    >>> complete_options({"budget": 64, "strategy": "uniform"})
+    {'strategy_options': None, 'budget': 64, 'strategy': 'uniform'}
+    >>> RankKVConfig(0.5, **complete_options({"budget": 64})).compression_ratio
+    0.5
     """
     unset: dict[str, Any] = {}
     if "compression_ratio" in given:
         unset["budget"] = None
+        unset["max_loss"], unset["on_doubt"] = None, "say"
+    if "max_loss" in given:
+        unset["compression_ratio"], unset["budget"] = DEFAULT_RATIO, None
     if "strategy" in given:
         unset["strategy_options"] = None
     return {**unset, **given}
@@ -300,6 +371,48 @@ def check_compression_ratio(compression_ratio: float) -> float:
             "kept (0.3 keeps 30%; kvpress means the fraction removed)."
         )
     return float(compression_ratio)
+
+
+def check_max_loss(max_loss: object) -> float:
+    """Return ``max_loss`` as a float if it lies in (0, 10].
+
+    Raises
+    ------
+    ConfigError
+        If the value is not a number in (0, 10].
+
+    Examples
+    --------
+    >>> check_max_loss(0.05)
+    0.05
+    """
+    is_number = isinstance(max_loss, int | float) and not isinstance(max_loss, bool)
+    if not is_number or not 0.0 < max_loss <= MOST_LOSS:  # type: ignore[operator]
+        raise ConfigError(
+            f"max_loss={max_loss!r} is outside (0, {MOST_LOSS:g}]: give the loss to stay below in nats per token, such "
+            "as 0.05."
+        )
+    return float(max_loss)  # type: ignore[arg-type]
+
+
+def check_predicted(max_loss: float | None, selector: str) -> None:
+    """Check that the loss of a selector can be predicted, if ``max_loss`` is given.
+
+    Raises
+    ------
+    ConfigError
+        If it was not measured.
+
+    Examples
+    --------
+    >>> check_predicted(0.05, "echo")
+    """
+    if max_loss is None or selector in (*PREDICTED_SELECTORS, AUTO_SELECTOR):
+        return
+    raise ConfigError(
+        f"max_loss={max_loss:g} needs the measured loss of a selector, and that of {selector!r} was not measured: use "
+        f"selector {' or '.join(map(repr, PREDICTED_SELECTORS))}, or compression_ratio instead."
+    )
 
 
 def check_spans(protect: Any) -> tuple[tuple[int, int], ...]:

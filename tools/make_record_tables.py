@@ -170,14 +170,16 @@ def make_storages() -> str:
 EARLIER_ECHO = "echo:chunk_size=256,far_keys=0"
 
 
-def make_asked_later(folder: str, today: str | None = None) -> str:
+def make_asked_later(folder: str, today: str | None = None, renames_echo: bool = True) -> str:
     """Return the tables of questions that come after the compression, as the records' summaries have them.
 
     ``today`` is a folder with the same contexts and the `echo` of today, whose row is added to each table.
+    ``renames_echo`` is False for a record that was made with today's.
     """
     summary = (RESULTS / folder / "summary.md").read_text(encoding="utf-8")
-    summary = summary.replace("| echo:expected=0 |", f"| {EARLIER_ECHO},expected=0 |")
-    summary = summary.replace("| echo |", f"| {EARLIER_ECHO} |")
+    if renames_echo:
+        summary = summary.replace("| echo:expected=0 |", f"| {EARLIER_ECHO},expected=0 |")
+        summary = summary.replace("| echo |", f"| {EARLIER_ECHO} |")
     if today is not None:
         for heading in re.findall(r"^### (\w+):", summary, re.MULTILINE):
             row = read_summary(today, f"{heading}:").splitlines()[-1]
@@ -210,6 +212,20 @@ def make_peers(name: str) -> str:
     head = ("method", "library", "right / loss", "CPU time (over plain)", "bytes over full")
     asked = f"{plain['contexts']} contexts of {plain['tokens']} tokens, four questions each.\n\n"
     return "\n" + asked + write_table(head, rows) + "\n"
+
+
+def make_quality_bound(*folders: str) -> str:
+    """Make the tables of what each `max_loss` kept and lost, one for each model and selector."""
+    lines: list[str] = []
+    for folder in folders:
+        model = str(read_record(f"{folder}/manifest.json")["config"]["model"])
+        name = "SmolLM2-135M-Instruct" if model == "embedded" else model
+        for line in (RESULTS / folder / "summary.md").read_text(encoding="utf-8").splitlines():
+            if line.startswith("### "):
+                lines.append(f"**{name}, {line.removeprefix('### ')}**")
+            elif " kept | " not in line or line.startswith("| asked"):
+                lines.append(line)
+    return "\n".join(lines).strip()
 
 
 def make_demo() -> str:
@@ -362,6 +378,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "demo": make_demo,
         "asked-later": lambda: make_asked_later("asked_later", "asked_later_echo"),
         "asked-later-qwen": lambda: make_asked_later("asked_later_qwen", "asked_later_echo_qwen"),
+        "asked-later-weighed": lambda: make_asked_later("asked_later_weighed", renames_echo=False),
         "asked-later-peers": lambda: make_asked_later("asked_later_peers"),
         "drift": lambda: make_drift("decode_drift"),
         "peers": lambda: make_peers("embedded"),
@@ -376,6 +393,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/evaluation.md": {"sweep": make_sweep},
     "docs/kvpress.md": {"parity": make_parity},
+    "docs/choosing.md": {"quality-bound": lambda: make_quality_bound("quality_bound")},
     "docs/command-line.md": {"commands": make_commands},
 }  # fmt: skip
 

@@ -35,6 +35,9 @@ from .heads import (
 from .scores import HeadScores, ScorePool
 from .strategies import check_options, compute_weights, get_strategy
 
+# A ratio whose total is raised to the smallest floors.
+_SMALLEST_RATIO = 1e-9
+
 
 class BudgetPlan:
     """Budgets of the compressible layers for one prompt of ``length`` tokens.
@@ -92,11 +95,17 @@ class BudgetPlan:
         self.head_curves: list[HeadCurves] = []
         #: True if the strategy reads the scores of all heads.
         self.reads_scores = self._strategy.by_scores
+        # Smallest score that stays, if the strategy has one.
+        self._threshold: float | None = None
+        if self._strategy.by_threshold:
+            self._threshold = check_options(self.strategy, self.strategy_options)["threshold"]
         self._splits_by_scores = self.reads_scores and config.head_budgets == "adaptive"
         self._joins_heads = self.reads_scores and config.head_budgets is None
         #: Scores of the heads of each layer, if they split its budget.
         self.head_scores: list[HeadScores] = []
         self._pool = ScorePool()
+        #: Factors of the heads' scores from the profile, ``[layer][kv_head]``; None without.
+        self.score_weights = find_score_weights(config) if self.reads_scores else None
         # Allocations by distortion curves, by the number of layers they include.
         self._allocated: dict[int, np.ndarray] = {}
         #: Name of the strategy's measure; None if it measures nothing.
@@ -107,6 +116,11 @@ class BudgetPlan:
         #: Effective ranks of the layers, if the strategy reads them beside another measure.
         self.ranks: list[float] = []
         self.budgets: list[int] = []
+        #: Share of the attention of the prompt's last queries that goes to evicted tokens; None if not measured.
+        self.lost_attention: float | None = None
+        self._config = config
+        # What was added, for plans of other totals; empty unless the total is still open.
+        self._added_measures: list[tuple[Any, ...]] = []
         bounded = config.decode == "bounded"
         if total_budget is not None:
             given, total = f"total_budget={total_budget}", total_budget
@@ -121,7 +135,9 @@ class BudgetPlan:
         elif self.reads_scores:
             # One top-k decides, so a layer's floor is that of its heads: sinks, newest tokens, a share of the average.
             protected = GLOBAL_RECENT_TOKENS + config.sink_size
-            minimum = max(GLOBAL_FLOOR_TOKENS, protected, int(config.head_floor * total / count))
+            minimum = max(GLOBAL_FLOOR_TOKENS, protected)
+            if self._threshold is None:
+                minimum = max(minimum, int(config.head_floor * total / count))
         else:
             minimum = max(FLOOR_TOKENS, total // count // 2)
         #: Tokens in spans that the options protect.
@@ -145,7 +161,10 @@ class BudgetPlan:
         self.limits = Limits(total, length, config.window_size, self.floor)
         # Every head keeps at least the fixed floor, so that its sinks and newest tokens stay.
         fixed = self.floor if self.reads_scores else FLOOR_TOKENS
-        head_floor = max(min(fixed, self.floor), int(config.head_floor * total / count))
+        head_floor = min(fixed, self.floor)
+        if self._threshold is None:
+            # A total that only bounds what the threshold keeps sets no floor.
+            head_floor = max(head_floor, int(config.head_floor * total / count))
         #: Limits of single heads; their floor may be lower than that of their layer.
         self.head_limits = replace(self.limits, floor=head_floor)
         self._bounded = bounded
@@ -155,6 +174,10 @@ class BudgetPlan:
         self._upper = np.full(count, total if bounded else length, dtype=np.int64)
         self._all_there = True
         self._added = 0
+        #: Plan whose floors the measures are made for: the smallest one while the total is open, else this one.
+        self.measuring: BudgetPlan = self
+        if config.max_loss is not None and total_budget is None:
+            self.measuring = BudgetPlan(_set_ratio(config, _SMALLEST_RATIO), length, layer_indices)
 
     @staticmethod
     def check(config: RankKVConfig) -> None:
@@ -218,6 +241,13 @@ class BudgetPlan:
         head_scores : array, optional
             ``[kv_head, token]`` descending scores of the tokens beyond each head's floor, if the strategy reads them.
         """
+        if self.measuring is not self:
+            self._added_measures.append((measured, available, rank, head_errors, head_scores))
+        self._add(measured, available, rank, head_errors, head_scores)
+
+    def _add(
+        self, measured: Any, available: int | None, rank: Any, head_errors: Any, head_scores: Any
+    ) -> None:
         if available is not None and available < self.length and not self._bounded:
             self._upper[self._added] = available
             self._lower[self._added] = min(self._least, available)
@@ -259,13 +289,21 @@ class BudgetPlan:
         if (table == np.finfo(np.float32).min).any():
             # The selection ranks NaN as the lowest finite number.
             self._fix_share("order of scores")
-        scores = HeadScores(table, self.head_floor)
+        if self.score_weights is not None:
+            table = table * np.asarray(self.score_weights[self._added])[:, None]
+        # Scores are sorted beyond the smallest floor.
+        scores = HeadScores(table[:, self.head_floor - self.measuring.head_floor :], self.head_floor)
         if self._splits_by_scores:
-            self.head_scores.append(scores)
-        if self._joins_heads:
-            scores = scores.average()
+            self.head_scores.append(self._cut(scores))
+        scores = self._cut(scores.average() if self._joins_heads else scores)
         lower, upper = int(self._lower[self._added]), int(self._upper[self._added])
         self._pool.add(self._added, scores, lower, upper)
+
+    def _cut(self, scores: HeadScores) -> HeadScores:
+        """Return the scores that reach the threshold, all without one."""
+        if self._threshold is None:
+            return scores
+        return HeadScores(np.where(scores.table >= self._threshold, scores.table, -np.inf), scores.floor)
 
     def compute_ceilings(self) -> list[int]:
         """Compute upper bounds of the budgets of the layers so far; the final budgets never exceed them."""
@@ -285,6 +323,8 @@ class BudgetPlan:
         count = len(self._lower)
         self.total_budget = min(self.total_budget, int(self._upper.sum()))
         shares = self._compute_shares(count)
+        if self._threshold is not None:
+            shares = self._round_up(shares)
         weights = shares if self._by_heads or self.reads_scores else self._compute_weights(count)
         budgets = allocate_integers(shares, self.total_budget, self._lower, self._upper, weights)
         self.budgets = budgets.tolist()
@@ -292,9 +332,41 @@ class BudgetPlan:
             self.layer_measures = weights.tolist()
         return list(self.budgets)
 
+    def _round_up(self, shares: np.ndarray) -> np.ndarray:
+        """Return whole shares that hold every score above the threshold, unless the total forbids it."""
+        whole = np.minimum(np.ceil(shares - 1e-9), self._upper)
+        if whole.sum() > self.total_budget:
+            left = float(self.total_budget - shares.sum())
+            return spread_shares(shares, left, self._upper.astype(np.float64))
+        self.total_budget = int(whole.sum())
+        return whole
+
+    @property
+    def least_total(self) -> int:
+        """Smallest total that the layers can keep."""
+        return self.measuring.total_budget
+
+    def repeat(self, total: int) -> BudgetPlan:
+        """Return the finished plan of another total, from the measures that were added to this one.
+
+        Parameters
+        ----------
+        total : int
+            Tokens over all layers, raised to the smallest floors.
+        """
+        layers = len(self._lower)
+        share = min(1.0, max(total, 1) / max(1, self.length * layers))
+        plan = BudgetPlan(_set_ratio(self._config, share), self.length, self.layer_indices)
+        plan.measuring = self.measuring
+        for added in self._added_measures:
+            plan._add(*added)
+        plan.finish()
+        return plan
+
     def settle(self) -> None:
         """Forget the scores of all tokens, and remember the number of tokens that each head got."""
         self._pool = ScorePool()
+        self._added_measures, self.measuring = [], self
         if self.head_scores:
             self.head_curves = [
                 scores.settle(max(0, budget - self.spanned))
@@ -354,6 +426,8 @@ class BudgetPlan:
         left = max(0.0, float(self.total_budget - reserved.sum()))
         self._pool.share(left)
         result = low + self._pool.count(count)
+        if self._threshold is not None:
+            return result
         # Beyond all scores, the rest is spread evenly.
         return spread_shares(result, left - float((result - low).sum()), high)
 
@@ -369,6 +443,11 @@ class BudgetPlan:
             ).astype(np.float64)
             self._allocated[count] = known
         return known
+
+
+def _set_ratio(config: RankKVConfig, ratio: float) -> RankKVConfig:
+    """Return the options with a ratio as the only thing that sets the size."""
+    return replace(config, compression_ratio=ratio, budget=None, max_loss=None, on_doubt="say")
 
 
 def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[int]) -> RankProfile | None:
@@ -393,6 +472,12 @@ def find_used_profile(config: RankKVConfig, strategy: str, layer_indices: list[i
             "belongs to another model, so calibrate this one."
         )
     return profile
+
+
+def find_score_weights(config: RankKVConfig) -> Sequence[Sequence[float]] | None:
+    """Return the profile's factor of each head's scores, ``[layer][kv_head]``; None if it has none of this selector."""
+    found = config.profile.score_weights if isinstance(config.profile, RankProfile) else {}
+    return found["weights"] if found.get("selector") == str(config.selector) else None
 
 
 def weigh_heads(config: RankKVConfig, profile: RankProfile | None) -> Sequence[HeadSplit]:

@@ -60,6 +60,8 @@ class Strategy:
         True if the selector's scores of all heads and layers compete for the total; ``function`` is not called then.
     equal_heads : bool
         True if all heads of a layer keep the same number of tokens, whatever their scores.
+    by_threshold : bool
+        True if the option ``threshold`` decides which scores stay, and the total follows from the prompt.
     """
 
     function: Callable[..., FloatArray]
@@ -74,6 +76,7 @@ class Strategy:
     ranked: bool = False
     by_scores: bool = False
     equal_heads: bool = False
+    by_threshold: bool = False
 
     @property
     def uses_ranks(self) -> bool:
@@ -210,6 +213,17 @@ STRATEGIES: dict[str, Strategy] = {
         "O(keys log keys)",
         by_scores=True,
         equal_heads=True,
+    ),
+    "threshold": Strategy(
+        weights.weigh_threshold,
+        True,
+        "every token whose score reaches `threshold`; the size follows from the prompt",
+        "S. Jegou, M. Jeblick, KVzap, arXiv:2601.07891; A. Lancucki et al., DMS, arXiv:2506.05345",
+        None,
+        "scores",
+        "O(keys log keys)",
+        by_scores=True,
+        by_threshold=True,
     ),
 }
 

@@ -124,6 +124,26 @@ def weigh_uniform(ranks: FloatArray) -> FloatArray:
     return np.ones_like(ranks)
 
 
+def weigh_threshold(ranks: FloatArray, threshold: float = 0.01) -> FloatArray:
+    """Weigh every layer the same: the scores that reach the threshold decide.
+
+    Parameters
+    ----------
+    ranks : ndarray
+        ``[layer]``; only their number counts.
+    threshold : float, default 0.01
+        Smallest score that stays, in the units of the selector's scores, from 0 on.  For ``"kvzip"`` it is a share of a
+        query's attention.
+
+    Raises
+    ------
+    ConfigError
+        If ``threshold`` is outside [0, 1e6].
+    """
+    check_number("threshold", threshold, 0.0, 1e6)
+    return np.ones_like(ranks)
+
+
 def weigh_pyramid(
     ranks: FloatArray, steepness: float = 0.8, beta: float | None = None, limits: Limits | None = None
 ) -> FloatArray:

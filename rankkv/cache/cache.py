@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..budget.plan import BudgetPlan
-from ..config import AUTO_SELECTOR, BOTH_GIVEN, RankKVConfig
+from ..config import AUTO_SELECTOR, BOTH_GIVEN, DEFAULT_RATIO, RankKVConfig, check_predicted
 from ..errors import CacheStateError, ConfigError, InputError, RankKVError, UnsupportedModelError
 from ..models.compat import announces_linear_states, check_transformers, drop_linear_states, warn_if_dropped
 from ..models.placement import find_layer_devices
@@ -25,6 +25,7 @@ from ..observe.call import AttentionCall
 from ..observe.hook import AttentionObserver
 from ..observe.observation import Observation
 from ..observe.rotary import LayerRotation, build_packers, find_rotations
+from ..profile.loss_curve import LossCurve
 from ..selection import Selector, get_selector
 from . import saving
 from .head_budget_layer import HeadBudgetLayer
@@ -32,6 +33,13 @@ from .layer import RankKVLayer, SlotMap, StoredLayer, release_hidden
 from .masks import PaddingCheck, StepMask, project_mask
 from .owner import Owner
 from .progress import Progress
+from .quality import (
+    LONGEST_GAP,
+    find_curve,
+    find_longest_gap,
+    list_doubts,
+    settle_strategy,
+)
 from .replay import Replay, ReplayPlan, check_replay
 from .report import (
     compute_cache_bytes,
@@ -93,7 +101,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
     def __init__(
         self,
         model: Any,
-        compression_ratio: float = 0.3,
+        compression_ratio: float = DEFAULT_RATIO,
         *,
         budget: int | None = None,
         selector: Any = "snapkv",
@@ -114,6 +122,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         head_budgets: str | None = "auto",
         head_floor: float = 0.2,
         protect: Any = None,
+        max_loss: float | None = None,
+        on_doubt: str = "say",
         config: RankKVConfig | None = None,
     ) -> None:
         # The first statement: the arguments are the only local variables yet.
@@ -138,6 +148,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         if not self.layer_indices:
             _report_nothing_to_compress(model, self.layers)
         shards = find_head_shards(model)
+        check_predicted(config.max_loss, self.selector.name)
+        config = settle_strategy(config)
         config = resolve_options(config, model, self.layer_indices, shards, self.selector)
         for index in self.layer_indices:
             self.layers[index] = _build_layer(config)
@@ -148,6 +160,10 @@ class RankKVCache(AttentionObserver, DynamicCache):
         self._packers = build_packers(rotations) if config.positions == "packed" else {}
         self._owner = Owner(model)
         self._schedule = CompressionSchedule(config, self.selector, self.layer_indices, rotations, shards)
+        # The loss curve and whether it is the model's own, once they are needed.
+        self._known_curve: tuple[LossCurve | None, bool] | None = None
+        if config.max_loss is not None:
+            self._schedule.compressor.curve = self.find_loss_curve()[0]
         # The keys that each layer's attention last used: some models share them with layers that have none.
         self._attended: dict[int, tuple[weakref.ref[Tensor], SlotMap | None]] = {}
         #: The layer that was updated and whose attention was not observed yet.
@@ -279,6 +295,67 @@ class RankKVCache(AttentionObserver, DynamicCache):
         return self._schedule.compressor.plans
 
     @property
+    def predicted_loss(self) -> float | None:
+        """Loss to expect of row 0, nats per token; see :attr:`predicted_losses`."""
+        return self.predicted_losses[0] if self.plans else None
+
+    @property
+    def predicted_losses(self) -> list[float | None]:
+        """Loss to expect of each row, nats per token; empty before the prefill.
+
+        It is the mean KL divergence of the next-token distribution from the full cache's, over the 128 tokens that
+        follow, which half of the prompts stay below.  It is predicted from :attr:`lost_attention`.  None with a
+        selector whose loss was not measured, with ``prefill="streaming"`` or ``recompress_turns=True``, and on a GPU
+        without ``max_loss`` or :meth:`measure_lost_attention`.
+        """
+        return [None if loss is None else loss[0] for loss in self._predict()]
+
+    @property
+    def loss_bounds(self) -> list[float | None]:
+        """Loss that nine of ten prompts stay below, one entry per row; what ``max_loss`` bounds."""
+        return [None if loss is None else loss[1] for loss in self._predict()]
+
+    @property
+    def lost_attention(self) -> list[float | None]:
+        """Share of the attention of the prompt's last queries that goes to evicted tokens, one entry per row.
+
+        The mean over all heads of all compressible layers.
+        """
+        return [plan.lost_attention for plan in self.plans]
+
+    @property
+    def doubts(self) -> list[str]:
+        """Reasons for which the predicted loss of row 0 is weak, as phrases."""
+        plan = next(iter(self.plans), None)
+        if plan is None or plan.lost_attention is None:
+            return []
+        doubts = list_doubts(plan, self.find_loss_curve()[0])
+        layers = [self.layers[index] for index in self.layer_indices]
+        first, stop = find_longest_gap(layers, self.row_start[0], plan.length)
+        if stop - first >= LONGEST_GAP:
+            doubts.append(f"the tokens {first} to {stop - 1} are kept by no head of any layer")
+        return doubts
+
+    def measure_lost_attention(self) -> RankKVCache:
+        """Measure what eviction loses on a GPU too, as with ``max_loss``; return the cache.
+
+        On a CPU it is always measured.
+        """
+        self._schedule.compressor.measures_lost = True
+        return self
+
+    def find_loss_curve(self) -> tuple[LossCurve | None, bool]:
+        """Return the curve that predicts losses, None if there is none, and if it was measured on this model."""
+        if self._known_curve is None:
+            self._known_curve = find_curve(self.config, self._owner.get(), self.layer_indices, self.selector)
+        return self._known_curve
+
+    def _predict(self) -> list[tuple[float, float] | None]:
+        lost = self.lost_attention
+        curve = self.find_loss_curve()[0] if any(share is not None for share in lost) else None
+        return [None if curve is None or share is None else curve.predict(share) for share in lost]
+
+    @property
     def row_start(self) -> list[int]:
         """Number of padding tokens before the first real token of each row; empty before the prefill."""
         return list(self._schedule.row_start or [])
@@ -365,6 +442,9 @@ class RankKVCache(AttentionObserver, DynamicCache):
         config = change_before_compression(self.config, self.selector, options)
         copied = self.copy()
         copied._schedule.compressor.config = config
+        if config.max_loss is not None:
+            copied._schedule.compressor.measures_lost = True
+            copied._schedule.compressor.curve = copied.find_loss_curve()[0]
         return copied
 
     def take_prefill(

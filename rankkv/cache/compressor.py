@@ -10,14 +10,16 @@ from torch import Tensor
 
 from ..budget.plan import BudgetPlan
 from ..budget.strategies import get_strategy
-from ..config import RankKVConfig
+from ..config import PREDICTED_SELECTORS, RankKVConfig
 from ..errors import UnsupportedModelError
 from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments
+from ..profile.loss_curve import LossCurve
 from ..rank.measures import compute_measures
 from ..selection import GLOBAL_PROTECTION, Selector, raise_protected
 from ..selection.scoring import has_output_projection
 from .layer import RankKVLayer
+from .quality import LayerAttention, finish_plans, measure_attention
 
 # Slots held above the budget during a prefill, as a fraction of (total budget + one layer).
 # Without this slack every new layer would copy all earlier layers once more.
@@ -49,12 +51,26 @@ class Compressor:
         self.plans: list[BudgetPlan] = []
         # One plan per row, of the round under way.
         self._open: list[BudgetPlan] = []
+        # Attention to the tokens of each layer of the round under way, if the loss of the selector can be predicted.
+        self._attention: list[LayerAttention] = []
+        #: Newest queries that test what is lost.
+        self.test_queries = config.window_size
+        #: True to measure the attention lost on every device; on a GPU its launches are not free.
+        self.measures_lost = config.max_loss is not None
+        #: Curve from the attention lost to the loss, if ``max_loss`` is given.
+        self.curve: LossCurve | None = None
 
     @property
-    def _protector(self) -> Selector:
+    def protector(self) -> Selector:
         """Selector that counts the protected tokens of a budget."""
         by_scores = get_strategy(self.config.resolve_strategy()[0]).by_scores
         return GLOBAL_PROTECTION if by_scores else self.selector
+
+    @property
+    def predicts(self) -> bool:
+        """True if the loss can be predicted from the attention that eviction loses."""
+        in_parts = self.config.prefill == "streaming" or self.config.recompress_turns
+        return self.selector.name in PREDICTED_SELECTORS and not in_parts
 
     @property
     def carries_scores(self) -> bool:
@@ -77,6 +93,7 @@ class Compressor:
         layer = layers[layer_idx]
         if layer_idx == self.layer_indices[0] or not self._open:
             self._open = [BudgetPlan(config, length, self.layer_indices) for length in observation.lengths]
+            self._attention = []
         # Lasting scores may be continued by later queries; the refined ones only select now.
         self._check_order(layer_idx)
         lasting = self._compute_lasting_scores(layer, observation)
@@ -160,13 +177,17 @@ class Compressor:
             self._open, rows, observation.available, ranks, heads, tables, strict=True
         ):
             plan.add_layer(measured, available, rank, errors, table)
+        if self.predicts and (self.measures_lost or observation.keys.device.type == "cpu"):
+            found = measure_attention(observation, scores, self.protector, self.test_queries)
+            self._attention.append(found)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):
             ceilings = [plan.compute_ceilings() for plan in self._open]
             self._shrink(layers, done, ceilings, len(done) - 1)
             self._release_excess(layers, done, ceilings)
             return False
-        budgets = [plan.finish() for plan in self._open]
+        self._open = finish_plans(self._open, self._attention, config, self.protector, self.curve, self.plans)
+        budgets, self._attention = [plan.budgets for plan in self._open], []
         for place, index in enumerate(done):
             self._shrink(layers, done, budgets, place, final=True)
             layers[index].end_compression(keep_scores=self.carries_scores)
@@ -214,7 +235,7 @@ class Compressor:
             # The number of protected tokens grows with the budget: if the smallest budget and this one protect
             # equally many, so does every budget between them.
             least, most = (
-                self._protector.count_protected(max(0, count - plan.spanned), window, sinks)
+                self.protector.count_protected(max(0, count - plan.spanned), window, sinks)
                 for count in (min(plan.floor, budget), budget)
             )
             settled = settled and least == most
@@ -227,7 +248,7 @@ class Compressor:
         with torch.no_grad():
             layer.shrink(
                 budgets,
-                self._protector,
+                self.protector,
                 window,
                 sinks,
                 protect,
@@ -272,14 +293,14 @@ def sort_scores(
         scores.float().expand(-1, count, -1),
         observation.real_index,
         observation.lengths,
-        [plan.head_floor for plan in plans],
+        [plan.measuring.head_floor for plan in plans],
         GLOBAL_PROTECTION,
         config.window_size,
         config.sink_size,
         protect=config.protect or (),
     )
     tables = observation.gather_over_shards(ranked.sort(dim=-1, descending=True).values).cpu().numpy()
-    return [table[:, plan.head_floor :] for table, plan in zip(tables, plans, strict=True)]
+    return [table[:, plan.measuring.head_floor :] for table, plan in zip(tables, plans, strict=True)]
 
 
 def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation) -> list[Any]:
@@ -291,7 +312,10 @@ def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation:
     measured = compute_measures(
         observation,
         plan.measure,
-        limits=[row.head_limits if plan.measure == "head_distortion" else row.limits for row in plans],
+        limits=[
+            row.measuring.head_limits if plan.measure == "head_distortion" else row.measuring.limits
+            for row in plans
+        ],
         layers=len(plan.layer_indices),
         **options,
     )
@@ -313,5 +337,5 @@ def measure_heads(plans: Sequence[BudgetPlan], observation: Observation) -> list
     """Measure the eviction errors of a layer's heads, ``[kv_head, budget]`` per row; None if not needed."""
     if not plans[0].measures_heads or plans[0].measure == "head_distortion":
         return [None] * len(plans)  # Either unused, or already the measure of the layer.
-    limits = [row.head_limits for row in plans]
+    limits = [row.measuring.head_limits for row in plans]
     return list(compute_measures(observation, "head_distortion", limits=limits).numpy())

@@ -31,7 +31,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COMPRESSED = ("RankKVLayer", "StoredLayer", "HeadBudgetLayer", "RestingLayer", "RaggedLayer")
 _HEAD_BUDGETS = "HeadBudgetLayer"
 _SLIDING = "DynamicSlidingWindowLayer"
-_PLAN = {"length", "total_budget", "budgets", "layer_measures", "ranks", "notes", "head_curves"}
+_PLAN = {"length", "total_budget", "budgets", "layer_measures", "ranks", "notes"}
+# Entries that files of before do not have.
+_NEWER_PLAN = {"head_curves", "lost_attention"}
 _CURVES = {"heads", "floor", "slopes", "widths", "owners"}
 
 
@@ -157,8 +159,14 @@ class SavedCheck:
 
     def _check_plan(self, plan: Any) -> None:
         count = len(self.compressed)
-        if not isinstance(plan, dict) or not _PLAN - {"head_curves"} <= set(plan) <= _PLAN:
-            raise self.fail(f"a plan is {shorten(plan)}, it must be a record of {', '.join(sorted(_PLAN))}")
+        if not isinstance(plan, dict) or not _PLAN <= set(plan) <= _PLAN | _NEWER_PLAN:
+            listed = ", ".join(sorted(_PLAN | _NEWER_PLAN))
+            raise self.fail(f"a plan is {shorten(plan)}, it must be a record of {listed}")
+        lost = plan.get("lost_attention")
+        if lost is not None:
+            self._number("lost_attention", lost)
+            if not 0.0 <= lost <= 1.0:
+                raise self.fail(f"lost_attention of a plan is {lost}, it must lie in [0, 1]")
         self._integer("the length of a plan", plan["length"], 0, self.seen)
         self._integer("total_budget of a plan", plan["total_budget"], 0, _MOST_TOKENS * count)
         for budget in self._list("budgets", plan, count):

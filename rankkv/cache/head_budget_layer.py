@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from ..budget.heads import HeadSplit
@@ -197,6 +198,22 @@ class HeadBudgetLayer(StoredLayer):
             return super().kept_per_head
         later = self.width - layout.shape[-1]
         return [[count + later for count in row] for row in layout.counts]
+
+    def list_heads(self) -> list[tuple[Tensor, Tensor]]:
+        """Return keys and values of each key/value head of the one row, ``[token, head_dim]``, without empty slots."""
+        layout, stores = self._layout, self._stores
+        parts = [stores[name].parts for name in ("keys", "values")]
+        if layout is None or None in parts or layout.shape[0] != 1:
+            return super().list_heads()
+        heads = []
+        for part in parts:
+            kept = part[0].split(layout.counts[0])
+            later = part[1][0]
+            # Nothing is copied for a cache that has seen only its prompt.
+            heads.append(
+                [torch.cat(pair) if later.shape[-2] else pair[0] for pair in zip(kept, later, strict=True)]
+            )
+        return list(zip(*heads, strict=True))
 
     def count_slack(self, protection_settled: bool) -> int:
         """Return the tokens per head kept beyond a budget that may still shrink."""

@@ -253,6 +253,27 @@ class RankKVLayer(DynamicLayer):
         counts = [self.width] * rows if valid is None else valid.sum(-1).tolist()
         return [[count] * heads for count in counts]
 
+    def list_heads(self) -> list[tuple[Tensor, Tensor]]:
+        """Return keys and values of each key/value head of the one row, ``[token, head_dim]``, without empty slots.
+
+        They share the layer's memory wherever its form allows: do not change them.
+
+        Raises
+        ------
+        CacheStateError
+            If the layer holds more than one row, or none.
+        """
+        if not self.is_initialized or self.keys.shape[0] != 1:
+            raise CacheStateError(
+                "the heads of a layer are listed for one row: keep one with batch_select_indices() first."
+            )
+        heads = list(zip(self.keys[0], self.values[0], strict=True))
+        valid = self.compute_slot_valid()
+        if valid is None:
+            return heads
+        held = valid[0].expand(len(heads), -1)
+        return [(keys[slots], values[slots]) for (keys, values), slots in zip(heads, held, strict=True)]
+
     @property
     def slot_map(self) -> SlotMap | None:
         """Positions of the slots now; None if all tokens are kept."""

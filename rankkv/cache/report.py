@@ -105,8 +105,11 @@ def summarize(cache: Any) -> str:
         lines.append(
             f"{others} of {len(cache.layers)} layers have no full-attention cache and stay unchanged"
         )
+    lines += describe_loss(cache)
     for plan in cache.plans[:1]:
         lines += plan.notes
+        if plan.score_weights is not None:
+            lines.append("the profile weighs each head's scores (profile=None does not)")
         if plan.needs_all_layers:
             lines.append(
                 f"strategy {plan.strategy} weighs all layers together: nothing was released before the last layer"
@@ -126,6 +129,35 @@ def summarize(cache: Any) -> str:
                 f"  layer {layer_idx:3d}  {name} {shown}  keeps {budget:6d} of {plan.length}{spread}"
             )
     return "\n".join(lines)
+
+
+def describe_loss(cache: Any) -> list[str]:
+    """Describe the predicted loss of row 0 in lines; empty before the prefill or if the loss was not measured."""
+    if cache.predicted_loss is None:
+        is_open = (
+            cache.plans and cache.plans[0].lost_attention is None and cache._schedule.compressor.predicts
+        )
+        return (
+            ["the loss is not predicted on a GPU without max_loss or measure_lost_attention()"]
+            if is_open
+            else []
+        )
+    curve, is_own = cache.find_loss_curve()
+    models = ", ".join(curve.measured.get("models", [])) or "other models"
+    asked = "" if cache.config.max_loss is None else f", max_loss {cache.config.max_loss:g}"
+    lines = [
+        f"predicted loss {cache.predicted_loss:.2g} nats per token, for nine of ten prompts below "
+        f"{cache.loss_bounds[0]:.2g}{asked}; {cache.lost_attention[0]:.1%} of the attention is lost"
+    ]
+    if not is_own:
+        lines.append(
+            f"the loss curve is that of {models}: measure this model's with rankkv calibrate --losses"
+        )
+    measured = curve.measured.get("strategy")
+    used = cache.config.resolve_strategy()[0]
+    if measured not in (None, used):
+        lines.append(f"the loss curve was measured with strategy {measured}, not {used}")
+    return lines + [f"the prediction is weak: {doubt}" for doubt in cache.doubts]
 
 
 def _describe_heads(cache: Any, layer_idx: int) -> str:

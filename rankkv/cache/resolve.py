@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..budget.heads import compute_head_weights
 from ..budget.plan import BudgetPlan
 from ..budget.strategies import get_strategy
-from ..config import PROFILE_USERS, RankKVConfig
+from ..config import PROFILE_USERS, SCORE_WEIGHT_USERS, RankKVConfig
 from ..errors import ConfigError, ProfileError, UnsupportedModelError
 from ..models.tensor_parallel import HeadShards, find_head_shards
 from ..observe.rotary import find_rotations
@@ -139,9 +139,10 @@ def resolve_options(
         getattr(text_config, "multi_query", False) is True
     )
     can_spread = shards is None and not one_head and can_mask_heads(backend)
-    config = resolve_global(
-        config, get_selector(config.selector) if selector is None else selector, can_spread
-    )
+    selector = get_selector(config.selector) if selector is None else selector
+    config = resolve_global(config, selector, can_spread)
+    if config.strategy in SCORE_WEIGHT_USERS and config.head_budgets != "profile":
+        return resolve_score_weights(config, model, layer_indices, selector)
     config = resolve_profile(config, model, layer_indices, can_spread)
     config = resolve_head_budgets(config, can_spread)
     if config.head_budgets == "profile" and layer_indices:
@@ -170,7 +171,7 @@ def resolve_global(config: RankKVConfig, selector: Selector, can_spread: bool) -
     """
     asks = config.strategy is None and not config.strategy_options
     if asks and selector.strategy is not None and config.head_budgets not in ("distortion", "profile"):
-        config = replace(config, strategy=selector.strategy, profile=None)
+        config = replace(config, strategy=selector.strategy)
     if config.strategy is None or not get_strategy(config.strategy).by_scores:
         return config
     check_global(config, selector)
@@ -182,9 +183,33 @@ def resolve_global(config: RankKVConfig, selector: Selector, can_spread: bool) -
             )
         return replace(config, head_budgets=None)
     if config.head_budgets == "auto":
-        keeps_all = config.compression_ratio == 1.0 and config.budget is None
-        return replace(config, head_budgets="adaptive" if can_spread and not keeps_all else None)
+        return replace(config, head_budgets="adaptive" if can_spread and not config.keeps_all else None)
     return config
+
+
+def resolve_score_weights(
+    config: RankKVConfig, model: Any, layer_indices: list[int], selector: Selector
+) -> RankKVConfig:
+    """Return the options with the profile whose score weights belong to this selector, or without one.
+
+    Raises
+    ------
+    ProfileError
+        If a profile is given that belongs to another model or does not weigh this selector's scores.
+    """
+    if isinstance(config.profile, RankProfile):
+        config.profile.check_model(describe_shape(model), sample_weights(model), layer_indices)
+        weighed = config.profile.score_weights.get("selector")
+        if weighed != str(selector):
+            raise ProfileError(
+                f"strategy={config.strategy!r} would weigh the scores of selector {str(selector)!r}, but the profile "
+                f"weighs {'none' if weighed is None else f'those of {weighed!r}'}: leave the profile out, or measure "
+                "one with rankkv calibrate --replay."
+            )
+        return config
+    if config.profile is None or not layer_indices:
+        return config
+    return replace(config, profile=find_profile(model, layer_indices, weighs=str(selector)))
 
 
 def check_global(config: RankKVConfig, selector: Selector) -> None:
@@ -213,7 +238,7 @@ def check_global(config: RankKVConfig, selector: Selector) -> None:
 #: Options that a prefill does not read, so that they may change before the compression.
 READ_AT_COMPRESSION = (
     "compression_ratio", "budget", "min_budget", "strategy", "strategy_options", "scope", "aggregation", "profile",
-    "head_budgets", "head_floor", "protect",
+    "head_budgets", "head_floor", "protect", "max_loss", "on_doubt",
 )  # fmt: skip
 
 
@@ -318,5 +343,4 @@ def resolve_head_budgets(config: RankKVConfig, can_spread: bool) -> RankKVConfig
 def _is_left_open(config: RankKVConfig) -> bool:
     """Return True if strategy, scope and aggregation are at their defaults and less than the full cache is kept."""
     usual = (config.scope, config.aggregation) == (RankKVConfig.scope, RankKVConfig.aggregation)
-    keeps_all = config.compression_ratio == 1.0 and config.budget is None
-    return config.head_budgets == "auto" and config.strategy is None and usual and not keeps_all
+    return config.head_budgets == "auto" and config.strategy is None and usual and not config.keeps_all

@@ -343,7 +343,7 @@ def restore_selector(record: Mapping[str, Any]) -> Selector:
 
 
 def _serialize_plan(plan: BudgetPlan) -> dict[str, Any]:
-    record = {name: getattr(plan, name) for name in _PLAN}
+    record = {name: getattr(plan, name) for name in (*_PLAN, "lost_attention")}
     return {**record, "head_curves": [curves.to_dict() for curves in plan.head_curves]}
 
 
@@ -352,4 +352,5 @@ def _restore_plan(cache: Any, record: dict[str, Any]) -> BudgetPlan:
     for name in _PLAN:
         setattr(plan, name, record[name])
     plan.head_curves = [HeadCurves.from_dict(curves) for curves in record.get("head_curves", [])]
+    plan.lost_attention = record.get("lost_attention")
     return plan

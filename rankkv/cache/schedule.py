@@ -23,6 +23,7 @@ from ..observe.rotary import LayerRotation
 from ..selection import Selector
 from .compressor import Compressor
 from .layer import RankKVLayer
+from .quality import TEST_WINDOWS
 from .replay import Replay
 
 # Queries held beyond the observation window while a draft may still be rejected.
@@ -65,10 +66,13 @@ class CompressionSchedule:
         self.replay: Replay | None = None
         # Held-out measures need several windows: one selects, another one tests.
         windows = get_strategy(config.resolve_strategy()[0]).windows
+        if self.compressor.predicts:
+            windows = max(windows, TEST_WINDOWS)
         if config.head_budgets == "distortion":
             windows = max(windows, get_strategy("distortion").windows)
         #: Number of newest queries that measures and scores are computed from.
         self.window_queries = config.window_size * windows
+        self.compressor.test_queries = config.window_size * TEST_WINDOWS
         self.reset()
 
     def reset(self) -> None:

@@ -289,15 +289,21 @@ class UnpaddedStorage(PlainStorage):
         self._tensor = self._join(later)
         return self._tensor
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor] | None:
+        """The tokens without padding, ``[token, head_dim]``, and the later tokens; None without a layout."""
+        kept, later = self._kept.get(), self._later.get()
+        return None if self.layout is None or kept is None or later is None else (kept, later)
+
     def take_parts(self) -> tuple[Tensor, Tensor] | None:
         """Give up the tokens without padding, ``[token, head_dim]``, and the later tokens; None without a layout."""
-        kept, later = self._kept.get(), self._later.get()
-        if self.layout is None or kept is None or later is None:
+        parts = self.parts
+        if parts is None:
             return None
         for part in (self._kept, self._later):
             part.put(None)
         self._tensor = None
-        return kept, later
+        return parts
 
     def fill(self, kept: Tensor, later: Tensor) -> None:
         """Take back what :meth:`take_parts` gave, with more later tokens; the layout has stayed."""

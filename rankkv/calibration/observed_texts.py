@@ -34,8 +34,7 @@ def observe_texts(
     InputError
         If there is no text, or a text is empty.
     """
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens!r} must be an integer of at least 1.")
+    check_max_tokens(max_tokens)
 
     # A selector sees the queries of every layer.
     def score(observation: Observation) -> Tensor:
@@ -50,6 +49,12 @@ def observe_texts(
         run_prefill(model, RankKVCache(model, 1.0, selector=collector, strategy="uniform"), ids)
     if not seen:
         raise InputError("there is no text to observe queries in: give at least one.")
+
+
+def check_max_tokens(max_tokens: object) -> None:
+    """Raise ConfigError unless ``max_tokens`` is an integer of at least 1."""
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens!r} must be an integer of at least 1.")
 
 
 def read_ids(text: str | Tensor, tokenizer: Any) -> Tensor:

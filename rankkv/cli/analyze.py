@@ -19,7 +19,7 @@ from .common import (
     reports_errors,
     write_json,
 )
-from .display import make_console, make_layer_table, make_spread_table, show_step
+from .display import make_console, make_layer_table, make_loss_table, make_spread_table, show_step
 from .options import (
     AverageBudget,
     DeviceMap,
@@ -61,6 +61,13 @@ def analyze(
     aggregation: Annotated[
         str, typer.Option(help=f"Way to join the heads of a layer: {', '.join(AGGREGATIONS)}.")
     ] = "concat",
+    losses: Annotated[
+        bool,
+        typer.Option(
+            "--losses",
+            help="Also predict the loss at several shares kept, of the first prompt, and mark the knee.",
+        ),
+    ] = False,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -139,17 +146,35 @@ def analyze(
         )
     if not is_main_process():
         return
+    points = []
+    if losses:
+        from ..analysis.predicted_loss import predict_losses
+        from ..models.placement import find_input_device
+
+        with show_step(console, "Predicting the loss"):
+            points = predict_losses(language_model, samples[0].to(find_input_device(language_model)))
     rows = summarize_layers(results)
     record = results[0].to_dict()
     if many:
         listed = [{"sample": place, **result.to_dict()} for place, result in enumerate(results)]
         record = {"layers": rows, "samples": listed}
+    if points:
+        record["predicted_losses"] = [point.to_dict() for point in points]
     if output is not None:
         write_json(output, record)
     if json:
         print_json(record)
         return
     _show(console, results, rows)
+    if points:
+        console.print()
+        console.print(make_loss_table(points))
+        console.print(
+            "Loss: KL divergence from the full cache over the 128 tokens that follow, nats per token, with selector "
+            "snapkv and no profile. Bars are logarithmic. `--max-loss` of `rankkv generate` takes the second number.",
+            markup=False,
+            soft_wrap=True,
+        )
     if output is not None:
         console.print(f"Written: {output}", markup=False, soft_wrap=True)
 

@@ -56,6 +56,16 @@ def calibrate(
     queries: Annotated[
         bool, typer.Option(help="Also measure the centres of the queries, for selector triattention.")
     ] = False,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            help="Also replay the texts, to measure how much each head's scores count with selector echo (compress, "
+            "pipeline, serve)."
+        ),
+    ] = False,
+    losses: Annotated[
+        bool, typer.Option(help="Also measure the loss of compressed caches, for max_loss on this model.")
+    ] = False,
     dtype: DtypeName = None,
     device_map: DeviceMap = None,
     engine: Annotated[
@@ -87,10 +97,11 @@ def calibrate(
     console = make_console()
     check_at_least_one("--max-texts", max_texts)
     check_output(output)
-    if queries and engine != "local":
-        raise ConfigError(
-            f"--queries needs the model in this process, and --engine is {engine!r}: leave it out."
-        )
+    for option, given in {"--queries": queries, "--replay": replay, "--losses": losses}.items():
+        if given and engine != "local":
+            raise ConfigError(
+                f"{option} needs the model in this process, and --engine is {engine!r}: leave it out."
+            )
     _check_engine(engine, {"address": address, "workers": workers, "gpus-per-worker": gpus_per_worker})
     main = is_main_process()
     console.quiet = not main
@@ -146,7 +157,24 @@ def calibrate(
                 **options,
             )
         if queries:
-            profile = _add_query_centres(console, profile, language_model, tokenizer, documents, max_texts)
+            with show_step(console, "Measuring the queries"):
+                from ..calibration.query_centres import compute_query_centres, describe_query_centres
+
+                centres = compute_query_centres(
+                    language_model, cut_texts(tokenizer, documents, 2048, max_texts)
+                )
+            profile = replace(profile, query_centres=describe_query_centres(centres))
+        if replay:
+            with show_step(console, "Replaying the texts"):
+                from ..calibration.score_weights import compute_score_weights
+
+                chunks = cut_texts(tokenizer, documents, context_tokens, max_texts)
+                weights = compute_score_weights(language_model, chunks, tokenizer, max_tokens=context_tokens)
+            profile = replace(profile, score_weights=weights)
+        if losses:
+            profile = _add_loss_curves(
+                console, profile, language_model, tokenizer, documents, context_tokens, max_texts
+            )
     if main:
         _keep(console, profile, output, resume_path, push_to, json)
 
@@ -167,19 +195,29 @@ def _check_engine(engine: str, given: dict[str, Any]) -> None:
         )
 
 
-def _add_query_centres(
-    console: Console, profile: RankProfile, model: Any, tokenizer: Any, documents: list[str], max_texts: int
-) -> RankProfile:
-    """Return the profile with the centres of the model's queries over the texts."""
-    from ..calibration.query_centres import compute_query_centres, describe_query_centres
+def cut_texts(tokenizer: Any, documents: list[str], tokens: int, count: int) -> list[Any]:
+    """Cut texts into chunks of token ids, and return at most ``count`` of them: an equal part of every text."""
+    ids = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in documents]
+    chunks = [chunk for text in ids for chunk in text.split(tokens) if len(chunk) > 1]
+    return chunks[:: max(1, len(chunks) // count)][:count]
 
-    with show_step(console, "Measuring the queries"):
-        ids = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in documents]
-        chunks = [chunk for text in ids for chunk in text.split(2048) if len(chunk) > 1]
-        # An equal part of every text.
-        step = max(1, len(chunks) // max_texts)
-        centres = compute_query_centres(model, chunks[::step][:max_texts])
-    return replace(profile, query_centres=describe_query_centres(centres))
+
+def _add_loss_curves(
+    console: Console,
+    profile: RankProfile,
+    model: Any,
+    tokenizer: Any,
+    documents: list[str],
+    context_tokens: int,
+    max_texts: int,
+) -> RankProfile:
+    """Return the profile with the model's loss curves over the texts."""
+    from ..calibration.loss_curves import cut_contexts, measure_loss_curves
+
+    contexts = cut_contexts(tokenizer, documents, context_tokens, max_texts)
+    with show_step(console, f"Measuring the loss of {len(contexts)} contexts"):
+        curves = measure_loss_curves(model, contexts, name=profile.name)
+    return replace(profile, loss_curves={selector: curve.to_dict() for selector, curve in curves.items()})
 
 
 def _find_resume_path(model: str) -> Path:

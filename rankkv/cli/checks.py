@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import AGGREGATIONS, RankKVConfig
+from ..config import AGGREGATIONS, RankKVConfig, check_predicted
 from ..errors import ConfigError, UnknownNameError
 from ..utils.hub import check_model_name
 from .known import list_names, load_known
@@ -58,6 +58,7 @@ def check_cache_options(
 
     check_method("selectors", selector, selector_options or {}, "--selector-option")
     config = RankKVConfig(selector=selector, **options)
+    check_predicted(config.max_loss, selector)
     name, strategy_options = config.resolve_strategy()
     check_method("strategies", name, strategy_options, "--strategy-option")
     BudgetPlan.check(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ..analysis.predicted_loss import PredictedLoss
+
 _SECONDS_BETWEEN_LINES = 20.0
+# Smaller losses are noise.
+_LEAST_SHOWN = 1e-6
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -143,6 +148,29 @@ def draw_bar(value: float, largest: float, width: int) -> str:
         return ""
     eighths = max(1, round(8 * width * min(1.0, value / largest)))
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def make_loss_table(points: Sequence[PredictedLoss]) -> Table:
+    """Return a table with a line per share kept: the predicted loss, its bound, a logarithmic bar, and the knee."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, justify in (
+        ("kept", "right"),
+        ("loss", "right"),
+        ("9 of 10 below", "right"),
+        ("", "left"),
+        ("", "left"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    logs = [math.log10(max(point.loss, _LEAST_SHOWN)) for point in points]
+    low, high = min(logs), max(logs)
+    for point, log in zip(points, logs, strict=True):
+        # The smallest loss gets a short bar.
+        bar = draw_bar(log - low + 0.1, high - low + 0.1, 22)
+        knee = "<- knee" if point.is_knee else ""
+        table.add_row(f"{point.share:.1%}", f"{point.loss:.2g}", f"{point.bound:.2g}", bar, knee)
+    return table
 
 
 def make_layer_table(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import check_compression_ratio
+from ..config import check_compression_ratio, check_max_loss, check_predicted
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..utils.hub import require
 from ..utils.processes import find_own_device, gather, is_main_process, split_samples
@@ -68,6 +68,13 @@ def evaluate(
     ratios: Annotated[
         str, typer.Option(help="Fractions of the KV cache kept, in (0, 1], comma-separated.")
     ] = "0.1,0.2",
+    max_losses: Annotated[
+        str | None,
+        typer.Option(
+            help="Losses to stay below, in nats per token, comma-separated: the smallest such cache of each selector.",
+            show_default="none",
+        ),
+    ] = None,
     selectors: Annotated[str, typer.Option(help="Token selection methods, comma-separated.")] = "snapkv",
     strategies: Annotated[
         str,
@@ -166,6 +173,15 @@ def evaluate(
     # Check names and numbers before the slow imports.
     for number in numbers:
         check_compression_ratio(number)
+    losses = (
+        [_number(item, float, "--max-losses") for item in _split(max_losses, "--max-losses")]
+        if max_losses
+        else []
+    )
+    for number in losses:
+        check_max_loss(number)
+        for name in _split(selectors, "--selectors"):
+            check_predicted(number, name)
     for name in _split(selectors, "--selectors"):
         check_method("selectors", name, {}, "--selectors")
     for name in _split(strategies, "--strategies"):
@@ -187,6 +203,7 @@ def evaluate(
             numbers,
             _split(selectors, "--selectors"),
             _split(strategies, "--strategies"),
+            losses,
         )
         if quantized is not None:
             settings, uniform_of = add_quantized_settings(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..config import DEFAULT_RATIO
 from .checks import check_cache_options, check_model, parse_choice, parse_spans
 from .common import (
     build_question_prompt,
@@ -26,7 +27,8 @@ from .options import (
     AverageBudget,
     DeviceMap,
     DtypeName,
-    KeptFraction,
+    KeptFractionOrNone,
+    MaxLoss,
     ModelName,
     RankedAttention,
     SelectorOptions,
@@ -56,8 +58,9 @@ def generate(
     question: Annotated[
         str | None, typer.Option(help="Question after the document, in the model's chat template if any.")
     ] = None,
-    compression_ratio: KeptFraction = 0.3,
+    compression_ratio: KeptFractionOrNone = None,
     budget: AverageBudget = None,
+    max_loss: MaxLoss = None,
     selector: Annotated[str, typer.Option(help="Token selection method.")] = "snapkv",
     selector_option: SelectorOptions = None,
     strategy: Annotated[
@@ -111,8 +114,9 @@ def generate(
     text = read_prompt(prompt, prompt_file)
     selector_options = parse_options(selector_option, "--selector-option")
     options = {
-        "compression_ratio": compression_ratio,
+        "compression_ratio": DEFAULT_RATIO if compression_ratio is None else compression_ratio,
         "budget": budget,
+        "max_loss": max_loss,
         "strategy": strategy,
         "scope": scope,
         "strategy_options": parse_options(strategy_option, "--strategy-option"),
@@ -129,6 +133,7 @@ def generate(
     with show_step(console, f"Loading {model}"):
         from ..analysis.generation import analyze_generation
         from ..cache.prefill import build_cache
+        from ..cache.report import describe_loss
         from ..config import RankKVConfig
         from ..models.loading import load_model
         from ..models.placement import find_input_device
@@ -184,6 +189,8 @@ def generate(
                 "config": config.to_dict(),
                 "layer_indices": cache.layer_indices,
                 **record.to_dict(),
+                "predicted_loss": cache.predicted_loss,
+                "loss_bound": cache.loss_bounds[0] if cache.plans else None,
                 **explained,
                 "versions": collect_versions(),
             }
@@ -200,6 +207,8 @@ def generate(
         markup=False,
         soft_wrap=True,
     )
+    for line in describe_loss(cache):
+        console.print(line, markup=False, soft_wrap=True)
     if kept is not None:
         print_kept_tokens(console, token_texts, kept)
 

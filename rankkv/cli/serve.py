@@ -28,6 +28,13 @@ def serve(
     compression_ratio: Annotated[
         float, typer.Option(help="Fraction of a new context's KV cache kept, in (0, 1].")
     ] = 0.3,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Loss of a new context to stay below, in nats per token, instead of --compression-ratio.",
+            show_default="keep --compression-ratio",
+        ),
+    ] = None,
     selector: Annotated[str, typer.Option(help="Token selection method of new contexts.")] = "auto",
     cache_memory: Annotated[str, typer.Option(help="Memory for contexts; others wait on disk.")] = "2GB",
     cache_dir: Annotated[
@@ -42,6 +49,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    max_batch: Annotated[int, typer.Option(help="Answers that decode together, at most.")] = 16,
     max_queue: Annotated[int, typer.Option(help="Requests that wait for each key, at most.")] = 32,
     max_body: Annotated[str, typer.Option(help="Size of a request, at most.")] = "4MiB",
     max_answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 4096,
@@ -73,10 +81,12 @@ def serve(
         host=host,
         port=port,
         compression_ratio=compression_ratio,
+        max_loss=max_loss,
         selector=selector,
         cache_memory=parse_bytes(cache_memory, "--cache-memory"),
         cache_dir=None if cache_dir is None else cache_dir.expanduser(),
         api_keys=tuple(key.strip() for key in keys),
+        max_batch=max_batch,
         max_queue=max_queue,
         max_body=parse_bytes(max_body, "--max-body"),
         max_answer_tokens=max_answer_tokens,
@@ -85,7 +95,7 @@ def serve(
         grace_seconds=grace_seconds,
     )
     if selector != "auto":
-        check_cache_options(selector, compression_ratio=compression_ratio)
+        check_cache_options(selector, compression_ratio=compression_ratio, max_loss=max_loss)
     check_model(model, dtype, device_map)
     check_requirements()
     check_address(host, port)

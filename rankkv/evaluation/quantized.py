@@ -11,6 +11,7 @@ import torch
 from ..errors import ConfigError
 from ..utils.hub import require
 from .prefill_record import PrefillRecord
+from .settings import MAX_LOSS, UNIFORM
 
 #: Names of quantized settings: bits of transformers' QuantizedCache, or None for eviction with int8 storage.
 QUANTIZED: dict[str, int | None] = {"int4": 4, "int8": 8, "evict+int8": None}
@@ -65,7 +66,7 @@ def add_quantized_settings(
             continue
         for setting, options in settings.items():
             selector, strategy, ratio = setting.split("|")
-            if strategy != "uniform":
+            if strategy not in (UNIFORM, MAX_LOSS):
                 added = f"{selector}|{strategy}+int8|{ratio}"
                 found[added] = {**options, "storage": "int8", EQUAL_BYTES: True}
                 partners[added] = uniform_of.get(setting, setting)

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..budget.plan import BudgetPlan
-from ..config import RankKVConfig
+from ..config import RankKVConfig, check_predicted
 from ..selection import get_selector
 
+#: In a setting's name, in place of a strategy: the number after it is a loss, not a ratio.
+MAX_LOSS = "max_loss"
 #: Strategy that every other strategy is compared with.
 UNIFORM = "uniform"
 #: Presets: names that stand for a combination of options.  Any other name is a strategy with its default options.
@@ -22,7 +24,10 @@ NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 def build_settings(
-    ratios: Iterable[float], selectors: Iterable[str] = ("snapkv",), strategies: Iterable[str] = ("auto",)
+    ratios: Iterable[float],
+    selectors: Iterable[str] = ("snapkv",),
+    strategies: Iterable[str] = ("auto",),
+    max_losses: Iterable[float] = (),
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Build all combinations, and name the uniform setting that each is compared with.
 
@@ -36,6 +41,9 @@ def build_settings(
         Budget strategies.  ``"auto"`` is the default of :class:`~rankkv.RankKVCache`, ``"default"`` the same
         without a profile.  ``"layers"`` (without a profile) and ``"layers-profile"`` (with one) give all heads of
         a layer the same budget.
+    max_losses : iterable of float
+        Losses to stay below, nats per token.  Each gives one setting for each selector, named ``"max_loss"`` in place
+        of a strategy.  Its cache has another size for each context, so it is compared with the full cache alone.
 
     Returns
     -------
@@ -59,6 +67,7 @@ def build_settings(
     >>> uniform_of["h2o|auto|0.2"]
     'h2o|uniform|0.2'
     """
+    ratios, selectors = list(ratios), list(selectors)
     names = dict.fromkeys([UNIFORM, *strategies])
     settings, uniform_of = {}, {}
     for selector, strategy, ratio in itertools.product(selectors, names, ratios):
@@ -72,4 +81,10 @@ def build_settings(
         name = f"{selector}|{strategy}|{ratio:g}"
         settings[name] = options
         uniform_of[name] = f"{selector}|{UNIFORM}|{ratio:g}"
+    for selector, loss in itertools.product(selectors, max_losses):
+        options = {"max_loss": loss, "selector": selector}
+        RankKVConfig(**options)
+        check_predicted(loss, get_selector(selector).name)
+        name = f"{selector}|{MAX_LOSS}|{loss:g}"
+        settings[name] = options
     return settings, uniform_of

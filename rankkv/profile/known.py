@@ -95,7 +95,9 @@ def save_known_profile(profile: RankProfile) -> Path:
     return profile.save(_own_folder() / f"{profile.key}-{digest}.json")
 
 
-def find_profile(model: Any, layer_indices: list[int], with_heads: bool = False) -> RankProfile | None:
+def find_profile(
+    model: Any, layer_indices: list[int], with_heads: bool = False, weighs: str | None = None
+) -> RankProfile | None:
     """Find the known profile of a model; None if none is known.
 
     Weights are read only if a profile of the same shape is known.
@@ -108,12 +110,16 @@ def find_profile(model: Any, layer_indices: list[int], with_heads: bool = False)
         Model indices of its compressible layers.
     with_heads : bool, default False
         Prefer a profile with heads over an earlier one that holds layers only.
+    weighs : str, optional
+        Only find a profile that weighs the scores of this selector.
     """
     shape = describe_shape(model)
     first = None
     for path in list_known_profiles(compute_shape_key(shape)):
         try:
             profile = _load(path, path.stat().st_mtime_ns)
+            if weighs is not None and profile.score_weights.get("selector") != weighs:
+                continue
             profile.check_model(shape, sample_weights(model), layer_indices)
         except (RankKVError, OSError):
             # A damaged file or another model's profile must not stop a user who named no profile.

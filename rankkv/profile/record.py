@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import InputError, ProfileError, SourceUnavailableError
 from ..utils.files import dump_json, parse_json, shorten, write_text_atomically
 from ..utils.hub import pull_file, push_file, require
+from .loss_curve import LossCurve
 
 FORMAT = "rankkv-profile"
 VERSION = 1
@@ -63,6 +64,11 @@ class RankProfile:
         measured.
     query_centres : mapping
         Centres of each head's queries, for selector ``"triattention"``; empty if not measured.
+    score_weights : mapping
+        ``{"selector": name, "weights": [layer][kv_head]}`` and how they were measured: factors of a selector's scores,
+        for strategy ``"global"``; empty if not measured.
+    loss_curves : mapping
+        Selector name to a record of :class:`rankkv.profile.loss_curve.LossCurve`; empty if not measured.
 
     Raises
     ------
@@ -93,6 +99,8 @@ class RankProfile:
     name: str = ""
     head_gain_divergence: tuple[tuple[float, ...], ...] = ()
     query_centres: Mapping[str, Any] = field(default_factory=dict)
+    score_weights: Mapping[str, Any] = field(default_factory=dict)
+    loss_curves: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -131,6 +139,13 @@ class RankProfile:
             raise TypeError("ranks and calibration must be mappings")
         if not isinstance(self.query_centres, Mapping):
             raise TypeError(f"query_centres is {shorten(self.query_centres)}, it must be a mapping")
+        self._check_score_weights()
+        if not isinstance(self.loss_curves, Mapping) or not all(
+            isinstance(name, str) for name in self.loss_curves
+        ):
+            raise TypeError(f"loss_curves is {shorten(self.loss_curves)}, it must map selectors to curves")
+        for record in self.loss_curves.values():
+            LossCurve.from_dict(record)
         count = len(self.layer_indices)
         for name, measured in self.ranks.items():
             if not isinstance(measured, Mapping):
@@ -140,6 +155,23 @@ class RankProfile:
                     raise ValueError(
                         f"ranks[{shorten(name)}] must hold {count} finite numbers, one per layer"
                     )
+
+    def _check_score_weights(self) -> None:
+        """Raise TypeError or ValueError if the weights are not one positive number for each head of each layer."""
+        found = self.score_weights
+        if not isinstance(found, Mapping):
+            raise TypeError(f"score_weights is {shorten(found)}, it must be a mapping")
+        if not found:
+            return
+        rows, count = found.get("weights"), len(self.layer_indices)
+        if not isinstance(found.get("selector"), str):
+            raise TypeError(f"score_weights names {shorten(found.get('selector'))}, it must name a selector")
+        if not isinstance(rows, list | tuple) or len(rows) != count or not all(rows):
+            raise ValueError(f"score_weights must hold {count} lists of numbers, one per layer")
+        numbers = [_read_number(value) for row in rows for value in row]
+        # Within these bounds no product with a score overflows or vanishes.
+        if not all(1e-6 <= value <= 1e6 for value in numbers):
+            raise ValueError("score_weights must hold numbers from 1e-6 to 1e6")
 
     def _check(self) -> None:
         count, ratios = len(self.layer_indices), self.ratios
@@ -236,9 +268,10 @@ class RankProfile:
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as plain JSON types, with format and version."""
         record = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(asdict(self)))}
-        if not self.query_centres:
+        for name in ("query_centres", "score_weights", "loss_curves"):
             # Few profiles have them.
-            del record["query_centres"]
+            if not record[name]:
+                del record[name]
         return record
 
     @classmethod

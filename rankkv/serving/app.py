@@ -17,12 +17,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ..config import RankKVConfig
+from ..config import RankKVConfig, check_max_loss, check_predicted
 from ..errors import RankKVError
 from ..models.checkpoints import get_context_length
 from ..observe.hook import check_observable
 from ..selection import get_selector
 from ..utils.files import parse_json, shorten
+from .batch import Batch
 from .contexts import Context, ContextStore, check_name
 from .errors import CLIENT_LEFT, RequestError, build_body, find_request_error
 from .generation import ContextGenerateManager, PinnedGenerationState, PinnedModelManager
@@ -30,12 +31,13 @@ from .guard import Guard, get_key, too_large
 from .handlers import build_handlers
 from .metrics import CONTENT_TYPE, Metrics
 from .options import check_fields, check_options
+from .page import build_page, count_layers, list_pieces
 from .prompts import check_messages, encode_context, join_messages, refuse_conversation
 from .replies import add_cached_tokens, complete_stream, describe_failure
 from .settings import ServeSettings
 from .turns import Job, Turns
 
-_CONTEXT_FIELDS = ("text", "messages", "compression_ratio", "selector", "name", "model")
+_CONTEXT_FIELDS = ("text", "messages", "compression_ratio", "max_loss", "selector", "name", "model")
 _BODY_SECONDS = 60.0
 _CLOSED = ("/reset", "/v1/systemone", "/v1/audio/transcriptions")
 
@@ -69,11 +71,15 @@ class Service:
         given = settings.max_context_tokens
         self.context_length = length if given is None else min(given, length or given)
         self.store = ContextStore(model, settings.folder, settings.cache_memory, settings.max_contexts)
-        self.turns = Turns(settings.max_queue)
+        alone = Batch.check(model)
+        if alone is not None:
+            log.warning("one answer at a time: %s", alone)
+        batch = Batch(model, settings.max_batch) if alone is None else None
+        self.turns = Turns(settings.max_queue, settings.max_batch if batch else 1)
         self.metrics = Metrics(self.store, self.turns)
         self.models = PinnedModelManager(settings.model, model, tokenizer)
         self.manager = ContextGenerateManager(
-            model, tokenizer, self.store, self.turns, settings.max_answer_tokens, self.context_length
+            model, tokenizer, self.store, self.turns, settings.max_answer_tokens, self.context_length, batch
         )
         self.handlers = build_handlers(self.models, PinnedGenerationState(self.manager))
 
@@ -107,7 +113,9 @@ class Service:
         limit = check_options(kind, body, vocabulary, self.settings.max_answer_tokens)
         context = None if named is None else self.store.get(key, named)
         self._check_prompt(kind, body, context)
-        return Job(kind, key, None if context is None else context.id, reuse, limit)
+        # transformers would seed the draws of all answers with it.
+        seed = body.pop("seed", None)
+        return Job(kind, key, None if context is None else context.id, reuse, limit, seed)
 
     def _check_prompt(self, kind: str, body: dict[str, Any], context: Context | None) -> None:
         if kind == "chat":
@@ -149,7 +157,7 @@ class Service:
             check_messages(messages)
 
     async def _generate(self, job: Job, body: dict[str, Any]) -> Response:
-        await self.turns.take(job.key)
+        await self.turns.take(job.key, job.context)
         try:
             response: Response = await self.handlers[job.kind].handle_request(body, job.id)
         except (TemplateError, KeyError, TypeError, ValueError) as error:
@@ -204,7 +212,7 @@ class Service:
         options: dict[str, Any],
         name: str | None,
     ) -> JSONResponse:
-        await self.turns.take(job.key)
+        await self.turns.take(job.key, context_id)
         try:
             # Checked now, since another request may have made it while this one waited.
             known = self.store.find(context_id)
@@ -237,9 +245,12 @@ class Service:
                 param="text",
             )
         ratio, selector = body.get("compression_ratio"), body.get("selector")
-        ratio = self.settings.compression_ratio if ratio is None else ratio
+        loss = body.get("max_loss")
+        # A ratio in the request replaces the server's loss, and a loss the server's ratio.
+        loss = self.settings.max_loss if loss is None and ratio is None else loss
+        ratio = self.settings.compression_ratio if ratio is None and loss is None else ratio
         selector = self.settings.selector if selector is None else selector
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float)):
             raise RequestError(
                 f"compression_ratio {shorten(ratio)} must be a number in (0, 1].", param="compression_ratio"
             )
@@ -248,9 +259,13 @@ class Service:
                 f"selector {shorten(selector)} must be the name of a selector.", param="selector"
             )
         get_selector(selector)
-        RankKVConfig(compression_ratio=ratio, selector=selector)
+        sizes: dict[str, Any] = {} if ratio is None else {"compression_ratio": float(ratio)}
+        if loss is not None:
+            sizes["max_loss"] = check_max_loss(loss)
+            check_predicted(loss, selector)
+        RankKVConfig(selector=selector, **sizes)
         name = body.get("name")
-        options = {"compression_ratio": float(ratio), "selector": selector}
+        options = {**sizes, "selector": selector}
         return content, options, None if name is None else check_name(name)
 
     def _encode(self, content: dict[str, Any]) -> Any:
@@ -271,6 +286,17 @@ class Service:
         """Describe one context."""
         return JSONResponse(self.store.get(get_key(request), request.path_params["id"]).describe())
 
+    async def list_tokens(self, request: Request) -> JSONResponse:
+        """Return the text of a context token by token, each with the number of layers that keep it."""
+        context = self.store.get(get_key(request), request.path_params["id"])
+
+        def read() -> dict[str, Any]:
+            cache, _ = self.store.borrow(context)
+            pieces = list_pieces(self.tokenizer, context.ids.tolist(), count_layers(cache))
+            return {"object": "context.tokens", "layers": len(cache.layer_indices), "pieces": pieces}
+
+        return JSONResponse(await asyncio.to_thread(read))
+
     async def delete_context(self, request: Request) -> JSONResponse:
         """Delete one context, its conversations and its files."""
         context = self.store.get(get_key(request), request.path_params["id"])
@@ -278,6 +304,10 @@ class Service:
         return JSONResponse({"id": context.id, "object": "context", "deleted": True})
 
     # -- operations ----------------------------------------------------------------------------------------------
+
+    async def show_page(self, request: Request) -> Response:
+        """Return the page, for people."""
+        return build_page(self.settings.compression_ratio)
 
     async def show_health(self, request: Request) -> JSONResponse:
         """Tell that the server runs; it listens only once the model is loaded."""
@@ -341,6 +371,7 @@ def build_app(service: Service) -> Any:
         await asyncio.to_thread(service.close)
 
     routes = [
+        Route("/", service.show_page, methods=["GET"]),
         Route("/health", service.show_health, methods=["GET"]),
         Route("/metrics", service.show_metrics, methods=["GET"]),
         Route("/load_model", service.load_model, methods=["POST"]),
@@ -350,6 +381,7 @@ def build_app(service: Service) -> Any:
         Route("/v1/responses", answer("responses"), methods=["POST"]),
         Route("/v1/contexts", service.list_contexts, methods=["GET"]),
         Route("/v1/contexts", service.create_context, methods=["POST"]),
+        Route("/v1/contexts/{id}/tokens", service.list_tokens, methods=["GET"]),
         Route("/v1/contexts/{id}", service.get_context, methods=["GET"]),
         Route("/v1/contexts/{id}", service.delete_context, methods=["DELETE"]),
         *(Route(path, _refuse_closed, methods=["GET", "POST"]) for path in _CLOSED),

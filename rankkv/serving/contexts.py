@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..errors import ConfigError, InputError, OutputError, RankKVError
 from ..models.fingerprint import compute_fingerprint
 from ..utils.files import read_json, replace_atomically, shorten
 from .errors import RequestError
+from .tails import Tail
 
 FORMAT = "rankkv-context-1"
 #: Namespace of a server without keys.
@@ -58,8 +59,12 @@ class Context:
         Share of the keys and values that the cache keeps.
     seconds : float
         Time that prefill and compression took.
+    predicted_loss : float, optional
+        Loss to expect of the cache, nats per token; None where it is not predicted.
     cache : RankKVCache, optional
-        None while it is on disk only.
+        None while it is on disk only, and for a conversation that shares the cache of its root.
+    tail : Tail, optional
+        Of a conversation: its own tokens behind the cache that others share.
     """
 
     id: str
@@ -74,13 +79,20 @@ class Context:
     full_bytes: int = 0
     kept: float = 1.0
     seconds: float = 0.0
+    predicted_loss: float | None = None
     cache: RankKVCache | None = None
+    tail: Tail | None = None
     used: int = 0
 
     @property
     def is_stored(self) -> bool:
         """True for a context on disk, False for a conversation."""
         return bool(self.content)
+
+    @property
+    def in_memory(self) -> bool:
+        """True if its keys and values are in memory, those apart that it shares with its root."""
+        return self.cache is not None or self.tail is not None
 
     @property
     def tokens(self) -> int:
@@ -99,9 +111,11 @@ class Context:
             "full_bytes": self.full_bytes,
             "kept": round(self.kept, 4),
             "seconds": round(self.seconds, 3),
+            "predicted_loss": self.predicted_loss,
             "compression_ratio": self.options.get("compression_ratio"),
+            "max_loss": self.options.get("max_loss"),
             "selector": self.options.get("selector"),
-            "in_memory": self.cache is not None,
+            "in_memory": self.in_memory,
         }
 
 
@@ -272,13 +286,35 @@ class ContextStore:
             self._touch(context)
             self._shrink()
 
-    def add_conversation(self, key: str, ids: np.ndarray, cache: RankKVCache, parent: Context | None) -> None:
-        """Keep a conversation in memory, until others need the room."""
-        size = cache.cache_bytes()
-        if size > self._memory:
-            return
+    def add_conversation(
+        self,
+        key: str,
+        ids: np.ndarray,
+        cache: RankKVCache | None,
+        parent: Context | None,
+        tail: Tail | None = None,
+    ) -> None:
+        """Keep a conversation in memory, until others need the room.
+
+        Parameters
+        ----------
+        key : str
+            Namespace.
+        ids : ndarray
+            ``[token]``: the tokens seen.
+        cache : RankKVCache, optional
+            Cache of the conversation; None if it shares that of its stored context.
+        parent : Context, optional
+            Context that the conversation goes on with.
+        tail : Tail, optional
+            Tokens behind the cache.
+        """
         root = None if parent is None else (parent.id if parent.is_stored else parent.root)
-        full = cache.full_cache_bytes()
+        own = 0 if tail is None else tail.nbytes
+        size = own + (0 if cache is None else cache.cache_bytes())
+        if size > self._memory or (cache is None and tail is None):
+            return
+        full = own + (0 if cache is None else cache.full_cache_bytes())
         context = Context(
             id=self.compute_id(key, ids, {"root": root}, {}).replace("ctx_", "conv_"),
             key=key,
@@ -287,8 +323,9 @@ class ContextStore:
             root=root,
             bytes=size,
             full_bytes=full,
-            kept=size / full if full else 1.0,
+            kept=parent.kept if cache is None and parent is not None else size / full if full else 1.0,
             cache=cache,
+            tail=tail,
         )
         with self._lock:
             if root is not None and root not in self._contexts:
@@ -299,6 +336,8 @@ class ContextStore:
             if parent is not None and parent.id in self._contexts:
                 # A document serves more questions than one conversation about it.
                 self._touch(parent)
+            if root is not None:
+                self._touch(self._contexts[root])
             self._shrink()
 
     def delete(self, context: Context) -> None:
@@ -311,10 +350,12 @@ class ContextStore:
                     self._place(context, ending).unlink()
             for other in gone:
                 del self._contexts[other.id]
-                other.cache = None
+                other.cache = other.tail = None
 
-    def check_out(self, context: Context) -> RankKVCache:
-        """Return a copy of a context's cache, read from disk where it is not in memory.
+    def borrow(self, context: Context) -> tuple[RankKVCache, Tail | None]:
+        """Return the cache of a context, read from disk where it is not in memory, and the tokens behind it.
+
+        Others use the cache too: it must not be changed.
 
         Raises
         ------
@@ -322,9 +363,12 @@ class ContextStore:
             If the context was deleted meanwhile, or its file is damaged.
         """
         with self._lock:
-            cache = context.cache
             is_known = context.id in self._contexts
-        if not is_known:
+            holder = context
+            if context.tail is not None and context.root is not None:
+                holder = self._contexts.get(context.root, context)
+            cache, tail = holder.cache, context.tail
+        if not is_known or (cache is None and not holder.is_stored):
             raise RequestError(
                 f"context {context.id} was deleted before its turn came: POST it again.",
                 404,
@@ -332,23 +376,28 @@ class ContextStore:
             )
         if cache is None:
             try:
-                cache = RankKVCache.load(self._place(context, "safetensors"), self._model)
+                cache = RankKVCache.load(self._place(holder, "safetensors"), self._model)
             except InputError as error:
-                log.error("context %s cannot be read from disk", context.id)
+                log.error("context %s cannot be read from disk", holder.id)
                 raise RequestError(
-                    f"the file of context {context.id} cannot be read: DELETE it and POST it again.",
+                    f"the file of context {holder.id} cannot be read: DELETE it and POST it again.",
                     500,
                     "damaged_context",
                 ) from error
             with self._lock:
-                if context.id in self._contexts:
+                if holder.id in self._contexts:
                     self.loaded += 1
-                    context.cache = cache
+                    holder.cache = cache
         with self._lock:
-            if context.id in self._contexts:
-                self._touch(context)
-                self._shrink()
-        return cache.copy()
+            for used in (context, holder):
+                if used.id in self._contexts:
+                    self._touch(used)
+            self._shrink()
+        return cache, tail
+
+    def check_out(self, context: Context) -> RankKVCache:
+        """Return a copy of a stored context's cache; raises as :meth:`borrow` does."""
+        return self.borrow(context)[0].copy()
 
     def close(self) -> None:
         """Let another server use the folder."""
@@ -362,15 +411,25 @@ class ContextStore:
             return sum(context.is_stored is stored for context in self._contexts.values())
 
     def held_bytes(self) -> int:
-        """Return the bytes of all caches in memory."""
+        """Return the bytes of all caches in memory; what several conversations share counts once."""
         with self._lock:
-            return sum(context.bytes for context in self._contexts.values() if context.cache is not None)
+            return self._count_bytes(self._contexts.values())
 
     def saved_bytes(self) -> int:
         """Return the bytes that uncompressed caches of those in memory would take in addition."""
         with self._lock:
             held = [context for context in self._contexts.values() if context.cache is not None]
             return sum(context.full_bytes - context.bytes for context in held)
+
+    @staticmethod
+    def _count_bytes(contexts: Collection[Context]) -> int:
+        tails = {id(context.tail): context.tail.nbytes for context in contexts if context.tail is not None}
+        caches = {
+            id(context.cache): context.bytes - (0 if context.tail is None else context.tail.nbytes)
+            for context in contexts
+            if context.cache is not None
+        }
+        return sum(tails.values()) + sum(caches.values())
 
     # -- memory and disk -----------------------------------------------------------------------------------------
 
@@ -379,15 +438,11 @@ class ContextStore:
 
     def _shrink(self) -> None:
         """Drop the least recently used caches until the rest fits; those of stored contexts stay on disk."""
-        held = sorted(
-            (c for c in self._contexts.values() if c.cache is not None), key=lambda context: context.used
-        )
-        total = sum(context.bytes for context in held)
-        for context in held:
-            if total <= self._memory:
+        held = sorted((c for c in self._contexts.values() if c.in_memory), key=lambda context: context.used)
+        for place, context in enumerate(held):
+            if self._count_bytes(held[place:]) <= self._memory:
                 return
-            total -= context.bytes
-            context.cache = None
+            context.cache = context.tail = None
             self.evicted += 1
             if not context.is_stored:
                 del self._contexts[context.id]
@@ -409,6 +464,7 @@ class ContextStore:
             "full_bytes": context.full_bytes,
             "kept": context.kept,
             "seconds": context.seconds,
+            "predicted_loss": context.predicted_loss,
             "ids": context.ids.tolist(),
         }
         with replace_atomically(self._place(context, "json")) as temporary:
@@ -485,6 +541,8 @@ class ContextStore:
             full_bytes=int(record["full_bytes"]),
             kept=float(record["kept"]),
             seconds=float(record["seconds"]),
+            # Records of before have none.
+            predicted_loss=None if record.get("predicted_loss") is None else float(record["predicted_loss"]),
         )
 
 

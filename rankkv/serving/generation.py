@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,20 @@ from transformers.cli.serving.utils import (
 
 from ..cache.cache import RankKVCache
 from ..cache.prefill import compress
-from ..config import RankKVConfig
 from ..errors import RankKVError
-from ..models.compat import cache_argument
+from ..models.compat import accepts_argument, cache_argument
+from ..selection import get_selector
+from .answers import Answer
+from .batch import WHOLE, Batch, Row
 from .contexts import Context, ContextStore
 from .errors import RequestError
+from .tails import Tail
 from .turns import Job, Turns
 
 #: Text in a stream at the place of an error; `rankkv.serving.replies` writes the error there.
 STREAM_ERROR = "rankkv-stream-error"
-# Plain prompts are not compressed: the answer is that of `transformers serve`.
-_WHOLE = RankKVConfig(
-    compression_ratio=1.0, selector="streaming_llm", strategy="uniform", head_budgets=None, profile=None
-)
+# What is told when an answer ends: its tokens, or the error.
+_End = Callable[[Any, BaseException | None], None]
 
 log = logging.getLogger("rankkv.serving")
 
@@ -137,8 +139,19 @@ class CountingStreamer(DirectStreamer):
         super().cancel()
 
 
+@dataclass(eq=False)
+class _Running:
+    """One answer in the batch, and what to do when it ends."""
+
+    job: Job
+    answer: Answer
+    row: Row
+    context: Context | None
+    end: Callable[[Any, BaseException | None], None]
+
+
 class ContextGenerateManager(GenerateManager):
-    """Answer each request from the longest stored context that it begins with.
+    """Answer each request from the longest stored context that it begins with, many of them together.
 
     Parameters
     ----------
@@ -152,6 +165,8 @@ class ContextGenerateManager(GenerateManager):
         Most tokens of one answer.
     context_length : int, optional
         Most tokens of prompt and answer together.
+    batch : Batch, optional
+        Answers that decode together; None lets ``model.generate`` make one answer after the other.
     """
 
     def __init__(
@@ -162,17 +177,27 @@ class ContextGenerateManager(GenerateManager):
         turns: Turns,
         most_tokens: int,
         context_length: int | None,
+        batch: Batch | None = None,
     ) -> None:
         super().__init__()
         self.jobs: dict[str, Job] = {}
         self._model, self._tokenizer, self._store, self._turns = model, tokenizer, store, turns
         self._most_tokens, self._context_length = most_tokens, context_length
+        self._batch = batch
+        # In the order of the batch's rows.
+        self._running: list[_Running] = []
         self._current: Job | None = None
         self._stopping = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
+        self._busy = 0
+        # True while a step is in the thread's queue, and while one runs.
+        self._is_due = self._is_stepping = False
+        # End and duration of the last step, in seconds.
+        self._stepped, self._step_seconds = 0.0, 0.0
+        self._may_step_between = True
         self._hooks = [
-            module.register_forward_pre_hook(self._stop_if_cancelled)
+            module.register_forward_pre_hook(self._between_layers)
             for module in model.modules()
             if isinstance(getattr(module, "layer_idx", None), int)
         ]
@@ -195,20 +220,16 @@ class ContextGenerateManager(GenerateManager):
         rust_tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
         streamer = CountingStreamer(job, rust_tokenizer, loop, queue, response_parser=response_parser)
 
-        def run() -> None:
-            last: Any = None
-            try:
-                self._check_wanted(job)
-                self._generate(job, context, inputs, gen_config, streamer)
+        def end(result: Any, error: BaseException | None) -> None:
+            if error is None:
+                # The streamer has said so.
                 return
-            except _GenerationCancelled:
-                pass
-            except Exception as error:
+            last = None
+            if isinstance(error, Exception) and not isinstance(error, _GenerationCancelled):
                 job.error, last = error, _StreamError(STREAM_ERROR)
-                _log_failure(job, error)
             _call(loop, queue.put_nowait, last)
 
-        self._submit(job, run, loop)
+        self._submit(job, lambda: self._begin(job, context, inputs, gen_config, streamer, end), end, loop)
         return queue, streamer
 
     async def generate_non_streaming(
@@ -217,11 +238,12 @@ class ContextGenerateManager(GenerateManager):
         """Generate a whole answer and return its text, the length of the prompt, and its tokens."""
         job = self.jobs[request_id]
         context = self._prepare(job, inputs, gen_config)
-        sequences = await self._run_job(
-            job, lambda: self._generate(job, context, inputs, gen_config, TokenCounter(job))
+        counter = TokenCounter(job)
+        sequence = await self._run_job(
+            job, lambda end: self._begin(job, context, inputs, gen_config, counter, end)
         )
         length = inputs["input_ids"].shape[-1]
-        generated = sequences[0, length:]
+        generated = sequence[length:]
         return processor.decode(generated, skip_special_tokens=True), length, generated
 
     # -- contexts ------------------------------------------------------------------------------------------------
@@ -235,17 +257,26 @@ class ContextGenerateManager(GenerateManager):
             If the model or the options do not allow it, or the disk refuses it.
         """
 
-        def run() -> None:
+        def run(end: _End) -> bool:
             start = time.perf_counter()
             ids = torch.from_numpy(context.ids)[None]
-            cache = compress(self._model, ids, tokenizer=self._tokenizer, **context.options)
+            # A replay watches every forward of the model, those of other answers too.
+            self._may_step_between = not get_selector(context.options["selector"]).replays
+            try:
+                cache = compress(self._model, ids, tokenizer=self._tokenizer, **context.options)
+            finally:
+                self._may_step_between = True
             context.seconds = time.perf_counter() - start
             context.bytes, context.full_bytes = cache.cache_bytes(), cache.full_cache_bytes()
+            loss = cache.predicted_loss
+            context.predicted_loss = None if loss is None else round(loss, 5)
             if cache.layer_indices:
                 lengths = [cache.kept_lengths[index] for index in cache.layer_indices]
                 context.kept = sum(lengths) / (len(lengths) * context.tokens)
             self._check_wanted(job)
             self._store.add(context, cache)
+            end(None, None)
+            return False
 
         await self._run_job(job, run)
 
@@ -256,24 +287,23 @@ class ContextGenerateManager(GenerateManager):
         """True as long as the thread takes jobs."""
         return self._thread._thread.is_alive()
 
+    @property
+    def batched(self) -> int:
+        """Number of answers that decode together now."""
+        return len(self._running)
+
     def stop(self, seconds: float = 10.0) -> None:
-        """Stop the answer that runs, wait until the thread is idle, and free the model."""
+        """Stop the answers that run, wait until the thread is idle, and free the model."""
         self._stopping.set()
         self._idle.wait(seconds)
         for hook in self._hooks:
             hook.remove()
 
-    def _stop_if_cancelled(self, *_: Any) -> None:
-        # A prefill takes minutes, so the layers ask too, not the tokens alone.
-        job = self._current
-        if job is not None and threading.current_thread() is self._thread._thread:
-            self._check_wanted(job)
-
     def _check_wanted(self, job: Job) -> None:
         if job.cancelled.is_set() or self._stopping.is_set():
             raise _GenerationCancelled
 
-    async def _run_job(self, job: Job, work: Callable[[], Any]) -> Any:
+    async def _run_job(self, job: Job, begin: Callable[[_End], bool]) -> Any:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
 
@@ -285,37 +315,55 @@ class ContextGenerateManager(GenerateManager):
             else:
                 future.set_exception(error)
 
-        def run() -> None:
-            result: Any = None
-            error: Exception | None = None
-            try:
-                self._check_wanted(job)
-                result = work()
-            except _GenerationCancelled:
+        def end(result: Any, error: BaseException | None) -> None:
+            if isinstance(error, _GenerationCancelled):
                 error = RequestError("the server is stopping: ask again when it is back.", 503, "stopping")
-            except Exception as failure:
-                error = failure
-                _log_failure(job, failure)
             _call(loop, settle, result, error)
 
-        self._submit(job, run, loop)
+        self._submit(job, lambda: begin(end), end, loop)
         return await future
 
-    def _submit(self, job: Job, run: Callable[[], None], loop: asyncio.AbstractEventLoop) -> None:
-        """Hand a job to the model's thread, which gives the turn back when it is done."""
+    def _submit(
+        self, job: Job, begin: Callable[[], bool], end: _End, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Hand a job to the model's thread; its turn is given back when it is done.
+
+        ``begin`` returns True if the answer goes on in the batch, which then ends it.
+        """
 
         def work() -> None:
+            goes_on, error = False, None
             self._current = job
             try:
-                run()
+                self._check_wanted(job)
+                goes_on = begin()
+            except Exception as failure:
+                error = failure
             finally:
                 self._current = None
-                self._idle.set()
-                _call(loop, self._turns.give_back)
+            if error is not None:
+                if not isinstance(error, _GenerationCancelled):
+                    _log_failure(job, error)
+                end(None, error)
+            if not goes_on:
+                self._give_back(job)
+            self._order_step()
 
         job.submitted = True
+        job.loop = loop
+        self._busy += 1
         self._idle.clear()
         self.submit(work)
+
+    def _give_back(self, job: Job) -> None:
+        def note() -> None:
+            self._busy -= 1
+            if not self._busy:
+                self._idle.set()
+            self._turns.give_back()
+
+        if job.loop is not None and not _call(job.loop, note):
+            self._idle.set()
 
     # -- one answer ----------------------------------------------------------------------------------------------
 
@@ -356,10 +404,129 @@ class ContextGenerateManager(GenerateManager):
             wanted = min(wanted, room)
         gen_config.max_new_tokens, gen_config.max_length = wanted, None
 
+    def _begin(
+        self, job: Job, context: Context | None, inputs: Any, gen_config: Any, streamer: Any, end: _End
+    ) -> bool:
+        """Prefill a request and choose its first token; return True if it goes on in the batch."""
+        if self._batch is None:
+            end(self._generate(job, context, inputs, gen_config, streamer), None)
+            return False
+        answer = Answer.prepare(self._model, self._tokenizer, inputs, gen_config, job.seed, streamer)
+        ids = answer.ids[0]
+        context, cache, tail = self._open(job, context, ids)
+        if context is None:
+            with torch.no_grad():
+                options = {"logits_to_keep": 1} if accepts_argument(self._model, "logits_to_keep") else {}
+                output = self._model(input_ids=ids[None], use_cache=True, **options, **cache_argument(cache))
+            row, logits = self._batch.open(cache.finish()), output.logits[:, -1]
+        else:
+            row = self._batch.open(cache, tail)
+            logits = self._batch.fill(row, ids[row.seen :])
+        running = _Running(job, answer, row, context, end)
+        if answer.choose(logits):
+            self._complete(running)
+            return False
+        self._batch.join(row)
+        self._running.append(running)
+        return True
+
+    def _complete(self, running: _Running) -> None:
+        """Keep the conversation of a complete answer, whose next turn begins with it, then say that it is complete."""
+        job, row, sequence = running.job, running.row, running.answer.ids[0]
+        ids = sequence[: row.seen].cpu().numpy().astype(np.int64)
+        parent = running.context
+        shares = parent is not None and (parent.is_stored or parent.root is not None)
+        self._store.add_conversation(job.key, ids, None if shares else row.base.cache, parent, row.own)
+        running.answer.end()
+        running.end(sequence, None)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _order_step(self) -> None:
+        """Put one step behind the jobs that wait for the thread, if there are answers to go on with."""
+        if self._running and not self._is_due:
+            self._is_due = True
+            self.submit(self._take_step)
+
+    def _take_step(self) -> None:
+        self._is_due = False
+        try:
+            self._step()
+        finally:
+            self._order_step()
+
+    def _between_layers(self, *_: Any) -> None:
+        """Stop a prefill that nobody waits for, or let the answers that run have their share of the time."""
+        if threading.current_thread() is not self._thread._thread or self._is_stepping:
+            return
+        if self._current is not None:
+            # A prefill takes minutes, so the layers ask too, not the tokens alone.
+            self._check_wanted(self._current)
+        if (
+            self._running
+            and self._may_step_between
+            and time.perf_counter() - self._stepped >= self._step_seconds
+        ):
+            self._step()
+
+    def _step(self) -> None:
+        """Compute one token of every answer in the batch; those that end leave it."""
+        start = time.perf_counter()
+        self._is_stepping, batch = True, self._batch
+        try:
+            for running in list(self._running):
+                # Nobody waits for it: its place is free before the next token.
+                if running.job.cancelled.is_set() or self._stopping.is_set():
+                    self._leave(running, _GenerationCancelled())
+            if batch is None or not self._running:
+                return
+            try:
+                logits = batch.step([running.answer.newest for running in self._running])
+            except Exception as error:
+                for running in list(self._running):
+                    self._leave(running, error)
+                return
+            for running, scores in zip(list(self._running), logits.split(1), strict=True):
+                try:
+                    if running.answer.choose(scores):
+                        self._leave(running, None)
+                except Exception as error:
+                    self._leave(running, error)
+        finally:
+            self._is_stepping = False
+            self._stepped = time.perf_counter()
+            self._step_seconds = self._stepped - start
+
+    def _leave(self, running: _Running, error: BaseException | None) -> None:
+        """Take an answer out of the batch: it is complete, or it failed."""
+        place, last = self._running.index(running), self._running.pop()
+        if last is not running:
+            # As the batch does with its rows.
+            self._running[place] = last
+        try:
+            if self._batch is not None:
+                self._batch.leave(running.row)
+            if error is None:
+                self._complete(running)
+        except Exception as failure:
+            error = failure
+        if error is not None:
+            if isinstance(error, Exception) and not isinstance(error, _GenerationCancelled):
+                _log_failure(running.job, error)
+            running.end(None, error)
+        self._give_back(running.job)
+
+    # -- one answer alone ----------------------------------------------------------------------------------------
+
     def _generate(
         self, job: Job, context: Context | None, inputs: Any, gen_config: Any, streamer: Any
     ) -> torch.Tensor:
-        context, cache = self._open(job, context)
+        """Let ``model.generate`` make a whole answer, for models whose answers cannot decode together."""
+        context, cache, _ = self._open(job, context, inputs["input_ids"][0])
+        if context is not None:
+            cache = cache.copy()
+        if job.seed is not None:
+            torch.manual_seed(job.seed)
         output = self._model.generate(
             **inputs,
             generation_config=gen_config,
@@ -369,20 +536,33 @@ class ContextGenerateManager(GenerateManager):
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         self._keep(job, sequences[0], cache, context)
-        return sequences
+        return sequences[0]
 
-    def _open(self, job: Job, context: Context | None) -> tuple[Context | None, RankKVCache]:
-        """Return a cache for an answer, and the context that it is a copy of."""
-        if context is not None:
+    def _open(
+        self, job: Job, context: Context | None, ids: torch.Tensor
+    ) -> tuple[Context | None, RankKVCache, Tail | None]:
+        """Return the context of an answer, its cache, which others use too, and the tokens behind it; or a new one."""
+        while context is not None:
             try:
-                return context, self._store.check_out(context)
+                cache, tail = self._store.borrow(context)
             except RequestError as error:
-                # A client that named no context did not ask for it.
-                if job.context is not None:
+                if context.is_stored and job.context is not None:
                     raise
+                # A conversation that left memory since the request came: its context is still there.
+                # A client that named no context did not ask for this one.
                 _log_failure(job, error)
-                job.cached_tokens, job.matched = 0, None
-        return None, RankKVCache(self._model, config=_WHOLE)
+                known = (
+                    None if context.is_stored else self._store.match(job.key, ids.cpu().numpy(), job.context)
+                )
+                context = None if known is context else known
+                job.cached_tokens = 0 if context is None else context.tokens
+                job.matched = None if context is None else context.root or context.id
+                continue
+            return context, cache, tail
+        if job.context is not None:
+            # It was deleted: say so.
+            self._store.get(job.key, job.context)
+        return None, RankKVCache(self._model, config=WHOLE), None
 
     def _keep(self, job: Job, sequence: torch.Tensor, cache: RankKVCache, parent: Context | None) -> None:
         """Keep the conversation, whose next turn begins with it."""
@@ -414,12 +594,14 @@ class PinnedGenerationState(GenerationState):
         return self._manager
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
-    """Call a function on the event loop; nothing happens if the loop has ended."""
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> bool:
+    """Call a function on the event loop; return False, and do nothing, if the loop has ended."""
     try:
         loop.call_soon_threadsafe(function, *args)
     except RuntimeError:
         log.debug("the event loop has ended")
+        return False
+    return True
 
 
 def _log_failure(job: Job, error: Exception) -> None:

@@ -20,8 +20,8 @@ from .settings import ServeSettings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
-#: Routes that ask for no key: whoever watches the server has none.
-_OPEN = {"/health"}
+#: Routes that ask for no key: whoever watches the server has none, and the page asks its user for it.
+_OPEN = {"/health", "/"}
 _ROUTES = re.compile(
     r"/(health|metrics|load_model|v1/(models|contexts|chat/completions|completions|responses))(?=/|$)"
 )
@@ -78,7 +78,7 @@ class Guard:
                 log.error("%s failed: %s\n%s", request_id, type(error).__name__, places)
         finally:
             found = _ROUTES.match(scope["path"])
-            route = found[0] if found else "other"
+            route = found[0] if found else "/" if scope["path"] == "/" else "other"
             self._metrics.note_request(route, status)
             seconds = time.perf_counter() - start
             log.info("%s %s %s %d %.3fs", request_id, scope["method"], route, status, seconds)

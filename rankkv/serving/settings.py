@@ -38,12 +38,16 @@ class ServeSettings:
         Address to listen on.  Port 0 takes a free one.
     compression_ratio, selector : float, str
         Defaults of a new context.
+    max_loss : float, optional
+        Loss that a new context stays below, instead of the ratio.
     cache_memory : int
         Bytes of compressed contexts held in memory.
     cache_dir : Path, optional
         Folder of stored contexts; None is a folder of RankKV's cache folder.
     api_keys : tuple of str
         Accepted keys.  Each key has contexts of its own.
+    max_batch : int
+        Most answers that decode together.
     max_queue : int
         Most requests that wait, for each key.
     max_body : int
@@ -72,10 +76,12 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     compression_ratio: float = 0.3
+    max_loss: float | None = None
     selector: str = AUTO_SELECTOR
     cache_memory: int = 2 * 10**9
     cache_dir: Path | None = None
     api_keys: tuple[str, ...] = ()
+    max_batch: int = 16
     max_queue: int = 32
     max_body: int = 4 * 2**20
     max_answer_tokens: int = 4096
@@ -84,10 +90,17 @@ class ServeSettings:
     grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        RankKVConfig(compression_ratio=self.compression_ratio, selector=self.selector)
+        RankKVConfig(compression_ratio=self.compression_ratio, selector=self.selector, max_loss=self.max_loss)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port} must be from 0 to 65535.")
-        for name in ("max_queue", "max_body", "max_answer_tokens", "max_context_tokens", "max_contexts"):
+        for name in (
+            "max_batch",
+            "max_queue",
+            "max_body",
+            "max_answer_tokens",
+            "max_context_tokens",
+            "max_contexts",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1.")

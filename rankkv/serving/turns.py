@@ -1,4 +1,4 @@
-"""Jobs, and the bounded fair queue in which they wait for the one thread that runs the model."""
+"""Jobs, and the bounded fair queue in which they wait for a place among those that the model works on."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ class Job:
         False if the request asks for a full prefill.
     token_limit : int, optional
         Largest answer that the client asks for.
+    seed : int, optional
+        Seed of a sampled answer.
+    loop : AbstractEventLoop, optional
+        Event loop of the request, once the job is submitted.
     cancelled : threading.Event
         Set as soon as nobody waits for the answer.
     submitted : bool
@@ -47,6 +51,8 @@ class Job:
     context: str | None = None
     reuse: bool = True
     token_limit: int | None = None
+    seed: int | None = None
+    loop: asyncio.AbstractEventLoop | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     arrived: float = field(default_factory=time.perf_counter)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -68,7 +74,7 @@ class Job:
 
 
 class Turns:
-    """Hand one turn at a time to waiting requests, the keys in rotation.
+    """Hand a bounded number of turns to waiting requests: keys in rotation, and the contexts of a key in rotation.
 
     All methods run on the event loop.
 
@@ -76,27 +82,33 @@ class Turns:
     ----------
     limit : int
         Most requests that wait, for each key: one client cannot fill the queue of another.
+    slots : int
+        Most requests that have a turn at the same time.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        self._taken: float | None = None
+    def __init__(self, limit: int, slots: int = 1) -> None:
+        self._limit, self._slots = limit, slots
+        # By key, then by context.
+        self._waiting: dict[str, dict[str | None, deque[asyncio.Future[None]]]] = {}
+        self._running = 0
+        # When the last turn ended, or the first one began after a pause.
+        self._since: float | None = None
+        # Seconds from one end of a turn to the next.
         self._times: deque[float] = deque(maxlen=_REMEMBERED)
         self._closed = False
 
     @property
     def waiting(self) -> int:
         """Number of requests that wait."""
-        return sum(len(queue) for queue in self._waiting.values())
+        return sum(map(self._count, self._waiting))
 
     @property
     def running(self) -> int:
-        """1 if a request has the turn, else 0."""
-        return int(self._taken is not None)
+        """Number of requests that have a turn."""
+        return self._running
 
-    async def take(self, key: str) -> None:
-        """Wait for the turn of a key.
+    async def take(self, key: str, context: str | None = None) -> None:
+        """Wait for the turn of a key and a context.
 
         Raises
         ------
@@ -105,63 +117,81 @@ class Turns:
         """
         if self._closed:
             raise RequestError("the server is stopping: ask again when it is back.", 503, "stopping")
-        if self._taken is None:
-            self._taken = time.perf_counter()
+        if self._running < self._slots:
+            self._begin()
             return
-        queue = self._waiting.setdefault(key, deque())
-        if len(queue) >= self._limit:
-            seconds = self._estimate_wait(len(queue))
+        waiting = self._count(key)
+        if waiting >= self._limit:
+            seconds = self._estimate_wait(waiting)
             raise RequestError(
-                f"{len(queue)} requests of this key wait already, and {self._limit} are the most: ask again in "
+                f"{waiting} requests of this key wait already, and {self._limit} are the most: ask again in "
                 f"{seconds} s.",
                 429,
                 "queue_full",
                 headers={"Retry-After": str(seconds)},
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(turn)
+        self._waiting.setdefault(key, {}).setdefault(context, deque()).append(turn)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 # The turn came at the moment the client left.
                 self.give_back()
-            elif turn in queue:
-                queue.remove(turn)
-                self._drop_if_empty(key)
+            else:
+                self._remove(key, context, turn)
             raise
 
     def give_back(self) -> None:
-        """End the current turn, and give the next one to another key if one waits."""
-        if self._taken is not None:
-            self._times.append(time.perf_counter() - self._taken)
-        self._taken = None
-        while self._waiting:
+        """End a turn, and give the next one to another key, or another context, if one waits."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self._times.append(now - self._since)
+        self._running = max(0, self._running - 1)
+        self._since = now if self._running else None
+        while self._waiting and self._running < self._slots:
             key = next(iter(self._waiting))
-            queue = self._waiting.pop(key)
+            queues = self._waiting.pop(key)
+            context = next(iter(queues))
+            queue = queues.pop(context)
             turn = queue.popleft()
+            # Last in line, behind the other contexts and the other keys.
             if queue:
-                # Last in line, behind the other keys.
-                self._waiting[key] = queue
+                queues[context] = queue
+            if queues:
+                self._waiting[key] = queues
             if not turn.done():
-                self._taken = time.perf_counter()
+                self._begin()
                 turn.set_result(None)
-                return
 
     def close(self) -> None:
         """Refuse all that wait and all that come."""
         self._closed = True
-        for queue in self._waiting.values():
-            for turn in queue:
+        for queues in self._waiting.values():
+            for turn in (turn for queue in queues.values() for turn in queue):
                 if not turn.done():
                     turn.set_exception(
                         RequestError("the server is stopping: ask again when it is back.", 503, "stopping")
                     )
         self._waiting.clear()
 
-    def _drop_if_empty(self, key: str) -> None:
-        if not self._waiting.get(key, True):
-            del self._waiting[key]
+    def _begin(self) -> None:
+        self._running += 1
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def _count(self, key: str) -> int:
+        return sum(map(len, self._waiting.get(key, {}).values()))
+
+    def _remove(self, key: str, context: str | None, turn: asyncio.Future[None]) -> None:
+        queues = self._waiting.get(key, {})
+        queue = queues.get(context, deque())
+        if turn in queue:
+            queue.remove(turn)
+        if not queue:
+            queues.pop(context, None)
+        if not queues:
+            self._waiting.pop(key, None)
 
     def _estimate_wait(self, ahead: int) -> int:
         mean = sum(self._times) / len(self._times) if self._times else 1.0

@@ -161,6 +161,28 @@ def test_generate_streams_the_same_answer_to_stdout(small):
     assert record["cache_bytes"] < record["full_cache_bytes"]
 
 
+def test_generate_by_loss_tells_the_prediction(small):
+    arguments = ("generate", "--model", small, "--prompt", PROMPT, "--max-new-tokens", 2)
+    result = invoke(*arguments, "--max-loss", 0.1)
+    assert "for nine of ten prompts below" in result.stderr
+    assert "max_loss 0.1" in result.stderr
+    record = json.loads(invoke(*arguments, "--max-loss", 0.1, "--json").stdout)
+    assert 0 < record["predicted_loss"] < record["loss_bound"] <= 0.1
+    assert record["config"]["compression_ratio"] == 1.0
+    plain = json.loads(invoke(*arguments, "--json").stdout)
+    assert plain["config"]["compression_ratio"] == 0.3
+    assert plain["loss_bound"] > record["loss_bound"]
+
+
+def test_analyze_marks_the_knee_of_the_predicted_loss(small):
+    arguments = ("analyze", "--model", small, "--prompt", PROMPT, "--losses")
+    shown = invoke(*arguments).stderr
+    assert shown.count("<- knee") == 1
+    points = json.loads(invoke(*arguments, "--json").stdout)["predicted_losses"]
+    assert [point["loss"] for point in points] == sorted((point["loss"] for point in points), reverse=True)
+    assert sum(point["is_knee"] for point in points) == 1
+
+
 def test_generate_passes_options_on(small):
     result = invoke(
         "generate", "--model", small, "--prompt", PROMPT, "--budget", 30, "--max-new-tokens", 2, "--json",
@@ -244,6 +266,8 @@ def test_stream_never_splits_a_character(embedded):
         (["generate", "--prompt", "a", "--compression-ratio", "0"], "outside (0, 1]"),
         (["generate", "--prompt", "a", "--compression-ratio", "1.5"], "outside (0, 1]"),
         (["generate", "--prompt", "a", "--compression-ratio", "nan"], "outside (0, 1]"),
+        (["generate", "--prompt", "a", "--max-loss", "0"], "max_loss=0.0 is outside (0, 10]"),
+        (["generate", "--prompt", "a", "--max-loss", "0.1", "--selector", "h2o"], "'h2o' was not measured"),
         (["generate", "--prompt", "a", "--selector", "snapvk"], "did you mean 'snapkv'?"),
         (["generate", "--prompt", "a", "--selector-option", "pooling"], "must be of the form name=value"),
         (["generate", "--prompt", "a", "--selector-option", "colour=red"], "has no option 'colour'"),

@@ -60,6 +60,17 @@ def test_numbers_are_those_of_the_python_api(small, options, tmp_path):
         assert shown in result.stderr
 
 
+def test_a_loss_stands_beside_the_ratios(small, tmp_path):
+    result = invoke(
+        "--model", small, "--text", small / "text.txt", "--lengths", 300, "--samples", 2, "--no-floor", "--json",
+        "--tasks", "perplexity", "--task-option", "continuation=20", "--ratios", 0.2, "--max-losses", "0.05,0.5",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = {one["setting"]: one for one in json.loads(result.stdout)["comparisons"]}
+    shares = [found[f"snapkv|max_loss|{loss}"]["kept_share"] for loss in (0.05, 0.5)]
+    assert 1 > shares[0] > shares[1] > 0
+
+
 def test_what_is_there_is_not_computed_again(options, tmp_path):
     arguments = ["--tasks", "perplexity", *options, "-o", tmp_path]
     assert invoke(*arguments).exit_code == 0
@@ -180,6 +191,8 @@ def test_an_unknown_file_is_refused_before_the_model_loads(tmp_path):
         (["--tasks", "hellaswag", "--include-path", "nowhere"], "'nowhere' is not a folder"),
         (["--tasks", ","], "--tasks ',' is an empty list"),
         (["--ratios", "2"], "compression_ratio=2.0 is outside"),
+        (["--max-losses", "0"], "max_loss=0.0 is outside (0, 10]"),
+        (["--max-losses", "0.1", "--selectors", "h2o"], "'h2o' was not measured"),
         (["--ratios", "half"], "'half' must be a number"),
         (["--samples", "0"], "--samples is 0"),
         (["--limit", "0"], "--limit is 0"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from live import Live, generate, run_live
+from live import Live, generate, get_text, render, run_live
 
 from rankkv import RankKVCache, compress
 from rankkv.serving.prompts import encode_context
@@ -16,21 +16,9 @@ from rankkv.serving.prompts import encode_context
 QUESTIONS = ["What does assert do?", "  (Which statement?)", "\nName 3 words.", "A", "é?", "1"]
 
 
-def render(tokenizer, messages):
-    return list(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-    )
-
-
-def get_text(reply):
-    assert reply.status == 200, reply.data
-    return reply.json["choices"][0]["message"]["content"]
-
-
 @pytest.mark.parametrize(
-    "options", [{}, {"compression_ratio": 0.5, "selector": "snapkv"}, {"selector": "kvzip"}]
+    "options",
+    [{}, {"compression_ratio": 0.5, "selector": "snapkv"}, {"selector": "kvzip"}, {"max_loss": 0.2}],
 )
 def test_answers_equal_generation_with_a_copy(live, tiny, document, options):
     model, tokenizer = tiny
@@ -38,9 +26,10 @@ def test_answers_equal_generation_with_a_copy(live, tiny, document, options):
     assert made.status == 201
     context = made.json
     ids = render(tokenizer, [{"role": "user", "content": f"{document}\n\nWhy?"}])[: context["tokens"]]
-    options = {"compression_ratio": 0.3, **options}
+    options = options if "max_loss" in options else {"compression_ratio": 0.3, **options}
     stored = compress(model, torch.tensor([ids]), tokenizer=tokenizer, **options)
     assert (context["bytes"], context["full_bytes"]) == (stored.cache_bytes(), stored.full_cache_bytes())
+    assert context["predicted_loss"] == (stored.predicted_loss and round(stored.predicted_loss, 5))
     for question in QUESTIONS:
         reply = live.chat(question, rankkv={"context": context["id"]})
         whole = render(tokenizer, [{"role": "user", "content": f"{document}\n\n{question}"}])

@@ -6,42 +6,14 @@ import asyncio
 import http.client
 import json
 import threading
-import time
 
 import pytest
-from live import run_live
+from live import open_stream, run_live, wait_for
 
 from rankkv.serving.errors import RequestError
 from rankkv.serving.turns import Turns
 
 KEYS = ("key-of-alice-1", "key-of-bob-22")
-
-
-def wait_for(holds, seconds=60):
-    """Wait until something holds; fail if it does not within a minute."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
-def open_stream(live, tokens, **options):
-    """Begin a streamed answer, read its first token, and return the open connection."""
-    connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
-    body = {
-        "messages": [{"role": "user", "content": "Go on."}],
-        "max_tokens": tokens,
-        "stream": True,
-        **options,
-    }
-    # No end-of-text token: the answer is as long as it may be.
-    body["logit_bias"] = {"2": -100}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.status == 200
-    while b'"content"' not in response.readline():
-        pass
-    return connection
 
 
 def hold_first_layer(live):
@@ -168,6 +140,35 @@ def test_keys_take_turns():
     assert asyncio.run(run()) == ["a", "b", "c", "a", "b", "a"]
 
 
+def test_contexts_of_one_key_take_turns_and_several_run():
+    async def run():
+        turns, order = Turns(limit=10, slots=2), []
+
+        async def one(context):
+            await turns.take("key", context)
+            order.append(context)
+            await asyncio.sleep(0)
+            turns.give_back()
+
+        await turns.take("key", "first")
+        await turns.take("key", "first")
+        waiting = []
+        for context in ("a", "a", "a", "b", "c", "b"):
+            waiting.append(asyncio.ensure_future(one(context)))
+            await asyncio.sleep(0)
+        assert (turns.waiting, turns.running) == (6, 2)
+        waiting[1].cancel()
+        await asyncio.sleep(0)
+        turns.give_back()
+        assert (turns.waiting, turns.running) == (4, 2)
+        turns.give_back()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert (turns.waiting, turns.running) == (0, 0)
+        return order
+
+    assert asyncio.run(run()) == ["a", "b", "c", "a", "b"]
+
+
 def test_a_full_queue_of_one_key_leaves_room_for_another():
     async def run():
         turns = Turns(limit=1)
@@ -208,7 +209,7 @@ def test_a_stop_refuses_all_that_wait():
 
 
 def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_place(tiny, tmp_path):
-    with run_live(*tiny, tmp_path, max_queue=1) as live:
+    with run_live(*tiny, tmp_path, max_queue=1, max_batch=1) as live:
         running = open_stream(live, 3000)
         replies = []
         waiting = threading.Thread(target=lambda: replies.append(live.chat("Hello", max_tokens=2)))
@@ -227,9 +228,16 @@ def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_place(tiny,
         assert live.metric('rankkv_tokens_total{kind="answer"}') < 3000
 
 
+@pytest.fixture
+def narrow(tiny, tmp_path):
+    """A server that makes one answer at a time."""
+    with run_live(*tiny, tmp_path, max_batch=1) as live:
+        yield live
+
+
 @pytest.mark.parametrize("stage", ["prefill", "queue", "decoding"])
-def test_a_client_that_leaves_a_plain_request_frees_its_place(live, document, stage):
-    text, running = "Hello", None
+def test_a_client_that_leaves_a_plain_request_frees_its_place(narrow, document, stage):
+    text, running, live = "Hello", None, narrow
     if stage == "prefill":
         # Every layer of a prefill asks if the client is still there: hold the first one until it has left.
         inside, gone, hook = hold_first_layer(live)
@@ -254,7 +262,7 @@ def test_a_client_that_leaves_a_plain_request_frees_its_place(live, document, st
         wait_for(lambda: live.service.turns.waiting == 0)
         running.close()
     else:
-        wait_for(lambda: live.service.manager._current is not None)
+        wait_for(lambda: live.service.manager.batched == 1)
         connection.close()
     wait_for(lambda: not live.service.turns.running)
     wait_for(lambda: not live.service.manager.jobs)

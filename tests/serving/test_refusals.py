@@ -159,6 +159,9 @@ def test_a_taken_name_and_too_many_contexts(tiny, tmp_path):
         ({"compression_ratio": 1.5}, "compression_ratio"),
         ({"compression_ratio": "0.5"}, "must be a number"),
         ({"compression_ratio": True}, "must be a number"),
+        ({"max_loss": 0}, "max_loss=0 is outside (0, 10]"),
+        ({"max_loss": "0.1"}, "max_loss='0.1' is outside (0, 10]"),
+        ({"max_loss": 0.1, "selector": "h2o"}, "'h2o' was not measured"),
         ({"selector": "snapvk"}, "did you mean 'snapkv'"),
         ({"selector": 3}, "name of a selector"),
         ({"selector": "/etc/passwd"}, "unknown selector"),
@@ -372,7 +375,7 @@ def test_a_template_that_refuses(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404), ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/v1/contexts/a/b", 404),
+        ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/v1/contexts/a/b", 404),
         ("POST", "/v1/embeddings", 404), ("GET", "/v1/../metrics/x", 404), ("DELETE", "/health", 405),
         ("GET", CHAT, 405), ("PUT", CONTEXTS, 405), ("POST", "/metrics", 405), ("GET", "/load_model", 405),
         ("POST", "/reset", 403), ("GET", "/reset", 403), ("POST", "/v1/systemone", 403),

@@ -43,6 +43,8 @@ def test_importing_rankkv_does_not_import_the_server():
     [
         (["--port", "-1"], "--port -1 must be from 0 to 65535"),
         (["--compression-ratio", "1.5"], "compression_ratio"),
+        (["--max-loss", "0"], "max_loss=0.0 is outside (0, 10]"),
+        (["--max-loss", "0.1", "--selector", "h2o"], "'h2o' was not measured"),
         (["--selector", "snapvk"], "did you mean 'snapkv'"),
         (["--cache-memory", "lots"], "--cache-memory 'lots' is not a size"),
         (["--cache-memory", "-1GB"], "is not a size"),

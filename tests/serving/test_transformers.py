@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers.cli.serving import chat_completion, completion, model_manager, response, utils
 
+from rankkv.serving.answers import Answer
 from rankkv.serving.errors import RequestError
-from rankkv.serving.generation import CountingStreamer, PinnedModelManager
+from rankkv.serving.generation import CountingStreamer, PinnedModelManager, TokenCounter
 from rankkv.serving.options import HARMLESS, READ, check_options
 from rankkv.serving.turns import Job
 
@@ -80,6 +81,31 @@ def test_stream_errors_stand_where_they_are_replaced():
     source = inspect.getsource(chat_completion.ChatCompletionHandler._streaming)
     assert 'data: {{"error": "{item.msg}"}}' in source
     assert 'data: {{"error": "{text.msg}"}}' in inspect.getsource(completion.CompletionHandler._streaming)
+
+
+def test_generate_hands_a_function_in_its_place_what_an_answer_needs(tiny):
+    from transformers import GenerationConfig
+
+    model, tokenizer = tiny
+    config = GenerationConfig(
+        max_new_tokens=3,
+        do_sample=True,
+        temperature=0.5,
+        repetition_penalty=1.5,
+        stop_strings=["x"],
+        eos_token_id=2,
+    )
+    answer = Answer.prepare(
+        model, tokenizer, {"input_ids": torch.tensor([[5, 6]])}, config, 7, TokenCounter(Job("c", "k"))
+    )
+    names = {type(part).__name__ for part in (*answer._processors, *answer._criteria)}
+    assert names == {
+        "RepetitionPenaltyLogitsProcessor", "TemperatureLogitsWarper", "TopKLogitsWarper", "MaxLengthCriteria",
+        "EosTokenCriteria", "StopStringCriteria",
+    }  # fmt: skip
+    assert answer.ids.tolist() == [[5, 6]]
+    assert answer._generator.initial_seed() == 7
+    assert answer._criteria[0].max_length == 5
 
 
 def test_one_thread_runs_all_jobs_in_order():

@@ -1,4 +1,4 @@
-"""A real headless Chromium that opens a page from a file, at any width and in either colour scheme."""
+"""A real headless Chromium that opens a page of a file or of this machine, at any width and in either colour scheme."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ def require_chromium() -> None:
         pytest.skip("no Chromium here (Debian: apt-get install chromium chromium-driver)")
 
 
+def open_page(path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> Any:
+    """Open a page of a file; see :func:`open_url`."""
+    return open_url(path.absolute().as_uri(), width, height, dark)
+
+
 @contextmanager
-def open_page(path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Any]:
-    """Open a page and yield the driver of its browser, which reaches no network."""
+def open_url(url: str, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Any]:
+    """Open a page and yield the driver of its browser, which reaches no network but this machine by its number."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -32,7 +37,7 @@ def open_page(path: Path, width: int = 1280, height: int = 900, dark: bool = Fal
     for argument in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
         # Every name leads nowhere.
-        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     ):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -43,7 +48,7 @@ def open_page(path: Path, width: int = 1280, height: int = 900, dark: bool = Fal
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-        browser.get(path.absolute().as_uri())
+        browser.get(url)
         yield browser
     finally:
         browser.quit()

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,3 +129,45 @@ def generate(model: Any, ids: Any, cache: Any, tokens: int = 8) -> list[int]:
         **cache_argument(cache),
     )
     return output[0, ids.shape[1] :].tolist()
+
+
+def render(tokenizer, messages):
+    """Return the tokens of a conversation, as the chat template writes them."""
+    return list(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+    )
+
+
+def get_text(reply):
+    """Return the text of a chat reply that must be a success."""
+    assert reply.status == 200, reply.data
+    return reply.json["choices"][0]["message"]["content"]
+
+
+def wait_for(holds, seconds=60):
+    """Wait until something holds; fail if it does not within a minute."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def open_stream(live, tokens, **options):
+    """Begin a streamed answer, read its first token, and return the open connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
+    body = {
+        "messages": [{"role": "user", "content": "Go on."}],
+        "max_tokens": tokens,
+        "stream": True,
+        **options,
+    }
+    # No end-of-text token: the answer is as long as it may be.
+    body["logit_bias"] = {"2": -100}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 200
+    while b'"content"' not in response.readline():
+        pass
+    return connection
