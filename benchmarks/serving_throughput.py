@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=2 python -m benchmarks.serving_throughput
 
-Both servers run as programs, asked in turn, with the same weights in float32, the same document and questions.  RankKV's has
-the document as a context, 20 % kept; `transformers serve --continuous-batching` gets it in every prompt, and shares the
-blocks of that prefix after one request has computed them.  Only decoding counts on both sides: the tokens that arrive
-from the moment at which the last client has its first token until the first client has its last one.
+Both servers run as programs, asked in turn, with the same weights in float32, the same document and questions.
+RankKV's has the document as a context, 20 % kept; `transformers serve --continuous-batching` gets it in every prompt,
+and shares the blocks of that prefix after one request has computed them.  Only decoding counts on both sides: the
+tokens that arrive from the moment at which the last client has its first token until the first client has its last one.
 """
 
 from __future__ import annotations
