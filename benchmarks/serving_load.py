@@ -253,7 +253,8 @@ class Run:
         self.tally, self.is_up, self.is_down = Tally(), threading.Event(), threading.Event()
         self.is_up.set()
         self.killed_at = -1e9
-        self.memory: list[tuple[float, int]] = []
+        # Moment, resident bytes, and bytes of the caches among them.
+        self.memory: list[tuple[float, int, int]] = []
         # Contexts by place, and those made under load: id, text.
         self.ids: list[str | None] = []
         self.known: list[int] = []
@@ -318,8 +319,9 @@ class Run:
     def _watch(self, start: float) -> None:
         while time.monotonic() < self.end:
             if self.is_up.is_set():
-                with contextlib.suppress(OSError):
-                    self.memory.append((time.monotonic() - start, self.server.read_memory()))
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    held = int(self.server.read_metric("rankkv_cache_bytes"))
+                    self.memory.append((time.monotonic() - start, self.server.read_memory(), held))
             time.sleep(1.0)
 
     def _make(self, start: float) -> None:
@@ -357,7 +359,9 @@ class Run:
         memory = {
             "at_2_of_10_bytes": self._memory_at(0.2 * seconds),
             "at_the_end_bytes": self._memory_at(seconds),
-            "most_bytes": max(size for _, size in self.memory),
+            "caches_at_2_of_10_bytes": self._memory_at(0.2 * seconds, 2),
+            "caches_at_the_end_bytes": self._memory_at(seconds, 2),
+            "most_bytes": max(size for _, size, _ in self.memory),
         }
         return {
             "clients": self.arguments.clients,
@@ -389,10 +393,10 @@ class Run:
         if text != expected.text and not expected.ties:
             self.tally.wrong.append({"question": QUESTIONS[0], "got": text, "expected": expected.text})
 
-    def _memory_at(self, moment: float) -> int:
+    def _memory_at(self, moment: float, column: int = 1) -> int:
         # The median of five seconds, as near as there are any.
         near = sorted(self.memory, key=lambda entry: abs(entry[0] - moment))[:5]
-        return int(statistics.median(size for _, size in near))
+        return int(statistics.median(entry[column] for entry in near))
 
 
 def _quantiles(values: list[float]) -> dict[str, float]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import shutil
 from pathlib import Path
 
 from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
 from rankkv import load_model
@@ -22,7 +24,7 @@ from .serving import Server
 
 FACT = "The gate code of the north yard is 7391."
 QUESTION = "What is the gate code of the north yard?"
-WIDTH, HEIGHT = 1000, 1180
+WIDTH, HEIGHT = 1000, 1220
 
 
 def take_picture(url: str, text: str, path: Path, scheme: str) -> None:
@@ -35,7 +37,9 @@ def take_picture(url: str, text: str, path: Path, scheme: str) -> None:
         "--hide-scrollbars",
     ):
         options.add_argument(argument)
-    browser = webdriver.Chrome(options=options)
+    # Named, so that selenium looks for neither of them.
+    options.binary_location = shutil.which("chromium") or ""
+    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
         size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
