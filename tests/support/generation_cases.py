@@ -31,7 +31,11 @@ def make_cases() -> dict[str, dict[str, Any]]:
     padded = case(rows=2)
     padded["attention_mask"] = [[1] * PROMPT_TOKENS, [0] * 40 + [1] * (PROMPT_TOKENS - 40)]
     return {
-        **{f"selector {name}": case(selector=name) for name in SELECTORS if not SELECTORS[name].replays},
+        **{
+            f"selector {name}": case(selector=name)
+            for name, selector in SELECTORS.items()
+            if not selector.replays and not selector.required
+        },
         **{f"strategy {name}": case(strategy=name) for name in EVERY_STRATEGY},
         **{
             f"{scope} {name}": case(strategy="power", scope=scope, aggregation=name)
