@@ -79,8 +79,8 @@ def test_it_has_its_parts():
         "Questions",
         "Sources, citation, licence",
     ]
-    choosing = next(table for table in find_tables(NAMES[0]) if table[0][0] == "a first try")
-    assert len(choosing) == 8
+    choosing = next(table for table in find_tables(NAMES[0]) if table[0][0] == "do not know the ratio?")
+    assert len(choosing) == 9
     assert len([words for words in find_commands(NAMES[0]) if words[0] == "rankkv"]) == 7
     assert read(NAMES[0]).count("<details>") == read(NAMES[0]).count("</details>") == 8
     assert len(re.findall(r"^\d+\. ", read(NAMES[0]), re.MULTILINE)) == 12
@@ -273,7 +273,7 @@ def find_tree(name):
         depth = (len(line) - len(line.lstrip())) // 2
         names = []
         for word in line.split():
-            if not re.fullmatch(r"\.?[A-Za-z_][\w.-]*/|\w[\w.-]*\.\w+|Makefile|LICENSE", word):
+            if not re.fullmatch(r"\.?[A-Za-z_][\w.-]*/|\w[\w.-]*\.\w+|\.\w+|Makefile|LICENSE|Dockerfile", word):
                 break
             names.append(word)
         assert names, f"no path in the tree's line {line!r}"

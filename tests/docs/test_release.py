@@ -112,7 +112,7 @@ import pathlib, sys
 sys.path.insert(0, {str(tmp_path / "site")!r})
 import rankkv
 print(rankkv.__file__)
-(path,) = (pathlib.Path(rankkv.__file__).parent / "profile" / "shipped").glob("*.json")
+(path,) = (pathlib.Path(rankkv.__file__).parent / "profile" / "shipped").glob("smollm2*.json")
 profile = rankkv.RankProfile.load(path)
 ranks = [1.0] * len(profile.layer_indices)
 print(sum(rankkv.BudgetAllocator().allocate(ranks, total_budget=900).budgets))
