@@ -273,7 +273,9 @@ def find_tree(name):
         depth = (len(line) - len(line.lstrip())) // 2
         names = []
         for word in line.split():
-            if not re.fullmatch(r"\.?[A-Za-z_][\w.-]*/|\w[\w.-]*\.\w+|\.\w+|Makefile|LICENSE|Dockerfile", word):
+            if not re.fullmatch(
+                r"\.?[A-Za-z_][\w.-]*/|\w[\w.-]*\.\w+|\.\w+|Makefile|LICENSE|Dockerfile", word
+            ):
                 break
             names.append(word)
         assert names, f"no path in the tree's line {line!r}"
