@@ -347,7 +347,11 @@ class RankKVCache(AttentionObserver, DynamicCache):
     def find_loss_curve(self) -> tuple[LossCurve | None, bool]:
         """Return the curve that predicts losses, None if there is none, and if it was measured on this model."""
         if self._known_curve is None:
-            self._known_curve = find_curve(self.config, self._owner.get(), self.layer_indices, self.selector)
+            model = self._owner.model
+            if model is None:
+                # A summary needs no model: it then predicts nothing.
+                return None, False
+            self._known_curve = find_curve(self.config, model, self.layer_indices, self.selector)
         return self._known_curve
 
     def _predict(self) -> list[tuple[float, float] | None]:

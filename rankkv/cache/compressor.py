@@ -186,7 +186,9 @@ class Compressor:
             self._shrink(layers, done, ceilings, len(done) - 1)
             self._release_excess(layers, done, ceilings)
             return False
-        self._open = finish_plans(self._open, self._attention, config, self.protector, self.curve, self.plans)
+        # With layers on a CPU and on GPUs, only some were measured.
+        whole = self._attention if len(self._attention) == len(self.layer_indices) else []
+        self._open = finish_plans(self._open, whole, config, self.protector, self.curve, self.plans)
         budgets, self._attention = [plan.budgets for plan in self._open], []
         for place, index in enumerate(done):
             self._shrink(layers, done, budgets, place, final=True)

@@ -49,10 +49,10 @@ def test_cells_of_one_layer_are_those_of_the_whole_cache(tiny_llama):
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_replay_changes_no_cell(tiny_llama, tiny_neox, monkeypatch, family):
     model, ids = {"llama": tiny_llama, "neox": tiny_neox}[family](4), make_ids()
-    assert len(single_runs._find_layers(model)) == 4
+    assert len(single_runs.find_decoder_layers(model)) == 4
     replayed = single_runs.measure_text(model, ids, CONTEXT, (0.1, 0.4))
     with monkeypatch.context() as patch:
-        patch.setattr(single_runs, "_find_layers", lambda model: [])
+        patch.setattr(single_runs, "find_decoder_layers", lambda model: [])
         plain = single_runs.measure_text(model, ids, CONTEXT, (0.1, 0.4))
     for name in ("divergence", "excess_loss", "gain_divergence", "gain_loss"):
         torch.testing.assert_close(

@@ -137,7 +137,7 @@ def hub():
 
 @pytest.fixture
 def shipped():
-    return sorted((Path(rankkv.__file__).parent / "profile" / "shipped").glob("*.json"))[0]
+    return sorted((Path(rankkv.__file__).parent / "profile" / "shipped").glob("smollm2*.json"))[0]
 
 
 def run(code, profile, home, endpoint, **variables):
