@@ -317,7 +317,7 @@ def describe_cache(cache: Any) -> dict[str, Any]:
         "budgets": cache.budgets_per_row,
         "layer_ranks": [[_round(rank) for rank in row] for row in cache.layer_ranks_per_row],
         "layer_measures": [[_round(value) for value in row] for row in cache.layer_measures_per_row],
-        "bytes": [cache.cache_bytes(), cache.full_cache_bytes()],
+        "bytes": [cache.kept_bytes(), cache.full_cache_bytes()],
         "positions": _shorten(
             {str(index): read_positions(cache.layers[index]) for index in cache.layer_indices}
         ),
