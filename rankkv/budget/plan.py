@@ -290,7 +290,13 @@ class BudgetPlan:
             # The selection ranks NaN as the lowest finite number.
             self._fix_share("order of scores")
         if self.score_weights is not None:
-            table = table * np.asarray(self.score_weights[self._added])[:, None]
+            weights = np.asarray(self.score_weights[self._added], dtype=np.float64)
+            if len(weights) != len(table):
+                raise ProfileError(
+                    f"the profile weighs the scores of {len(weights)} heads, but layer "
+                    f"{self.layer_indices[self._added]} has {len(table)}: calibrate again, or use profile=None."
+                )
+            table = table * weights[:, None]
         # Scores are sorted beyond the smallest floor.
         scores = HeadScores(table[:, self.head_floor - self.measuring.head_floor :], self.head_floor)
         if self._splits_by_scores:

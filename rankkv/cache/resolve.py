@@ -258,6 +258,10 @@ def change_before_compression(
             f"{late[0]} is read during the prefill, which is over: build a new cache with it, or change one of: "
             f"{', '.join(READ_AT_COMPRESSION)}."
         )
+    strategy, by = changes.get("strategy"), changes.get("head_budgets", config.head_budgets)
+    if strategy not in (None, *PROFILE_USERS, *SCORE_WEIGHT_USERS) and by != "profile":
+        # The profile that was found served the strategy of before.
+        changes = {"profile": None, **changes}
     changed = replace(config, **changes)
     if (changed.head_budgets is None) != (config.head_budgets is None):
         raise ConfigError(

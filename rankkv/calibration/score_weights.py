@@ -83,6 +83,10 @@ def compute_score_weights(
     ('echo', [2, 2])
     """
     check_max_tokens(max_tokens)
+    if reference == selector:
+        raise ConfigError(
+            f"reference={reference!r} is the selector itself: name another one, such as 'kvzip_plus'."
+        )
     counts: dict[str, list[np.ndarray]] = {reference: [], selector: []}
     for text in texts:
         ids = read_ids(text, tokenizer)[:, :max_tokens].to(find_input_device(model))
@@ -99,10 +103,6 @@ def compute_score_weights(
             found.append(np.array([rows[0] for rows in cache.kept_per_head], dtype=np.float64))
     if not counts[selector]:
         raise InputError("there is no text to compress: give at least one.")
-    if len(counts) < 2:
-        raise ConfigError(
-            f"reference={reference!r} is the selector itself: name another one, such as 'kvzip_plus'."
-        )
     wanted, own = (np.mean(counts[name], axis=0) for name in (reference, selector))
     weights = np.clip(wanted / own, _SMALLEST, _LARGEST)
     return {

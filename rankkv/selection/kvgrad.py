@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..observe.observation import Observation
-from .kvzip import compute_largest_weights
+from .kvzip import compute_largest_weights, take_group_maximum
 from .scoring import compute_output_norms
 
 #: Tokens that one replay repeats.
@@ -60,5 +60,4 @@ def score_kvgrad(observation: Observation, chunk_size: int = CHUNK_TOKENS) -> Te
         )
     weights = compute_largest_weights(observation, observation.gradient.to(observation.keys.device))
     # The norms do not depend on the query, so they may be multiplied after its maximum.
-    per_head = weights * compute_output_norms(observation)
-    return per_head.unflatten(1, (observation.kv_heads, -1)).amax(dim=2)
+    return take_group_maximum(observation, weights * compute_output_norms(observation))

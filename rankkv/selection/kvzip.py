@@ -45,7 +45,7 @@ def score_kvzip(observation: Observation, chunk_size: int = CHUNK_TOKENS) -> Ten
     Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", 2025, arXiv:2505.23416.
     """
     top = compute_largest_weights(observation)
-    return _take_group_maximum(observation, top)
+    return take_group_maximum(observation, top)
 
 
 def score_kvzip_plus(observation: Observation, chunk_size: int = CHUNK_TOKENS) -> Tensor:
@@ -90,7 +90,7 @@ def score_kvzip_plus(observation: Observation, chunk_size: int = CHUNK_TOKENS) -
     # Padding has no attention; a hidden state of zeros must not turn it into NaN.
     top = compute_largest_weights(observation, 1.0 / sizes.clamp(min=torch.finfo(torch.float32).tiny))
     # The norms do not depend on the query, so they may be multiplied after its maximum.
-    return _take_group_maximum(observation, top * compute_output_norms(observation))
+    return take_group_maximum(observation, top * compute_output_norms(observation))
 
 
 def compute_largest_weights(observation: Observation, factors: Tensor | None = None) -> Tensor:
@@ -120,6 +120,6 @@ def compute_largest_weights(observation: Observation, factors: Tensor | None = N
     return top
 
 
-def _take_group_maximum(observation: Observation, per_head: Tensor) -> Tensor:
+def take_group_maximum(observation: Observation, per_head: Tensor) -> Tensor:
     """Return the maximum over the query heads that share a key/value head of the cache."""
     return per_head.unflatten(1, (observation.kv_heads, -1)).amax(dim=2)

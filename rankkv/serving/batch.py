@@ -77,7 +77,7 @@ class Row:
 
 @dataclass
 class _Pass:
-    """What one forward works on: one row's question, or one token of every row."""
+    """State of one forward, which runs one row's question or one token of every row."""
 
     filled: Row | None = None
     keys: list[Tensor] = field(default_factory=list)

@@ -138,6 +138,26 @@ def test_damaged_weights_are_refused(model, weights, message):
         make_profile(model, weights)
 
 
+def test_weights_of_other_heads_are_refused(model):
+    profile = make_profile(model, [[1.0]] * LAYERS)
+    with pytest.raises(ProfileError, match=r"scores of 1 heads, but layer 0 has 2"):
+        compress(model, oracles.random_prompt(100, 1), selector="echo", profile=profile)
+
+
+def test_a_waiting_prefill_takes_another_strategy_without_the_weights(model):
+    ids = oracles.random_prompt(100, 1)
+    save_known_profile(make_profile(model, [[3.0, 0.3]] * LAYERS))
+    waiting = oracles.prefill(model, ids, selector="echo", prefill="chunked", compression_ratio=0.4)
+    assert isinstance(waiting.config.profile, RankProfile)
+    changed = waiting.copy_with(strategy="uniform").finish()
+    plain = compress(
+        model, ids, selector="echo", strategy="uniform", head_budgets="adaptive", compression_ratio=0.4
+    )
+    assert changed.kept_per_head == plain.kept_per_head
+    weighed = waiting.copy_with(compression_ratio=0.3).finish()
+    assert weighed.kept_per_head == compress(model, ids, compression_ratio=0.3).kept_per_head
+
+
 def test_files_keep_the_weights(model, tmp_path):
     profile = make_profile(model, [[0.5, 2.0]] * LAYERS)
     again = RankProfile.load(profile.save(tmp_path / "profile.json"))
