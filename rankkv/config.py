@@ -192,10 +192,12 @@ class RankKVConfig:
 
     def __post_init__(self) -> None:
         # The dataclass is frozen for its users; checked values are stored through `object`.
-        is_open = self.max_loss is not None or self.strategy in SIZING_STRATEGIES
-        if is_open and isinstance(self.compression_ratio, DefaultRatio):
-            object.__setattr__(self, "compression_ratio", 1.0)
-        object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
+        if isinstance(self.compression_ratio, DefaultRatio):
+            # The type stays, so that a changed copy still knows that no one gave a ratio.
+            is_open = self.max_loss is not None or self.strategy in SIZING_STRATEGIES
+            object.__setattr__(self, "compression_ratio", DefaultRatio(1.0) if is_open else DEFAULT_RATIO)
+        else:
+            object.__setattr__(self, "compression_ratio", check_compression_ratio(self.compression_ratio))
         if self.budget is not None:
             _check_int("budget", self.budget, 1, "it is the average number of tokens per layer")
         _check_int("window_size", self.window_size, 1, "it is the number of last queries observed")
@@ -241,11 +243,17 @@ class RankKVConfig:
                 f"strategy={self.strategy!r} and max_loss={self.max_loss:g} both set the size of the cache: leave "
                 "one of them out."
             )
-        if self.prefill == "streaming" or self.recompress_turns:
-            given = "prefill='streaming'" if self.prefill == "streaming" else "recompress_turns=True"
+        evicting = {
+            "prefill='streaming'": self.prefill == "streaming",
+            "recompress_turns=True": self.recompress_turns,
+            "decode='bounded'": self.decode == "bounded",
+        }
+        given = next((option for option, is_given in evicting.items() if is_given), None)
+        if given is not None:
             raise ConfigError(
-                f"max_loss={self.max_loss:g} is settled once, at the end of a prompt, and {given} evicts in between: "
-                "use prefill='single' or 'chunked' and recompress_turns=False, or give compression_ratio instead."
+                f"max_loss={self.max_loss:g} is settled once, at the end of a prompt, and {given} evicts at other "
+                "times: use prefill='single' or 'chunked', decode='grow' or 'periodic' and recompress_turns=False, or "
+                "give compression_ratio instead."
             )
 
     def _check_profile(self) -> None:

@@ -70,7 +70,7 @@ def predict_losses(
     ConfigError
         If the loss of the selector was not measured.
     InputError
-        If there is not one prompt.
+        If there is not one prompt, or no share.
 
     Examples
     --------
@@ -84,6 +84,8 @@ def predict_losses(
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1:
         raise InputError(f"input_ids {tuple(input_ids.shape)} must be one prompt, [1, token].")
+    if not shares:
+        raise InputError("shares is empty: give at least one fraction of the cache, such as 0.3.")
     # Chunked: the prompt waits for `finish`, so that one prefill serves all shares.  With `max_loss` a selector whose
     # loss was not measured is refused before the prefill.
     waiting = RankKVCache(model, selector=selector, profile=None, prefill="chunked", max_loss=1.0)

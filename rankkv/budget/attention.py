@@ -70,4 +70,4 @@ def compute_lost(tables: Sequence[AttentionTable], kept: Sequence[FloatArray]) -
         [table.newest[:, -1] + table.first[:, -1] + table.others[:, -1] for table in tables]
     )
     lost = 1.0 - np.concatenate(list(kept)) / np.where(whole > 0.0, whole, 1.0)
-    return float(np.clip(np.where(whole > 0.0, lost, 0.0), 0.0, 1.0).mean())
+    return float(np.clip(np.where(whole > 0.0, lost, 1.0), 0.0, 1.0).mean())

@@ -14,6 +14,7 @@ from ..config import (
     GLOBAL_FLOOR_TOKENS,
     GLOBAL_RECENT_TOKENS,
     PROFILE_USERS,
+    SCORE_WEIGHT_USERS,
     RankKVConfig,
     count_spanned,
 )
@@ -105,7 +106,7 @@ class BudgetPlan:
         self.head_scores: list[HeadScores] = []
         self._pool = ScorePool()
         #: Factors of the heads' scores from the profile, ``[layer][kv_head]``; None without.
-        self.score_weights = find_score_weights(config) if self.reads_scores else None
+        self.score_weights = find_score_weights(config) if self.strategy in SCORE_WEIGHT_USERS else None
         # Allocations by distortion curves, by the number of layers they include.
         self._allocated: dict[int, np.ndarray] = {}
         #: Name of the strategy's measure; None if it measures nothing.

@@ -48,7 +48,7 @@ from .report import (
     count_slots,
     summarize,
 )
-from .resolve import change_before_compression, check_methods, resolve_options
+from .resolve import change_before_compression, check_methods, resolve_new_profile, resolve_options
 from .schedule import CompressionSchedule
 
 
@@ -334,6 +334,10 @@ class RankKVCache(AttentionObserver, DynamicCache):
         first, stop = find_longest_gap(layers, self.row_start[0], plan.length)
         if stop - first >= LONGEST_GAP:
             doubts.append(f"the tokens {first} to {stop - 1} are kept by no head of any layer")
+        if self.config.decode == "bounded":
+            doubts.append("decode='bounded' evicts more with every token")
+        if self.config.storage == "int8":
+            doubts.append("the rounding of storage='int8' is left out")
         return doubts
 
     def measure_lost_attention(self) -> RankKVCache:
@@ -445,6 +449,9 @@ class RankKVCache(AttentionObserver, DynamicCache):
             )
         config = change_before_compression(self.config, self.selector, options)
         copied = self.copy()
+        if "profile" in options:
+            config = resolve_new_profile(config, self._owner.get(), self.layer_indices, self.selector)
+            copied._known_curve = None
         copied._schedule.compressor.config = config
         if config.max_loss is not None:
             copied._schedule.compressor.measures_lost = True

@@ -178,7 +178,9 @@ class Compressor:
         ):
             plan.add_layer(measured, available, rank, errors, table)
         if self.predicts and (self.measures_lost or observation.keys.device.type == "cpu"):
-            found = measure_attention(observation, scores, self.protector, self.test_queries)
+            found = measure_attention(
+                observation, scores, self.protector, self.test_queries, config.protect or ()
+            )
             self._attention.append(found)
         done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
         if len(done) < len(self.layer_indices):

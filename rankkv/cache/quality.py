@@ -29,6 +29,8 @@ TEST_WINDOWS, TEST_STEP = 2, 8
 SHORTEST_PROMPT = 256
 #: Tokens of a span that no head keeps, from which on it is a doubt.
 LONGEST_GAP = 32
+Spans = Sequence[tuple[int, int]]
+
 # The search for the smallest cache ends when the share lost is met to this factor, or after so many tries.
 _TOLERANCE, _MOST_TRIES = 1.04, 6
 # Part of the share that may be lost which a try aims at.
@@ -51,7 +53,7 @@ class LayerAttention:
 
 
 def measure_attention(
-    observation: Observation, scores: Tensor, protector: Selector, queries: int
+    observation: Observation, scores: Tensor, protector: Selector, queries: int, protect: Spans = ()
 ) -> LayerAttention:
     """Measure the attention to each token and add it up in the order in which tokens are kept.
 
@@ -67,6 +69,8 @@ def measure_attention(
         Counts the protected tokens of a budget.
     queries : int
         Newest queries to choose from.
+    protect : sequence of (int, int), default ()
+        Spans of real tokens that every head keeps.
     """
     last = observation.query_length - 1
     start = max(0, last - TEST_STEP * ((min(queries, last + 1) - 1) // TEST_STEP))
@@ -78,15 +82,22 @@ def measure_attention(
     index = observation.real_index
     if index.shape[1] > 1:
         index = observation.gather_over_shards(index)
-    most = max(observation.lengths)
-    recent, sinks = protector.count_protected(max(1, most), observation.window_size, observation.sink_size)
+    counts = [
+        protector.count_protected(max(1, n), observation.window_size, observation.sink_size)
+        for n in observation.lengths
+    ]
+    recent, sinks = (max(column) for column in zip(*counts, strict=True))
+    recents, firsts = (spread_numbers(list(column), index.device) for column in zip(*counts, strict=True))
     age = spread_numbers(observation.lengths, index.device) - 1 - index
     index, age = index.expand(shares.shape), age.expand(shares.shape)
     is_real = index >= 0
-    is_first = is_real & (index < sinks)
-    is_newest = is_real & (age < recent) & ~is_first
+    is_first = is_real & (index < firsts)
+    is_newest = is_real & (age < recents) & ~is_first
     is_other = is_real & ~is_newest & ~is_first
-    order = scores.nan_to_num(nan=torch.finfo(torch.float32).min).masked_fill(~is_other, float("-inf"))
+    order = scores.nan_to_num(nan=torch.finfo(torch.float32).min)
+    for first, stop in protect:
+        order = order.masked_fill((index >= first) & (index < stop), float("inf"))
+    order = order.masked_fill(~is_other, float("-inf"))
     order = order.sort(dim=-1, descending=True, stable=True).indices
     return LayerAttention(
         _add_up(shares, is_newest, age, recent),
@@ -142,13 +153,17 @@ def note_lost_attention(
     """
 
     def count_protected(count: int) -> tuple[int, int]:
-        return protector.count_protected(count, config.window_size, config.sink_size)
+        return protector.count_protected(max(0, count - plan.spanned), config.window_size, config.sink_size)
 
     kept = []
     for place, (budget, table) in enumerate(zip(plan.budgets, tables, strict=True)):
         heads = len(table.others)
         split = plan.find_head_split(place)
-        counts = [budget] * heads if split is None else split.split(budget, [plan.length] * heads).tolist()
+        counts = [budget] * heads
+        if split is not None:
+            # Every head keeps the protected spans; the rest of the budget is split.
+            spanned = min(plan.spanned, budget)
+            counts = (split.split(budget - spanned, [plan.length - spanned] * heads) + spanned).tolist()
         kept.append(table.sum_kept(counts, count_protected))
     plan.lost_attention = 1.0 - (1.0 - earlier) * (1.0 - compute_lost(tables, kept))
 
@@ -187,6 +202,9 @@ class LossBound:
         if self.config.on_doubt == "keep" and list_doubts(plan):
             aim /= 2.0
         most_lost = self.curve.find_lost(aim)
+        if self.config.on_doubt == "keep":
+            # Beyond the measurements the curve is a guess.
+            most_lost = min(most_lost, self.curve.lost[-1])
 
         def attempt(total: int) -> BudgetPlan:
             with warnings.catch_warnings():
@@ -301,7 +319,8 @@ def find_longest_gap(layers: Sequence[RankKVLayer], start: int, length: int, row
     for layer in layers:
         positions, valid = layer.compute_positions()[row], layer.compute_slot_valid()
         if valid is not None:
-            positions = torch.where(valid[row], positions, start)
+            positions, held = torch.broadcast_tensors(positions, valid[row])
+            positions = positions[held]
         places = (positions - start).flatten().clamp(0, length).unique().cpu()
         is_kept[places] = True
     # The place behind the prompt ends the last span.
@@ -332,7 +351,7 @@ def find_curve(
         return None, False
     profile = config.profile if isinstance(config.profile, RankProfile) else None
     if profile is None or selector.name not in profile.loss_curves:
-        profile = find_profile(model, layer_indices)
+        profile = find_profile(model, layer_indices, predicts=selector.name)
     if profile is not None and selector.name in profile.loss_curves:
         return LossCurve.from_dict(profile.loss_curves[selector.name]), True
     return load_default_curves().get(selector.name), False

@@ -31,8 +31,8 @@ def check_gradient(model: Any, name: str) -> None:
     Raises
     ------
     UnsupportedModelError
-        With quantized weights, with weights created in inference mode, under tensor parallelism, with flex attention,
-        or if it is not clear which modules are the decoder layers.
+        With quantized weights, weights created in inference mode or gradient checkpointing in training, under
+        tensor parallelism, with flex attention, or if it is not clear which modules are the decoder layers.
     """
     backend = model.config.get_text_config(decoder=True)._attn_implementation
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -42,6 +42,8 @@ def check_gradient(model: Any, name: str) -> None:
         "its heads split over processes": find_head_shards(model) is not None,
         "attn_implementation='flex_attention', which has no gradient everywhere": backend == "flex_attention",
         "weights created in torch.inference_mode()": any(tensor.is_inference() for tensor in tensors),
+        "gradient checkpointing in training mode, which drops the cache": model.training
+        and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "no list of as many decoder layers as its config says": not find_decoder_layers(model),
     }
     found = [fault for fault, is_there in faults.items() if is_there]
@@ -109,10 +111,11 @@ class ReplayGradient:
                 f"the output of {name} was not seen, so it has no gradient: use selector 'kvzip_plus', which needs "
                 "none."
             )
-        size = self._last.float().square().sum()
+        scale = self._last.detach().float().abs().amax().clamp(min=1.0)
+        size = (self._last.float().square() / scale).sum()
         gradients = torch.autograd.grad(size, [self._outputs[module] for module in modules])
         self._forget()
-        return [gradient.float().norm(dim=-1) for gradient in gradients]
+        return [gradient.float().norm(dim=-1) * scale for gradient in gradients]
 
     def _note_output(self, module: nn.Module, args: Any, output: Any) -> None:
         states = _take_states(output)

@@ -157,6 +157,10 @@ def describe_loss(cache: Any) -> list[str]:
     used = cache.config.resolve_strategy()[0]
     if measured not in (None, used):
         lines.append(f"the loss curve was measured with strategy {measured}, not {used}")
+    most = cache.config.max_loss
+    above = [row for row, bound in enumerate(cache.loss_bounds) if row and most and bound and bound > most]
+    if above:
+        lines.append(f"max_loss is not reached within the largest cache allowed in rows {above}")
     return lines + [f"the prediction is weak: {doubt}" for doubt in cache.doubts]
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..budget.heads import compute_head_weights
 from ..budget.plan import BudgetPlan
 from ..budget.strategies import get_strategy
-from ..config import PROFILE_USERS, SCORE_WEIGHT_USERS, RankKVConfig
+from ..config import PROFILE_USERS, SCORE_WEIGHT_USERS, RankKVConfig, check_predicted
 from ..errors import ConfigError, ProfileError, UnsupportedModelError
 from ..models.tensor_parallel import HeadShards, find_head_shards
 from ..observe.rotary import find_rotations
@@ -141,7 +141,7 @@ def resolve_options(
     can_spread = shards is None and not one_head and can_mask_heads(backend)
     selector = get_selector(config.selector) if selector is None else selector
     config = resolve_global(config, selector, can_spread)
-    if config.strategy in SCORE_WEIGHT_USERS and config.head_budgets != "profile":
+    if _weighs_scores(config):
         return resolve_score_weights(config, model, layer_indices, selector)
     config = resolve_profile(config, model, layer_indices, can_spread)
     config = resolve_head_budgets(config, can_spread)
@@ -212,6 +212,26 @@ def resolve_score_weights(
     return replace(config, profile=find_profile(model, layer_indices, weighs=str(selector)))
 
 
+def _weighs_scores(config: RankKVConfig) -> bool:
+    """Return True if the strategy uses the score weights of a profile, and its heads are not split by it."""
+    return config.strategy in SCORE_WEIGHT_USERS and config.head_budgets != "profile"
+
+
+def resolve_new_profile(
+    config: RankKVConfig, model: Any, layer_indices: list[int], selector: Selector
+) -> RankKVConfig:
+    """Return the options of a prefill that waits, with the profile that was newly given checked or found.
+
+    Raises
+    ------
+    ProfileError
+        As :func:`resolve_options`.
+    """
+    if _weighs_scores(config):
+        return resolve_score_weights(config, model, layer_indices, selector)
+    return resolve_profile(config, model, layer_indices, config.head_budgets is not None)
+
+
 def check_global(config: RankKVConfig, selector: Selector) -> None:
     """Check that the scores of a selector compare as the strategy needs it.
 
@@ -270,6 +290,7 @@ def change_before_compression(
         )
     check_methods(changed)
     check_global(changed, selector)
+    check_predicted(changed.max_loss, selector.name)
     return changed
 
 

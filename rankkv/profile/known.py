@@ -96,7 +96,11 @@ def save_known_profile(profile: RankProfile) -> Path:
 
 
 def find_profile(
-    model: Any, layer_indices: list[int], with_heads: bool = False, weighs: str | None = None
+    model: Any,
+    layer_indices: list[int],
+    with_heads: bool = False,
+    weighs: str | None = None,
+    predicts: str | None = None,
 ) -> RankProfile | None:
     """Find the known profile of a model; None if none is known.
 
@@ -112,6 +116,8 @@ def find_profile(
         Prefer a profile with heads over an earlier one that holds layers only.
     weighs : str, optional
         Only find a profile that weighs the scores of this selector.
+    predicts : str, optional
+        Only find a profile that has the loss curve of this selector.
     """
     shape = describe_shape(model)
     first = None
@@ -119,6 +125,8 @@ def find_profile(
         try:
             profile = _load(path, path.stat().st_mtime_ns)
             if weighs is not None and profile.score_weights.get("selector") != weighs:
+                continue
+            if predicts is not None and predicts not in profile.loss_curves:
                 continue
             profile.check_model(shape, sample_weights(model), layer_indices)
         except (RankKVError, OSError):

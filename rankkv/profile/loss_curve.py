@@ -70,6 +70,11 @@ class LossCurve:
                 object.__setattr__(self, name, tuple(map(_read_positive, getattr(self, name))))
             object.__setattr__(self, "margin", _read_positive(self.margin))
             object.__setattr__(self, "measured", dict(self.measured or {}))
+            models, strategy = self.measured.get("models", []), self.measured.get("strategy", "")  # type: ignore[union-attr]
+            if not isinstance(models, list | tuple) or not all(
+                isinstance(text, str) for text in (*models, strategy)
+            ):
+                raise TypeError("models must be a list of names, and strategy a name")
         except (TypeError, ValueError, OverflowError) as error:
             raise ProfileError(f"the loss curve is not well-formed ({error}); calibrate again.") from error
         count = len(self.lost)

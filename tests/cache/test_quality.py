@@ -9,9 +9,10 @@ import torch
 
 import rankkv
 from rankkv import RankKVCache, RankKVConfig, compress
+from rankkv.analysis.predicted_loss import predict_losses
 from rankkv.cache.quality import TEST_STEP, find_knee, find_longest_gap
-from rankkv.errors import ConfigError
-from rankkv.profile.loss_curve import LossCurve, load_default_curves
+from rankkv.errors import ConfigError, InputError
+from rankkv.profile.loss_curve import load_default_curves
 
 WINDOW = 8
 DEFAULTS = {"echo": {"selector": "echo"}, "snapkv": {"selector": "snapkv", "profile": None}}
@@ -45,6 +46,39 @@ def test_the_lost_attention_is_that_of_the_evicted_tokens(model, options, ratio)
     assert 0 < cache.lost_attention[0] < 1
     # Below a budget of two windows the table takes an unprotected newest token for evicted.
     assert cache.lost_attention[0] == pytest.approx(find_lost(model, cache, prompt), abs=2e-3)
+
+
+@pytest.mark.parametrize("options", [*DEFAULTS.values(), UNIFORM], ids=str)
+def test_protected_spans_are_counted_as_kept(model, options):
+    prompt = oracles.random_prompt(120)
+    cache = oracles.prefill(
+        model, prompt, window_size=WINDOW, compression_ratio=0.6, protect=[(30, 50)], **options
+    )
+    assert cache.lost_attention[0] == pytest.approx(find_lost(model, cache, prompt), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_loss": 0.1, "profile": None}, {"compression_ratio": 1.0, **UNIFORM}]
+)
+def test_short_rows_beside_long_ones_are_measured_as_if_alone(model, options):
+    prompts = [oracles.random_prompt(length, length) for length in (24, 40, 300)]
+    cache = oracles.prefill(model, *oracles.left_pad(prompts), **options)
+    for row, prompt in enumerate(prompts):
+        alone = oracles.prefill(model, prompt, **options)
+        assert cache.budgets_per_row[row] == alone.budgets
+        assert cache.lost_attention[row] == pytest.approx(alone.lost_attention[0], abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the attention of layer")
+def test_attention_that_is_not_finite_promises_nothing(tiny_llama):
+    model = tiny_llama(4)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = float("nan")
+    prompt = oracles.random_prompt(300)
+    prompt[0, 40] = 5
+    cache = oracles.prefill(model, prompt, max_loss=0.1, profile=None)
+    assert cache.budgets == [300] * 4
+    assert cache.loss_bounds[0] > 0.1
 
 
 def test_nothing_is_lost_by_a_whole_cache_and_more_by_a_smaller_one(model):
@@ -131,8 +165,32 @@ def test_options_may_change_before_the_compression(model):
     prompt = oracles.random_prompt(150)
     waiting = RankKVCache(model, prefill="chunked", profile=None)
     oracles.forward(model, waiting, prompt)
-    by_loss = waiting.copy_with(max_loss=0.1, compression_ratio=1.0).finish()
+    # Nobody gave a ratio, so the default of the waiting cache is no bound.
+    by_loss = waiting.copy_with(max_loss=0.1).finish()
     assert by_loss.budgets == oracles.prefill(model, prompt, max_loss=0.1).budgets
+
+
+def test_a_changed_loss_is_refused_where_it_cannot_be_predicted(model):
+    waiting = RankKVCache(model, prefill="chunked", selector="h2o", profile=None)
+    oracles.forward(model, waiting, oracles.random_prompt(100))
+    with pytest.raises(ConfigError, match="'h2o' was not measured"):
+        waiting.copy_with(max_loss=0.1)
+
+
+def test_what_a_prediction_leaves_out_is_said(model):
+    prompt = oracles.random_prompt(300)
+    told = oracles.prefill(model, prompt, storage="int8", decode="bounded", profile=None).summary()
+    assert "weak: decode='bounded' evicts more" in told
+    assert "weak: the rounding of storage='int8'" in told
+
+
+def test_a_bound_that_one_row_misses_is_said(model):
+    rows = oracles.left_pad([oracles.random_prompt(300, seed) for seed in range(4)])
+    cache = oracles.prefill(model, *rows, max_loss=0.05, compression_ratio=0.8, **UNIFORM)
+    above = [row for row, bound in enumerate(cache.loss_bounds) if bound > 0.05]
+    assert above
+    assert ("is not reached" in cache.summary()) == bool(above)
+    assert all(str(row) in cache.summary().split("allowed in rows")[-1] for row in above if row)
 
 
 def test_every_compression_of_a_long_answer_adds_to_the_loss(model):
@@ -236,6 +294,7 @@ def test_a_saved_cache_still_tells_its_loss(model, tmp_path):
         ({"selector": "h2o"}, "'h2o' was not measured"),
         ({"prefill": "streaming"}, "settled once"),
         ({"recompress_turns": True}, "settled once"),
+        ({"decode": "bounded"}, "settled once"),
         ({"strategy": "threshold", "selector": "echo"}, "both set the size"),
     ],
 )
@@ -265,8 +324,12 @@ def test_generate_and_the_pipeline_take_a_loss(model):
     from rankkv.integrations.generate import generate
 
     prompt = oracles.random_prompt(100)
-    output = generate(model, prompt, max_loss=0.2, max_new_tokens=2, eos_token_id=None)
-    assert output.shape == (1, 102)
+    output = generate(
+        model, prompt, max_loss=0.2, max_new_tokens=2, eos_token_id=None, return_dict_in_generate=True
+    )
+    cache = output.past_key_values
+    assert 0 < cache.loss_bounds[0] <= 0.2
+    assert cache.budgets == oracles.prefill(model, prompt, max_loss=0.2).budgets
     preset = rankkv.config.complete_options({"max_loss": 0.1})
     assert RankKVConfig(**{"compression_ratio": 0.2, **preset}).compression_ratio == 1.0
 
@@ -274,9 +337,14 @@ def test_generate_and_the_pipeline_take_a_loss(model):
 def test_default_curves_serve_both_defaults():
     curves = load_default_curves()
     assert set(curves) == {"snapkv", "echo"}
-    assert all(isinstance(curve, LossCurve) for curve in curves.values())
+    assert all(0 < curve.predict(0.1)[0] <= curve.predict(0.1)[1] for curve in curves.values())
 
 
 def test_the_knee_is_where_a_broken_line_bends():
     shares = [0.1, 0.2, 0.3, 0.4, 0.8]
     assert find_knee(shares, [torch.e**-value for value in (0, 3, 6, 6.1, 6.2)]) == 2
+
+
+def test_no_share_is_refused_before_the_prefill(model):
+    with pytest.raises(InputError, match="shares is empty"):
+        predict_losses(model, oracles.random_prompt(60), [])

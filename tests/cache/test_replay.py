@@ -425,9 +425,12 @@ def test_what_cannot_be_differentiated_is_refused_by_name(tiny_llama, monkeypatc
         frozen = tiny_llama()
     unclear = tiny_llama()
     unclear.config.num_hidden_layers += 1
+    dropping = tiny_llama().train()
+    dropping.gradient_checkpointing_enable()
     monkeypatch.setattr(type(quantized), "forward", None)
     for model, fragment in (
         (quantized, "quantized weights"),
+        (dropping, "gradient checkpointing in training"),
         (flexible, "'flex_attention'"),
         (frozen, r"created in torch.inference_mode\(\)"),
         (unclear, "as many decoder layers"),
@@ -498,3 +501,18 @@ def test_the_default_is_one_top_k_over_all_heads_and_layers(model):
 def test_records_name_the_pass(model):
     cache = squeeze(model, LONG)
     assert json.loads(json.dumps(cache.config.to_dict()))["selector"] == f"kvzip(chunk_size={CHUNK})"
+
+
+def test_a_gradient_beyond_half_precision_is_that_of_float32(tiny_llama):
+    """Hidden states of thousands have squares that float16 does not hold."""
+    kept = []
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_llama()
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight *= 300
+                layer.self_attn.o_proj.weight *= 20
+        cache = squeeze(model.to(dtype), LONG, name="kvgrad")
+        kept.append(cache.budgets)
+    assert len(set(kept[0])) > 1
+    assert kept[1] == pytest.approx(kept[0], abs=3)

@@ -158,6 +158,32 @@ def test_a_waiting_prefill_takes_another_strategy_without_the_weights(model):
     assert weighed.kept_per_head == compress(model, ids, compression_ratio=0.3).kept_per_head
 
 
+def test_a_waiting_prefill_takes_no_profile_that_a_new_cache_refuses(model, tiny_llama):
+    ids = oracles.random_prompt(100, 1)
+    waiting = oracles.prefill(model, ids, selector="echo", prefill="chunked", compression_ratio=0.4)
+    weights = [[3.0, 0.3]] * LAYERS
+    profile = make_profile(model, weights)
+    with pytest.raises(ProfileError, match="weighs those of 'kvzip'"):
+        waiting.copy_with(profile=make_profile(model, weights, "kvzip"))
+    with pytest.raises(ProfileError, match="belongs to another model"):
+        waiting.copy_with(profile=replace(profile, weight_sample=[9.0] * len(profile.weight_sample)))
+    save_known_profile(profile)
+    weighed = waiting.copy_with(profile="auto").finish()
+    assert weighed.kept_per_head == compress(model, ids, compression_ratio=0.4).kept_per_head
+
+
+def test_a_threshold_is_in_the_units_of_the_selector(model):
+    """A profile that splits the heads of a layer does not weigh their scores."""
+    ids = oracles.random_prompt(100, 1)
+    options = {"selector": "echo", "strategy": "threshold", "head_budgets": "profile"}
+    gains = [(0.1, 0.1)] * LAYERS
+    budgets = [
+        compress(model, ids, profile=replace(one, head_gain_divergence=gains), **options).budgets
+        for one in (make_profile(model, [[0.01, 0.01]] * LAYERS), make_profile(model, [[1.0, 1.0]] * LAYERS))
+    ]
+    assert budgets[0] == budgets[1]
+
+
 def test_files_keep_the_weights(model, tmp_path):
     profile = make_profile(model, [[0.5, 2.0]] * LAYERS)
     again = RankProfile.load(profile.save(tmp_path / "profile.json"))

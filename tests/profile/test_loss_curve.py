@@ -75,3 +75,9 @@ def test_a_damaged_curve_is_refused(change):
 def test_too_few_measurements_are_refused():
     with pytest.raises(InputError, match="at least 24 measurements of 4 prompts"):
         fit_loss_curve(*draw(3))
+
+
+@pytest.mark.parametrize("measured", [{"models": [1, None]}, [["models", 5]], {"strategy": 3}])
+def test_a_damaged_description_is_refused(measured):
+    with pytest.raises(ProfileError, match="models must be a list of names"):
+        LossCurve.from_dict({"lost": [0.1, 0.2], "loss": [0.1, 0.2], "margin": 2.0, "measured": measured})
