@@ -148,7 +148,7 @@ class Client(threading.Thread):
             leaves = self._draw.random() < LEAVING
             try:
                 self._ask(expected, leaves)
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
                 # A reply that is cut is a connection's error only while the server is killed.
                 cut = self._run.is_down.is_set() or time.monotonic() - self._run.killed_at < 5.0
                 self._run.tally.add(cut_by_kill=1) if cut else self._note(f"{type(error).__name__}: {error}")
@@ -297,7 +297,7 @@ class Run:
         time.sleep(seconds / 10)
         self._kill()
         for thread in (*clients, *others):
-            thread.join(self.end - time.monotonic() + 600)
+            thread.join(max(0.0, self.end - time.monotonic() + 600))
         return self._record(seconds, time.monotonic() - start)
 
     def _kill(self) -> None:
@@ -412,6 +412,10 @@ def list_misses(record: dict[str, Any]) -> list[str]:
         (not record["other_errors"], f"other errors than 429 and cut connections: {record['other_errors']}"),
         (record["memory"]["growth"] <= 0.05, f"resident memory grew by {record['memory']['growth']:.1%}"),
         (record["answers"] > 0, "there was no answer"),
+        (
+            record["near_ties"] <= record["answers"] / 50,
+            f"{record['near_ties']} answers differ where two tokens are said to be equally likely",
+        ),
     )
     return [sentence for holds, sentence in rules if not holds]
 

@@ -221,7 +221,10 @@ class Service:
                 self.store.rename(known, name)
                 return JSONResponse(known.describe())
             context = Context(context_id, job.key, ids, content, options, name)
-            await self.manager.create_context(job, context)
+            known = await self.manager.create_context(job, context)
+            if known is not None:
+                self.store.rename(known, name)
+                return JSONResponse(known.describe())
         finally:
             if not job.submitted:
                 self.turns.give_back()
@@ -307,7 +310,7 @@ class Service:
 
     async def show_page(self, request: Request) -> Response:
         """Return the page, for people."""
-        return build_page(self.settings.compression_ratio)
+        return build_page(self.settings.compression_ratio, self.settings.max_loss)
 
     async def show_health(self, request: Request) -> JSONResponse:
         """Tell that the server runs; it listens only once the model is loaded."""

@@ -83,7 +83,9 @@ class _Pass:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     attended: int = 0
-    # Of a step: slot of each row's new token, which slots are empty, and the places of the rows of each context.
+    # Of a step: place of each row, slot of its new token, which slots are empty, and the places of the rows of each
+    # context.
+    places: Tensor | None = None
     slots: Tensor | None = None
     width: int = 0
     bias: Tensor | None = None
@@ -172,26 +174,33 @@ class Batch(AttentionObserver, DynamicCache):
     def join(self, row: Row) -> None:
         """Let a row take part in the next step."""
         place, own = len(self.rows), row.own
-        self._reserve(row, 1)
+        moved = own if own is not None and row.newest == 0 and own.length <= _LONGEST_START else None
+        self._reserve(row, 1 if moved is None else moved.length + 1)
+        for memory in (*self._keys, *self._values):
+            # What an earlier row left here may be NaN, and no weight of 0 takes that away.
+            memory[place].zero_()
+        if moved is not None:
+            for target_memory, states in ((self._keys, moved.keys), (self._values, moved.values)):
+                for target, source in zip(target_memory, states, strict=True):
+                    target[place, :, : moved.length] = source
+            row.newest, row.own = moved.length, None
+        # Last: a failure above leaves the batch as it was.
         self.rows.append(row)
-        if own is not None and row.newest == 0 and own.length <= _LONGEST_START:
-            self._reserve(row, own.length + 1)
-            for memory, states in ((self._keys, own.keys), (self._values, own.values)):
-                for target, source in zip(memory, states, strict=True):
-                    target[place, :, : own.length] = source
-            row.newest, row.own = own.length, None
 
     def leave(self, row: Row) -> None:
         """Take a row out of the batch; its own tokens are then all in ``row.own``."""
         place, last = self.rows.index(row), len(self.rows) - 1
-        self._settle(place)
-        moved = self.rows.pop()
-        if place != last:
-            self.rows[place] = moved
-            for memory in (*self._keys, *self._values):
-                memory[place, :, : moved.newest] = memory[last, :, : moved.newest]
-        if not self.rows:
-            self._keys, self._values = [], []
+        try:
+            self._settle(place)
+        finally:
+            # Also where there was no memory for its tokens: the batch must lose the row.
+            moved = self.rows.pop()
+            if place != last:
+                self.rows[place] = moved
+                for memory in (*self._keys, *self._values):
+                    memory[place] = memory[last]
+            if not self.rows:
+                self._keys, self._values = [], []
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Run the next token of every row and return the logits after it, ``[row, token]``."""
@@ -202,9 +211,10 @@ class Batch(AttentionObserver, DynamicCache):
         self._reserve(self.rows[0], max(newest) + 1)
         device = self._keys[0].device
         slots = torch.tensor(newest, device=device)
-        work = _Pass(slots=slots, width=max(newest) + 1, groups=self._group(device))
-        empty = torch.arange(work.width, device=device) > slots[:, None]
-        if bool(empty.any()):
+        places = torch.arange(len(self.rows), device=device)
+        work = _Pass(places=places, slots=slots, width=max(newest) + 1, groups=self._group(device))
+        if min(newest) < max(newest):
+            empty = torch.arange(work.width, device=device) > slots[:, None]
             work.bias = torch.zeros(empty.shape, device=device).masked_fill_(empty, -torch.inf)[:, None, None]
         ids = torch.tensor(tokens, device=device)[:, None]
         logits = self._forward(
@@ -241,15 +251,17 @@ class Batch(AttentionObserver, DynamicCache):
         room = _FIRST_SLOTS
         while room < slots:
             room *= 2
-        for name, part in (("_keys", 0), ("_values", 1)):
-            before, grown = getattr(self, name), []
+        both: list[list[Tensor]] = []
+        for before, part in ((self._keys, 0), (self._values, 1)):
+            grown: list[Tensor] = []
             for index, heads in enumerate(row.base.layers):
                 like = heads[0][part]
                 memory = like.new_zeros((self._limit, len(heads), room, like.shape[-1]))
                 if before:
                     memory[:, :, :held] = before[index]
                 grown.append(memory)
-            setattr(self, name, grown)
+            both.append(grown)
+        self._keys, self._values = both
 
     # -- called by the model -------------------------------------------------------------------------------------
 
@@ -281,9 +293,8 @@ class Batch(AttentionObserver, DynamicCache):
             work.keys.append(keys)
             work.values.append(values)
         else:
-            place = torch.arange(len(self.rows), device=key_states.device)
-            self._keys[layer_idx][place, :, work.slots] = key_states[:, :, 0]
-            self._values[layer_idx][place, :, work.slots] = value_states[:, :, 0]
+            self._keys[layer_idx][work.places, :, work.slots] = key_states[:, :, 0]
+            self._values[layer_idx][work.places, :, work.slots] = value_states[:, :, 0]
         hook.hand_off(self, layer_idx, key_states.shape[-2])
         return key_states, value_states
 

@@ -279,7 +279,8 @@ class ContextStore:
                 self.check_room(context.key, context.name, context.id)
                 self._write_record(context)
             except RankKVError:
-                tensors.unlink(missing_ok=True)
+                if context.id not in self._contexts:
+                    tensors.unlink(missing_ok=True)
                 raise
             context.cache = cache
             self._contexts[context.id] = context

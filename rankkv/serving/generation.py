@@ -248,8 +248,10 @@ class ContextGenerateManager(GenerateManager):
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
-    async def create_context(self, job: Job, context: Context) -> None:
+    async def create_context(self, job: Job, context: Context) -> Context | None:
         """Prefill, compress and store a context; its numbers are filled in.
+
+        Return the stored one instead if another request made it meanwhile.
 
         Raises
         ------
@@ -258,6 +260,12 @@ class ContextGenerateManager(GenerateManager):
         """
 
         def run(end: _End) -> bool:
+            # Requests with a turn each may ask for the same at once; here they come one by one.
+            known = self._store.find(context.id)
+            self._store.check_room(context.key, context.name, context.id)
+            if known is not None:
+                end(known, None)
+                return False
             start = time.perf_counter()
             ids = torch.from_numpy(context.ids)[None]
             # A replay watches every forward of the model, those of other answers too.
@@ -278,7 +286,8 @@ class ContextGenerateManager(GenerateManager):
             end(None, None)
             return False
 
-        await self._run_job(job, run)
+        known: Context | None = await self._run_job(job, run)
+        return known
 
     # -- life ----------------------------------------------------------------------------------------------------
 

@@ -19,17 +19,20 @@ _POLICY = (
 )
 
 
-def build_page(compression_ratio: float) -> HTMLResponse:
+def build_page(compression_ratio: float, max_loss: float | None = None) -> HTMLResponse:
     """Build the page; it holds no data, and asks the API as any other client does.
 
     Parameters
     ----------
     compression_ratio : float
         Fraction of a new context's cache that is kept, as long as the user chooses no other.
+    max_loss : float, optional
+        Loss that a new context stays below instead, as long as the user chooses no fraction.
     """
     nonce = secrets.token_urlsafe(16)
     text = (resources.files(__package__) / "templates" / "page.html").read_text(encoding="utf-8")
     text = text.replace("@NONCE@", nonce).replace("@RATIO@", f"{float(compression_ratio):g}")
+    text = text.replace("@LOSS@", "" if max_loss is None else f"{max_loss:g}")
     headers = {
         "Content-Security-Policy": _POLICY.format(nonce=nonce),
         "X-Content-Type-Options": "nosniff",

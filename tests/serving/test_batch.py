@@ -149,11 +149,18 @@ def test_a_failing_row_does_not_touch_the_others(live, document):
     wait_for(lambda: live.service.manager.batched == 1)
     choose = live.service.manager._running[0].answer
 
-    def fail(*_):
-        raise RuntimeError("broken")
+    usual, seen = choose._criteria, []
+
+    def fail(*given):
+        # Only once the other answer decodes in the same batch.
+        seen.append(live.service.manager.batched)
+        if seen[-1] == 2:
+            raise RuntimeError("broken")
+        return usual(*given)
 
     choose._criteria = fail
     assert get_text(live.chat("What?", **doc)) == alone
+    assert seen[-1] == 2
     wait_for(lambda: not live.service.manager.batched)
     running.close()
 
@@ -366,3 +373,90 @@ def test_frequencies_by_the_longest_text_are_not_shared(tiny_llama, kind):
     model = tiny_llama()
     model.model.rotary_emb.rope_type = kind
     assert "longest text" in Batch.check(model)
+
+
+@pytest.mark.parametrize("place", [0, 2], ids=["moved into", "joined into"])
+def test_a_row_that_was_not_finite_leaves_nothing_behind(tiny, place):
+    """No weight takes NaN away, not even 0: a later row in its place must not find it."""
+    model = tiny[0]
+    cache = compress(model, torch.arange(90)[None], compression_ratio=0.5)
+    batch = Batch(model, 3)
+
+    def enter(question):
+        row = batch.open(cache)
+        batch.fill(row, torch.tensor(question))
+        batch.join(row)
+        return row
+
+    questions = [[8] * 20, [9]]
+    questions.insert(place, [5, 6, 7])
+    rows = [enter(question) for question in questions]
+    batch.step([1, 1, 1])
+    for memory in (*batch._keys, *batch._values):
+        memory[place] = float("nan")
+    # At 0, the short last row moves there; at 2, a short new row joins there.  Both stand beside a longer one.
+    batch.leave(rows[place])
+    tokens = {id(row): [1, 3] for row in batch.rows}
+    asked = {id(row): question for row, question in zip(rows, questions, strict=True)}
+    if place == 2:
+        fresh = enter([7])
+        tokens[id(fresh)], asked[id(fresh)] = [3], [7]
+    found = batch.step([3] * len(batch.rows))
+    for row, logits in zip(batch.rows, found, strict=True):
+        wanted = decode_alone(model, cache, asked[id(row)], tokens[id(row)])[-1]
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["_settle", "_reserve"])
+def test_a_batch_without_memory_is_as_it_was(tiny, monkeypatch, method):
+    model = tiny[0]
+    cache = compress(model, torch.arange(90)[None], compression_ratio=0.5)
+    batch = Batch(model, 3)
+    # The second question needs more room than a batch starts with.
+    one, two = batch.open(cache), batch.open(cache)
+    for row, length in ((one, 2), (two, 70)):
+        batch.fill(row, torch.full((length,), 5))
+    batch.join(one)
+    usual = Batch._reserve
+
+    def fail(self, *given):
+        if method == "_reserve" and given[1] <= 64:
+            return usual(self, *given)
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, method, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            batch.leave(one) if method == "_settle" else batch.join(two)
+    assert batch.rows == ([] if method == "_settle" else [one])
+    batch.join(two)
+    wanted = decode_alone(model, cache, [5] * 70, [4])[-1]
+    torch.testing.assert_close(batch.step([4] * len(batch.rows))[-1], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_requests_for_one_context_at_once_compress_it_once(live, document, monkeypatch):
+    from rankkv.serving import generation
+
+    counted, usual = [], generation.compress
+    monkeypatch.setattr(
+        generation, "compress", lambda *args, **more: counted.append(1) or usual(*args, **more)
+    )
+    texts = [(document, "a"), (document[:900], "b"), (document, "b"), (document, None)]
+    replies = [None] * len(texts)
+
+    def post(place):
+        text, name = texts[place]
+        replies[place] = live.post("/v1/contexts", {"text": text, **({"name": name} if name else {})})
+
+    threads = [threading.Thread(target=post, args=(place,)) for place in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(counted) == 2
+    assert {reply.status for reply in replies} <= {200, 201, 409}
+    for reply in replies:
+        if reply.status < 300:
+            folder = live.service.store._folder / "public"
+            assert (folder / f"{reply.json['id']}.safetensors").is_file()
+            assert live.chat("What?", rankkv={"context": reply.json["id"]}).status == 200

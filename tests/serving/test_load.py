@@ -29,7 +29,8 @@ def test_a_minute_of_load_with_a_kill(tmp_path):
         ({"contexts_lost": 1}, ["1 acknowledged contexts were lost"]),
         ({"memory": {"growth": 0.06}}, ["resident memory grew by 6.0%"]),
         ({"other_errors": {"500: x": 1}}, ["other errors than 429 and cut connections: {'500: x': 1}"]),
-        ({"answers": 0}, ["there was no answer"]),
+        ({"answers": 0, "near_ties": 0}, ["there was no answer"]),
+        ({"near_ties": 3}, ["3 answers differ where two tokens are said to be equally likely"]),
     ],
 )
 def test_every_goal_that_is_missed_is_named(change, told):
@@ -37,7 +38,8 @@ def test_every_goal_that_is_missed_is_named(change, told):
         "wrong_answers": 0,
         "contexts_lost": 0,
         "other_errors": {},
-        "answers": 9,
+        "answers": 100,
+        "near_ties": 2,
         "memory": {"growth": 0.05},
         **change,
     }
