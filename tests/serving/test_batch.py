@@ -438,9 +438,12 @@ def test_requests_for_one_context_at_once_compress_it_once(live, document, monke
     from rankkv.serving import generation
 
     counted, usual = [], generation.compress
-    monkeypatch.setattr(
-        generation, "compress", lambda *args, **more: counted.append(1) or usual(*args, **more)
-    )
+
+    def count(model, ids, *args, **more):
+        counted.append(tuple(ids.flatten().tolist()))
+        return usual(model, ids, *args, **more)
+
+    monkeypatch.setattr(generation, "compress", count)
     texts = [(document, "a"), (document[:900], "b"), (document, "b"), (document, None)]
     replies = [None] * len(texts)
 
@@ -453,7 +456,8 @@ def test_requests_for_one_context_at_once_compress_it_once(live, document, monke
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert len(counted) == 2
+    # One or two: the name that two texts ask for may go to either.
+    assert len(counted) == len(set(counted)) > 0
     assert {reply.status for reply in replies} <= {200, 201, 409}
     for reply in replies:
         if reply.status < 300:
