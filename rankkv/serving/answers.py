@@ -6,7 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+
+from .errors import RequestError
+
+
+class FiniteLogits(LogitsProcessor):
+    """Refuse logits that are NaN or infinite: no token would be right, and a draw would end the process on a GPU."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits unchanged, or raise a RequestError (500)."""
+        if not bool((scores < torch.inf).all()):
+            raise RequestError(
+                "the model predicts values that are no numbers: start the server with --dtype float32, or load other "
+                "weights.",
+                500,
+                "not_finite",
+            )
+        return scores
 
 
 class Answer:
@@ -62,6 +79,7 @@ class Answer:
         answer: Answer = model.generate(
             **inputs,
             generation_config=generation_config,
+            logits_processor=LogitsProcessorList([FiniteLogits()]),
             stopping_criteria=criteria,
             streamer=streamer,
             custom_generate=take,
@@ -80,6 +98,8 @@ class Answer:
         ------
         _GenerationCancelled
             If nobody waits for the answer.
+        RequestError
+            If a logit is no number; see :class:`FiniteLogits`.
         """
         scores = self._processors(self.ids, logits.to(copy=True, dtype=torch.float32, device=self.ids.device))
         if self._generator is None:

@@ -66,6 +66,8 @@ class Service:
         check_observable(model)
         # The first call drops a truncation that the tokenizer's file may set; later ones only read.
         tokenizer("a", add_special_tokens=False)
+        # Each answer brings its cache; transformers refuses one beside the kind that a model's file asks for.
+        model.generation_config.cache_implementation = None
         self.settings, self.tokenizer, self.model = settings, tokenizer, model
         length = get_context_length(model)
         given = settings.max_context_tokens

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMode
 
 from ..cache.cache import RankKVCache
 from ..cache.layer import RankKVLayer
@@ -141,6 +142,9 @@ class Batch(AttentionObserver, DynamicCache):
             return "its rotary embedding depends on the longest text of a batch"
         if model.generation_config.stop_strings is not None:
             return "its generation config has stop strings"
+        mode = model.generation_config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return f"its generation config asks for {mode.value.replace('_', ' ')}"
         ids = torch.arange(6, device=model.device)[None] % model.get_input_embeddings().num_embeddings
         try:
             with torch.no_grad():

@@ -370,15 +370,15 @@ class ContextStore:
                 holder = self._contexts.get(context.root, context)
             cache, tail = holder.cache, context.tail
         if not is_known or (cache is None and not holder.is_stored):
-            raise RequestError(
-                f"context {context.id} was deleted before its turn came: POST it again.",
-                404,
-                "unknown_context",
-            )
+            raise _build_deleted(context)
         if cache is None:
             try:
                 cache = RankKVCache.load(self._place(holder, "safetensors"), self._model)
             except InputError as error:
+                with self._lock:
+                    was_deleted = holder.id not in self._contexts
+                if was_deleted:
+                    raise _build_deleted(context) from error
                 log.error("context %s cannot be read from disk", holder.id)
                 raise RequestError(
                     f"the file of context {holder.id} cannot be read: DELETE it and POST it again.",
@@ -545,6 +545,12 @@ class ContextStore:
             # Records of before have none.
             predicted_loss=None if record.get("predicted_loss") is None else float(record["predicted_loss"]),
         )
+
+
+def _build_deleted(context: Context) -> RequestError:
+    return RequestError(
+        f"context {context.id} was deleted before its turn came: POST it again.", 404, "unknown_context"
+    )
 
 
 def check_name(name: object) -> str:

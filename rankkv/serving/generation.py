@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessorList
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.utils import (
     DirectStreamer,
@@ -26,7 +27,7 @@ from ..cache.prefill import compress
 from ..errors import RankKVError
 from ..models.compat import accepts_argument, cache_argument
 from ..selection import get_selector
-from .answers import Answer
+from .answers import Answer, FiniteLogits
 from .batch import WHOLE, Batch, Row
 from .contexts import Context, ContextStore
 from .errors import RequestError
@@ -539,6 +540,7 @@ class ContextGenerateManager(GenerateManager):
         output = self._model.generate(
             **inputs,
             generation_config=gen_config,
+            logits_processor=LogitsProcessorList([FiniteLogits()]),
             tokenizer=self._tokenizer,
             streamer=streamer,
             **cache_argument(cache),

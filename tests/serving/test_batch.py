@@ -368,6 +368,42 @@ def test_a_family_that_cannot_decode_together_is_told(name, told):
     assert told in Batch.check(build(name))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"], ids=["in a batch", "alone"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=["greedy", "drawn"])
+def test_a_prediction_that_is_no_number_is_an_error(tiny_llama, tiny, tmp_path, attention, options):
+    model = tiny_llama(vocab_size=len(tiny[1]))
+    model.set_attn_implementation(attention)
+    with run_live(model, tiny[1], tmp_path) as live:
+        assert live.chat("What?", max_tokens=4, **options).status == 200
+        with torch.no_grad():
+            model.get_output_embeddings().weight[7] = float("nan")
+        reply = live.chat("Why?", max_tokens=4, **options)
+        assert (reply.status, reply.error["code"]) == (500, "not_finite")
+        events = live.chat("Why?", max_tokens=4, stream=True, **options).events
+        assert events[-1]["error"]["code"] == "not_finite"
+
+
+@pytest.mark.parametrize("option", [{"num_beams": 2}, {"penalty_alpha": 0.6, "top_k": 4}])
+def test_a_model_that_searches_by_default_answers_one_by_one(tiny_llama, option):
+    model = tiny_llama()
+    for name, value in option.items():
+        setattr(model.generation_config, name, value)
+    assert "search" in Batch.check(model)
+
+
+def test_the_cache_of_a_generation_config_gives_way(tiny_llama, tiny, document, tmp_path):
+    """A model may ask for a static cache by default; each answer brings its own."""
+    answers = []
+    for kind in (None, "static"):
+        model = tiny_llama(vocab_size=len(tiny[1]))
+        model.generation_config.cache_implementation = kind
+        model.set_attn_implementation("eager")
+        with run_live(model, tiny[1], tmp_path / str(kind)) as live:
+            live.post("/v1/contexts", {"text": document, "name": "doc"})
+            answers.append(get_text(live.chat("What?", rankkv={"context": "doc"}, max_tokens=4)))
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_frequencies_by_the_longest_text_are_not_shared(tiny_llama, kind):
     model = tiny_llama()

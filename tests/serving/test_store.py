@@ -18,7 +18,9 @@ from live import Live, run_live
 
 from rankkv import compress
 from rankkv.errors import ConfigError
+from rankkv.serving import contexts
 from rankkv.serving.contexts import Context, ContextStore
+from rankkv.serving.errors import RequestError
 
 
 @pytest.fixture
@@ -175,6 +177,21 @@ def test_a_damaged_file_is_said_and_can_be_replaced(tiny, document, tmp_path):
         assert live.post("/v1/contexts", {"text": document}).status == 201
         again = live.chat("What?", rankkv={"context": context["id"]})
         assert again.json["choices"] == answer.json["choices"]
+
+
+def test_a_context_deleted_while_it_is_read_is_gone_not_damaged(make_store, tiny, monkeypatch):
+    store = make_store(memory=0)
+    context = add(store, tiny[0], 100)
+    usual = contexts.RankKVCache.load
+
+    def load(path, model):
+        store.delete(context)
+        return usual(path, model)
+
+    monkeypatch.setattr(contexts.RankKVCache, "load", load)
+    with pytest.raises(RequestError, match="was deleted") as error:
+        store.borrow(context)
+    assert error.value.status == 404
 
 
 def test_a_plain_client_is_answered_without_a_damaged_file(tiny, document, tmp_path):
