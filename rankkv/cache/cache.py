@@ -334,6 +334,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         first, stop = find_longest_gap(layers, self.row_start[0], plan.length)
         if stop - first >= LONGEST_GAP:
             doubts.append(f"the tokens {first} to {stop - 1} are kept by no head of any layer")
+        if str(self.selector) != self.selector.name:
+            doubts.append(f"the curve was measured with the plain selector {self.selector.name!r}")
         if self.config.decode == "bounded":
             doubts.append("decode='bounded' evicts more with every token")
         if self.config.storage == "int8":

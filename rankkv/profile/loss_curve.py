@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import importlib.resources
 import itertools
 import math
@@ -210,6 +211,7 @@ def fit_loss_curve(
     return LossCurve(_shorten(np.exp(knots)), _shorten(np.exp(values)), float(f"{margin:.4g}"), described)
 
 
+@functools.cache
 def load_default_curves() -> dict[str, LossCurve]:
     """Load the curves for models that were not calibrated, by selector name."""
     path = importlib.resources.files("rankkv.profile") / "shipped" / DEFAULT_FILE

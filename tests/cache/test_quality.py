@@ -13,6 +13,7 @@ from rankkv.analysis.predicted_loss import predict_losses
 from rankkv.cache.quality import TEST_STEP, find_knee, find_longest_gap
 from rankkv.errors import ConfigError, InputError
 from rankkv.profile.loss_curve import load_default_curves
+from rankkv.selection import get_selector
 
 WINDOW = 8
 DEFAULTS = {"echo": {"selector": "echo"}, "snapkv": {"selector": "snapkv", "profile": None}}
@@ -182,6 +183,12 @@ def test_what_a_prediction_leaves_out_is_said(model):
     told = oracles.prefill(model, prompt, storage="int8", decode="bounded", profile=None).summary()
     assert "weak: decode='bounded' evicts more" in told
     assert "weak: the rounding of storage='int8'" in told
+    plain, other = (
+        oracles.prefill(model, prompt, selector=name, profile=None)
+        for name in ("echo", get_selector("echo", gap=64))
+    )
+    assert plain.doubts == []
+    assert "the plain selector 'echo'" in other.doubts[0]
 
 
 def test_a_bound_that_one_row_misses_is_said(model):
