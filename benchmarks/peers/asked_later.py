@@ -75,6 +75,9 @@ def main() -> None:
     parser.add_argument("--output", default="results/peers.json")
     options = parser.parse_args()
     model, tokenizer = load_model(options.model)
+    if not hasattr(model.config, "head_dim"):
+        # kvpress' CriticalKV reads it, and some models leave it to its default.
+        model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = None
     runs = build_runs(model, tokenizer, options.kept)
