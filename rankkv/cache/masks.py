@@ -14,6 +14,7 @@ from ..errors import UnsupportedModelError
 from ..observe import block_masks
 from ..observe.hook import SUPPORTED_BACKENDS
 from ..observe.observation import is_visible
+from ..utils.devices import send_numbers
 from .layer import SlotMap
 
 # Decode steps that one stored mask covers: one byte per head and step.
@@ -136,10 +137,12 @@ class PaddingCheck:
         """Forget the mask of the forward before, which may have changed in place."""
         self._known = None
 
-    def hides_only_padding(self, mask: Any, seen: int, row_start: Sequence[int]) -> bool:
+    def hides_only_padding(
+        self, mask: Any, seen: int, row_start: Sequence[int], may_wait: bool = False
+    ) -> bool:
         """Return True if every token after a row's padding is visible, without a bias, to the one new query.
 
-        On other devices than the CPU it is False: reading the mask would make the host wait.
+        On other devices than the CPU it is False unless the host may wait, once a forward, for the mask.
 
         Parameters
         ----------
@@ -149,13 +152,17 @@ class PaddingCheck:
             Number of tokens seen, the new one included.
         row_start : sequence of int
             Number of padding tokens before each row's first real token.
+        may_wait : bool, default False
+            True to read the mask of a GPU too.
         """
-        if not isinstance(mask, Tensor) or mask.device.type != "cpu" or mask.dim() != 4:
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            return False
+        if mask.device.type != "cpu" and not may_wait:
             return False
         if self._known is None or self._known[0]() is not mask:
             plain = mask.shape[1:] == (1, 1, seen) and mask.shape[0] in (1, len(row_start))
             if plain:
-                real = torch.arange(seen) >= torch.tensor(row_start)[:, None]
+                real = torch.arange(seen, device=mask.device) >= send_numbers(row_start, mask.device)[:, None]
                 # An additive mask may also carry a bias, which is no padding.
                 visible = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
                 plain = bool((visible | ~real).all())
