@@ -864,9 +864,9 @@ class RankKVCache(AttentionObserver, DynamicCache):
         # A single query with no mask and no empty slot sees every slot: nothing needs masking then.
         if call.mask is not None or call.steps > 1 or slots.kept_valid is not None:
             backend, query = self.text_config._attn_implementation, call.query
-            if call.mask is None and call.steps == 1 and backend in ("sdpa", "eager"):
+            if call.steps == 1 and backend in ("sdpa", "eager"):
                 steps = self._step_masks.setdefault(layer_idx, StepMask())
-                mask = steps.get(slots, query.shape[1], backend, query.dtype)
+                mask = steps.get(slots, query.shape[1], backend, query.dtype, call.mask)
             else:
                 where = slots.compute_positions(), slots.compute_valid()
                 mask = project_mask(call.mask, *where, call.steps, query.shape[1], backend, query.dtype)

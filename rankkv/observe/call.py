@@ -156,7 +156,10 @@ def observe(
             seen_keys = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1) if whole else attention_mask[:, 0, -1]
             valid = is_visible(seen_keys[:, :key_length])
         valid = valid.expand(batch, -1)
-        if slot_valid is not None and attention_mask is not None:
+        if slot_valid is not None and available is not None:
+            # The one query sees every token, so the slots say all.
+            valid, attention_mask = slot_valid, None
+        elif slot_valid is not None and attention_mask is not None:
             # In each head, the real keys are those that the newest query sees.
             newest = attention_mask[
                 :, :: max(1, attention_mask.shape[1] // slot_valid.shape[1]), -1, :key_length

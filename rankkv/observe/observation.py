@@ -484,6 +484,9 @@ class Observation:
             if mask.dtype == torch.bool:
                 return real & mask, None
             return real & is_visible(mask), mask.float()
+        newest = self.lengths[0] + self.row_start[0] - 1
+        if self.query_length == 1 and self.query_start == newest:
+            return real, None
         positions = self.positions[:, :, None, :key_stop]
         heads = positions.shape[1]
         if heads > 1:

@@ -25,7 +25,7 @@ PREFILLS = [
 ]
 #: Options of decoding that evicts, and the most launches a layer of a step that does not compress: of one row, padded.
 EVICTING = [
-    ({"decode": "bounded"}, 46, 62),
+    ({"decode": "bounded"}, 45, 60),
     ({"decode": "bounded", "head_budgets": None}, 30, 52),
     ({"decode": "periodic"}, 14, 25),
     ({"decode": "periodic", "head_budgets": None}, 9, 17),
@@ -85,7 +85,7 @@ def test_a_prefill(tiny_llama, rows, options, launches, waits, padded_launches, 
 @pytest.mark.parametrize("rows", [1, 3], ids=["single", "padded"])
 @pytest.mark.parametrize(
     ("options", "launches", "padded_launches"),
-    [({}, 6, 16), ({"head_budgets": None}, 2, 10), ({"storage": "int8"}, 25, 34)],
+    [({}, 5, 12), ({"head_budgets": None}, 2, 6), ({"storage": "int8"}, 25, 30)],
     ids=str,
 )
 def test_a_decode_step(tiny_llama, rows, options, launches, padded_launches):
