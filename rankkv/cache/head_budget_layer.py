@@ -13,7 +13,8 @@ from ..budget.heads import HeadSplit
 from ..config import count_spanned
 from ..errors import CacheStateError, ProfileError
 from ..observe.observation import Observation
-from ..selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
+from ..selection import CASCADE_SLACK, select_tokens
+from ..selection.select import count_across_heads
 from .layer import StoredLayer
 from .storage import STORAGES, SlotLayout, UnpaddedStorage
 from .unpadded import UnpaddedHeads, can_attend_unpadded
@@ -295,9 +296,11 @@ class HeadBudgetLayer(StoredLayer):
                 self._known_counts = [[count] * heads for count in keep]
             return super()._select(scores, real_index, budgets, keep, **how)
         self._are_equal = False
-        return select_tokens_across_heads(
+        # Only the device knows what each head gets: the host waits for that, and for nothing else.
+        index, self._known_counts = count_across_heads(
             scores, real_index, self._lengths, budgets, keep=keep, head_floor=self._head_floor, **how
         )
+        return index
 
     def _select_by_heads(
         self,

@@ -211,6 +211,28 @@ def select_tokens_across_heads(
     >>> select_tokens_across_heads(scores, index, [4], [2], snapkv, 1, 0, head_floor=0.2, keep=[2]).tolist()
     [[[0, 1, 3], [-1, -1, 3]]]
     """
+    how: dict[str, Any] = {"protect": protect, "protect_before": protect_before}
+    options = selector, window_size, sink_size
+    return count_across_heads(
+        scores, real_index, lengths, budgets, *options, head_floor=head_floor, keep=keep, **how
+    )[0]
+
+
+def count_across_heads(
+    scores: Tensor,
+    real_index: Tensor,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    selector: Selector,
+    window_size: int,
+    sink_size: int,
+    *,
+    head_floor: float,
+    keep: Sequence[int],
+    protect: Sequence[tuple[int, int]] = (),
+    protect_before: Sequence[int] | None = None,
+) -> tuple[Tensor, list[list[int]]]:
+    """Select as :func:`select_tokens_across_heads`, and return the tokens of each head too, ``[row][kv_head]``."""
     scores = raise_protected(
         scores,
         real_index,
@@ -241,4 +263,5 @@ def select_tokens_across_heads(
     is_kept = torch.zeros(batch, heads * keys, dtype=torch.bool, device=device).scatter_(1, best, is_within)
     is_kept = is_kept.view(batch, heads, keys)
     index = torch.where(is_kept, torch.arange(keys, device=device), -1).sort(dim=-1).values
-    return index[..., keys - int(is_kept.sum(dim=-1).max()) :]
+    counts: list[list[int]] = is_kept.sum(dim=-1).tolist()
+    return index[..., keys - max(map(max, counts)) :], counts

@@ -120,6 +120,26 @@ def test_a_step_of_decoding_that_evicts(tiny_llama, rows, options, launches, pad
         assert not counts.own(counts.copies), counts.copies
 
 
+@pytest.mark.parametrize(
+    ("options", "of_prefill", "waits", "copies"),
+    [
+        ({"storage": "offload"}, 6, 2, 4),
+        ({"positions": "packed"}, 3, 1, 2),
+        ({"head_budgets": "adaptive", "decode": "bounded"}, 6, 1, 0),
+        ({"selector": "keydiff", "decode": "bounded"}, 2, 9, 0),
+    ],
+    ids=str,
+)
+def test_what_still_waits_in_each_layer(tiny_llama, options, of_prefill, waits, copies):
+    model = pretend_gpu.put_on_gpu(tiny_llama(**SHAPE))
+    with pretend_gpu.pretend() as counts:
+        _, step = start(model, counts, 1, **options)
+        assert counts.own(counts.waits) <= of_prefill * LAYERS, counts.waits
+        step(), step()
+        assert 0 < counts.own(counts.waits) <= waits * LAYERS, counts.waits
+        assert counts.own(counts.copies) <= copies * LAYERS, counts.copies
+
+
 @pytest.mark.usefixtures("kernels")
 def test_a_step_without_padding_takes_three_launches_a_layer(tiny_llama):
     """Two writes and one attention, in half precision; nothing is masked, padded, joined or waited for."""
