@@ -811,15 +811,25 @@ class RankKVCache(AttentionObserver, DynamicCache):
             layer.attends_as_held = as_held
         if layer_idx in self._packers:
             self._packers[layer_idx].note_frequencies(layer.seen - steps)
+        observes = self._schedule.needs_observation(steps)
+        sees_all = observes and self._sees_all(layer, call)
         call = self._fit_to_slots(layer_idx, slots, call)
         output = call.run()
-        if self._schedule.needs_observation(steps):
+        if observes:
             with torch.no_grad():
-                self._schedule.after_attention(self.layers, layer_idx, call)
+                self._schedule.after_attention(self.layers, layer_idx, call, sees_all)
         # Until the round is over, layers stay in full: they may shrink again.
         if self._schedule.compressed:
             layer.rest()
         return output
+
+    def _sees_all(self, layer: RankKVLayer, call: AttentionCall) -> bool:
+        """Return True if one new query sees every token of a compressed layer, so that the host can count them."""
+        if call.steps > 1 or not self._schedule.compressed:
+            return False
+        return call.mask is None or self._padding.hides_only_padding(
+            call.mask, layer.seen, self._schedule.row_start or [], may_wait=True
+        )
 
     def _shows(self, call: AttentionCall) -> bool:
         """Return True if a call attends to exactly the keys and values that the last update returned."""
@@ -856,9 +866,9 @@ class RankKVCache(AttentionObserver, DynamicCache):
         # A single query with no mask and no empty slot sees every slot: nothing needs masking then.
         if call.mask is not None or call.steps > 1 or slots.kept_valid is not None:
             backend, query = self.text_config._attn_implementation, call.query
-            if call.mask is None and call.steps == 1 and backend in ("sdpa", "eager"):
+            if call.steps == 1 and backend in ("sdpa", "eager"):
                 steps = self._step_masks.setdefault(layer_idx, StepMask())
-                mask = steps.get(slots, query.shape[1], backend, query.dtype)
+                mask = steps.get(slots, query.shape[1], backend, query.dtype, call.mask)
             else:
                 where = slots.compute_positions(), slots.compute_valid()
                 mask = project_mask(call.mask, *where, call.steps, query.shape[1], backend, query.dtype)
@@ -881,9 +891,14 @@ def _pick_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build_layer(config: RankKVConfig) -> RankKVLayer:
+    layer: RankKVLayer
     if config.head_budgets is not None:
-        return HeadBudgetLayer(config.storage, config.head_floor)
-    return RankKVLayer() if config.storage == "full" else StoredLayer(config.storage)
+        layer = HeadBudgetLayer(config.storage, config.head_floor)
+    else:
+        layer = RankKVLayer() if config.storage == "full" else StoredLayer(config.storage)
+    # Bounded decoding evicts with every token.
+    layer.makes_room = config.decode != "bounded"
+    return layer
 
 
 def _report_nothing_to_compress(model: Any, layers: list[Any]) -> None:

@@ -23,7 +23,7 @@ from .quality import LayerAttention, finish_plans, measure_attention
 
 # Slots held above the budget during a prefill, as a fraction of (total budget + one layer).
 # Without this slack every new layer would copy all earlier layers once more.
-_RELEASE_SLACK = 0.04
+_RELEASE_SLACK = 0.05
 
 
 class Compressor:
@@ -270,16 +270,14 @@ class Compressor:
         past = layer.running_scores
         if past is None:
             return scores
-        scores = scores.clone()
+        # Sums accumulate; decaying scores forget the past over about one window.
+        keep = 1.0 if self.selector.step in ("sum", "max") else 1.0 - 1.0 / self.config.window_size
+        scores = scores.clone() if keep == 1.0 else scores * (1.0 - keep)
         known = scores[..., : past.shape[-1]]
         if self.selector.step == "max":
             torch.maximum(known, past, out=known)
-            return scores
-        # Sums accumulate; decaying scores forget the past over about one window.
-        keep = 1.0 if self.selector.step == "sum" else 1.0 - 1.0 / self.config.window_size
-        if keep < 1.0:
-            scores *= 1.0 - keep
-        known += past * keep
+        else:
+            known.add_(past, alpha=keep)
         return scores
 
 

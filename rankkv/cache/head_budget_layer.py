@@ -13,7 +13,8 @@ from ..budget.heads import HeadSplit
 from ..config import count_spanned
 from ..errors import CacheStateError, ProfileError
 from ..observe.observation import Observation
-from ..selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
+from ..selection import CASCADE_SLACK, select_tokens
+from ..selection.select import count_across_heads
 from .layer import StoredLayer
 from .storage import STORAGES, SlotLayout, UnpaddedStorage
 from .unpadded import UnpaddedHeads, can_attend_unpadded
@@ -43,6 +44,8 @@ class HeadBudgetLayer(StoredLayer):
         # Tokens of each head after the last shrink of this compression, [row][kv_head]; None if only the device knows.
         self._known_counts: list[list[int]] | None = None
         self._are_equal = False
+        # A layout, and the slots of it that hold a token.
+        self._valid_of: tuple[SlotLayout | None, Tensor] | None = None
 
     def _forget(self) -> None:
         super()._forget()
@@ -168,13 +171,49 @@ class HeadBudgetLayer(StoredLayer):
         """Store the scores for the coming compression, and forget the token counts of the last one."""
         super().begin_compression(scores, observation, lasting)
         self._room = self._known_counts = None
+        if self.sees_all and self._layout is not None:
+            # The host knows them: only later tokens were added since the last compression.
+            self._known_counts = self.kept_per_head
         # Where heads hold different numbers of tokens, `available` is an average.
         self._are_equal = observation.valid.dim() == 2
 
     def shrink(self, *args: Any, **kwargs: Any) -> None:
         """Keep as many tokens as the budgets allow, spread over the heads, and release the rest."""
         super().shrink(*args, **kwargs)
-        self._unpad(self._known_counts)
+        if self._known_counts is not None:
+            self._kept_tokens = [sum(row) // len(row) for row in self._known_counts]
+        self._unpad()
+
+    def _keep_slots(self, index: Tensor) -> None:
+        """Keep the keys and values of some slots; where the host knows their counts, without padding them."""
+        counts, stores, layout = self._known_counts, self._stores, self._layout
+        if counts is None:
+            super()._keep_slots(index)
+            return
+        batch, heads, width, device = len(counts), len(counts[0]), index.shape[-1], index.device
+        index = index.expand(-1, heads, -1)
+        if layout is None:
+            # One head after the other, each with all its slots.
+            tokens = index + torch.arange(0, batch * heads * self.width, self.width, device=device).view(
+                batch, heads, 1
+            )
+        else:
+            source, first = layout.source.view(layout.shape), sum(map(sum, layout.counts))
+            later = self.width - layout.shape[-1]
+            if later:
+                behind = torch.arange(first, first + batch * heads * later, device=device)
+                source = torch.cat([source, behind.view(batch, heads, later)], dim=-1)
+            tokens = source.gather(-1, index)
+        tokens = tokens.flatten()
+        if any(count < width for row in counts for count in row):
+            # A step that evicts as many tokens as came leaves the layout as it was.
+            if layout is None or layout.counts != counts or layout.shape[-1] != width:
+                layout = SlotLayout.of_counts(counts, width, device)
+            tokens = tokens.index_select(0, layout.held)
+        else:
+            layout = None
+        for store in stores.values():
+            store.pick(tokens, layout, (batch, heads, width))
 
     @property
     def width(self) -> int:
@@ -198,6 +237,12 @@ class HeadBudgetLayer(StoredLayer):
             return super().kept_per_head
         later = self.width - layout.shape[-1]
         return [[count + later for count in row] for row in layout.counts]
+
+    def count_slots(self, tokens: list[int]) -> list[int] | None:
+        """Count the slots of each row from the first token of any head on; None if the host does not know them."""
+        if self._layout is not None:
+            return [max(row) for row in self.kept_per_head]
+        return tokens if self.kept_valid is None or self.kept_valid.dim() == 2 else None
 
     def list_heads(self) -> list[tuple[Tensor, Tensor]]:
         """Return keys and values of each key/value head of the one row, ``[token, head_dim]``, without empty slots."""
@@ -223,19 +268,20 @@ class HeadBudgetLayer(StoredLayer):
     def _layout(self) -> SlotLayout | None:
         return self._held_stores["keys"].layout
 
-    def _unpad(self, counts: list[list[int]] | None = None) -> None:
-        """Drop the empty slots; ``counts`` are the tokens of each head, if the last shrink knows them."""
+    def _unpad(self) -> None:
+        """Drop the empty slots, if the layer has any and holds them."""
         if self._layout is not None or self.kept_valid is None:
             return
         valid = self.kept_valid if self.kept_valid.dim() == 3 else self.kept_valid[:, None]
-        layout = SlotLayout.of(valid.expand(-1, self.keys.shape[1], -1), counts)
+        layout = SlotLayout.of(valid.expand(-1, self.keys.shape[1], -1))
         for store in self._stores.values():
             store.unpad(layout)
 
     def _select(
         self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
     ) -> Tensor:
-        heads = self.keys.shape[1]
+        # Not the keys themselves: they would be padded to be shown.
+        heads = self.keys.shape[1] if self._layout is None else self._layout.shape[1]
         splits = [split for split in self.head_splits if split is not None]
         if splits and splits[0].heads != heads:
             raise ProfileError(
@@ -246,11 +292,15 @@ class HeadBudgetLayer(StoredLayer):
             return self._select_by_heads(splits, scores, real_index, budgets, keep, **how)
         self._known_counts = None
         if scores.shape[1] == 1:
+            if self._are_equal:
+                self._known_counts = [[count] * heads for count in keep]
             return super()._select(scores, real_index, budgets, keep, **how)
         self._are_equal = False
-        return select_tokens_across_heads(
+        # Only the device knows what each head gets: the host waits for that, and for nothing else.
+        index, self._known_counts = count_across_heads(
             scores, real_index, self._lengths, budgets, keep=keep, head_floor=self._head_floor, **how
         )
+        return index
 
     def _select_by_heads(
         self,
@@ -297,10 +347,13 @@ class HeadBudgetLayer(StoredLayer):
 
     def _find_valid(self, empty: Tensor, keep: list[int]) -> Tensor | None:
         counts = self._known_counts
-        # Empty slots stand first in a head, so heads with as many tokens have them in the same places.
-        same = (
-            bool((empty == empty[:, :1]).all())
-            if counts is None
-            else all(len(set(row)) == 1 for row in counts)
-        )
-        return super()._find_valid(empty, keep) if same else ~empty
+        if counts is None:
+            # Empty slots stand first in a head, so heads with as many tokens have them in the same places.
+            same = bool((empty == empty[:, :1]).all())
+            return super()._find_valid(empty, keep) if same else ~empty
+        if all(len(set(row)) == 1 for row in counts):
+            return super()._find_valid(empty, [row[0] for row in counts])
+        if self._valid_of is None or self._valid_of[0] is not self._layout:
+            self._valid_of = self._layout, ~empty
+        # The same tensor for the same layout: masks made of it serve again.
+        return self._valid_of[1]

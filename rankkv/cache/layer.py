@@ -71,6 +71,8 @@ class RankKVLayer(DynamicLayer):
 
     is_sliding = False
     is_croppable = True
+    #: False if each step moves the tokens anyway, so that room behind them is of no use.
+    makes_room = True
     #: Holds "keys" and "values".
     _stores: Mapping[str, Any]
 
@@ -106,6 +108,10 @@ class RankKVLayer(DynamicLayer):
         self.head_splits: Sequence[HeadSplit | None] = []
         self._lengths: list[int] = []
         self._available: list[int] = []
+        #: True if the newest query saw every token of the layer.
+        self.sees_all = False
+        # Tokens of each row at the last compression, an average over its heads; None if only the device knows.
+        self._kept_tokens: list[int] | None = None
 
     @property
     def keys(self) -> Any:
@@ -136,7 +142,8 @@ class RankKVLayer(DynamicLayer):
             # Joined to nothing, so that the layer holds a copy: the model's tensor may be part of a larger one.
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
             self.is_initialized = True
-        keys, values = self._stores["keys"].append(key_states), self._stores["values"].append(value_states)
+        stores, room = self._stores, self.makes_room
+        keys, values = stores["keys"].append(key_states, room), stores["values"].append(value_states, room)
         self.seen += key_states.shape[-2]
         return keys, values
 
@@ -215,6 +222,8 @@ class RankKVLayer(DynamicLayer):
     def _map_rows(self, change: Any) -> None:
         if not self.is_initialized:
             return
+        # The new rows may be known to the device alone.
+        self._kept_tokens = None
         for name in ROW_TENSORS:
             tensor = getattr(self, name)
             if tensor is not None:
@@ -274,6 +283,29 @@ class RankKVLayer(DynamicLayer):
         held = valid[0].expand(len(heads), -1)
         return [(keys[slots], values[slots]) for (keys, values), slots in zip(heads, held, strict=True)]
 
+    def count_tokens(self, row_start: Sequence[int] | None) -> list[int] | None:
+        """Count the tokens of each row, an average over its heads rounded down; None if only the device knows.
+
+        Parameters
+        ----------
+        row_start : sequence of int, optional
+            Padding before each row's first token.
+        """
+        if self.kept_positions is None:
+            return None if row_start is None else [self.seen - start for start in row_start]
+        if self._kept_tokens is None:
+            return None
+        return [count + self.seen - self.compressed_at for count in self._kept_tokens]
+
+    def count_slots(self, tokens: list[int]) -> list[int] | None:
+        """Count the slots of each row from its first token on, given :meth:`count_tokens`; None if unknown."""
+        return tokens
+
+    def note_tokens(self, available: Sequence[int]) -> None:
+        """Note the tokens of each row, as :meth:`count_tokens` counts them."""
+        if self.kept_positions is not None:
+            self._kept_tokens = [count - (self.seen - self.compressed_at) for count in available]
+
     @property
     def slot_map(self) -> SlotMap | None:
         """Positions of the slots now; None if all tokens are kept."""
@@ -309,8 +341,12 @@ class RankKVLayer(DynamicLayer):
         self._lasting = None if lasting is scores else lasting
         self._scores, self._real_index = scores, observation.real_index
         self._lengths, self._available = observation.lengths, observation.available
+        self._kept_tokens = list(observation.available)
         if self.kept_positions is not None:
-            self.kept_positions, self.kept_valid = self.compute_positions(), self.compute_slot_valid()
+            self.kept_positions, by_head = observation.positions, observation.valid.dim() == 3
+            # What the newest query sees is what the slots hold, if it sees every token.
+            valid = observation.valid if by_head and self.sees_all else self.compute_slot_valid()
+            self.kept_valid = valid
         self.compressed_at = self.seen
 
     def shrink(
@@ -348,8 +384,7 @@ class RankKVLayer(DynamicLayer):
         )
         empty = kept < 0
         index = kept.clamp(min=0)
-        self.keys = _gather_slots(self.keys, index)
-        self.values = _gather_slots(self.values, index)
+        self._keep_slots(index)
         self.kept_positions = (
             index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
         )
@@ -358,7 +393,22 @@ class RankKVLayer(DynamicLayer):
         if self._lasting is not None:
             self._lasting = _gather_heads(self._lasting, index)
         self.kept_valid = self._find_valid(empty, keep)
-        self._available = keep
+        self._available = self._kept_tokens = keep
+
+    def _keep_slots(self, index: Tensor) -> None:
+        """Keep the keys and values of some slots, ``index [batch, kv_head or 1, slot]``."""
+        places: Tensor | None = None
+        # One after the other: the evicted keys are freed before the values are copied.
+        for name in ("keys", "values"):
+            held = getattr(self, name)
+            batch, heads, slots, size = held.shape
+            if places is None:
+                start = torch.arange(0, batch * heads * slots, slots, device=held.device)
+                places = (start.view(batch, heads, 1) + index).flatten()
+            # Copy whole rows of head_dim numbers: several times faster than gathering single numbers.
+            kept = held.reshape(-1, size).index_select(0, places)
+            del held
+            setattr(self, name, kept.view(batch, heads, -1, size))
 
     def _select(
         self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
@@ -438,11 +488,3 @@ def _gather_heads(tensor: Tensor, index: Tensor) -> Tensor:
     # Either tensor may have one head that stands for all.
     heads = max(tensor.shape[1], index.shape[1])
     return tensor.expand(-1, heads, -1).gather(-1, index.expand(-1, heads, -1))
-
-
-def _gather_slots(tensor: Tensor, index: Tensor) -> Tensor:
-    batch, heads, slots, dim = tensor.shape
-    start = torch.arange(batch * heads, device=tensor.device).view(batch, heads, 1) * slots
-    # Copy whole rows of head_dim numbers: several times faster than gathering single numbers.
-    rows = tensor.reshape(-1, dim).index_select(0, (start + index).flatten())
-    return rows.view(batch, heads, index.shape[-1], dim)

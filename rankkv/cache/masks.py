@@ -14,10 +14,11 @@ from ..errors import UnsupportedModelError
 from ..observe import block_masks
 from ..observe.hook import SUPPORTED_BACKENDS
 from ..observe.observation import is_visible
+from ..utils.devices import send_numbers
 from .layer import SlotMap
 
-# Decode steps that one stored mask covers: one byte per head and step.
-_AHEAD = 256
+# Decode steps that one stored mask covers, and a number that divides the length of its rows.
+_AHEAD, _ROW_STEP = 256, 8
 
 
 def project_mask(
@@ -86,7 +87,8 @@ def project_mask(
     heads = max(mask.shape[1], positions.shape[1], 1 if slot_valid is None else slot_valid.shape[1])
     if heads > 1:
         heads = query_heads
-        positions = positions.repeat_interleave(heads // positions.shape[1], dim=1)
+        if positions.shape[1] > 1:
+            positions = positions.repeat_interleave(heads // positions.shape[1], dim=1)
         mask = mask.expand(-1, heads, -1, -1)
     index = positions[:, :, None, :].expand(-1, heads, mask.shape[2], slots)
     mask = mask.gather(-1, index)
@@ -101,29 +103,62 @@ def project_mask(
 
 
 class StepMask:
-    """Cache the decode mask of one layer: empty slots stay the same until the next compression."""
+    """Cache what the decode masks of one layer are made of: its slots stay the same until the next compression."""
 
     def __init__(self) -> None:
         self._valid: Tensor | None = None
         self._mask: Tensor | None = None
+        # The slots of a compression, and positions and valid slots of it and of the steps to come.
+        self._slots: SlotMap | None = None
+        self._ahead: tuple[Tensor, Tensor | None] | None = None
 
-    def get(self, slots: SlotMap, query_heads: int, backend: str | None, dtype: torch.dtype) -> Tensor:
-        """Return the mask ``[batch, 1 or query_heads, 1, slot]`` for one query that sees every slot with a token.
+    def get(
+        self, slots: SlotMap, query_heads: int, backend: str | None, dtype: torch.dtype, mask: Any = None
+    ) -> Any:
+        """Return the mask ``[batch, 1 or query_heads, 1, slot]`` for one query.
+
+        Without a ``mask`` over all tokens seen it sees every slot with a token, and some slots are empty.
 
         Parameters
         ----------
         slots : SlotMap
-            Slots of the layer; some are empty.
-        query_heads, backend, dtype
+            Slots of the layer.
+        query_heads, backend, dtype, mask
             See :func:`rankkv.cache.masks.project_mask`.
         """
         count = slots.kept_positions.shape[-1] + slots.seen - slots.compressed_at
+        if mask is not None:
+            positions, valid = self._locate(slots, count)
+            valid = None if valid is None else valid[..., :count]
+            return project_mask(mask, positions[..., :count], valid, 1, query_heads, backend, dtype)
         if self._mask is None or self._valid is not slots.kept_valid or self._mask.shape[-1] < count:
-            ahead = replace(slots, seen=slots.seen + _AHEAD)
-            where = ahead.compute_positions(), ahead.compute_valid()
-            self._mask = project_mask(None, *where, 1, query_heads, backend, dtype)
-            self._valid = slots.kept_valid
+            where = _look_ahead(slots, count)
+            made = project_mask(None, *where, 1, query_heads, backend, dtype)
+            if made.dtype == torch.bool and made.device.type != "cpu":
+                # Kernels of GPUs add the mask; made once, it need not be converted in every step.
+                made = torch.zeros(made.shape, dtype=dtype, device=made.device).masked_fill(
+                    ~made, torch.finfo(dtype).min
+                )
+            self._mask, self._valid = made, slots.kept_valid
         return self._mask[..., :count]
+
+    def _locate(self, slots: SlotMap, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return positions and valid slots of the layer, and of steps to come."""
+        known, ahead = self._slots, self._ahead
+        same = known is not None and (
+            known.kept_positions is slots.kept_positions and known.kept_valid is slots.kept_valid
+        )
+        if ahead is None or not same or ahead[0].shape[-1] < count:
+            self._slots, self._ahead = slots, _look_ahead(slots, count)
+            return self._ahead
+        return ahead
+
+
+def _look_ahead(slots: SlotMap, count: int) -> tuple[Tensor, Tensor | None]:
+    """Return positions and valid slots, also of steps to come; ``count`` is the number of slots now."""
+    # GPU kernels want rows of masks that start at a multiple of 8 numbers.
+    ahead = replace(slots, seen=slots.seen + _AHEAD + -(count + _AHEAD) % _ROW_STEP)
+    return ahead.compute_positions(), ahead.compute_valid()
 
 
 class PaddingCheck:
@@ -136,10 +171,12 @@ class PaddingCheck:
         """Forget the mask of the forward before, which may have changed in place."""
         self._known = None
 
-    def hides_only_padding(self, mask: Any, seen: int, row_start: Sequence[int]) -> bool:
+    def hides_only_padding(
+        self, mask: Any, seen: int, row_start: Sequence[int], may_wait: bool = False
+    ) -> bool:
         """Return True if every token after a row's padding is visible, without a bias, to the one new query.
 
-        On other devices than the CPU it is False: reading the mask would make the host wait.
+        On other devices than the CPU it is False unless the host may wait, once a forward, for the mask.
 
         Parameters
         ----------
@@ -149,13 +186,17 @@ class PaddingCheck:
             Number of tokens seen, the new one included.
         row_start : sequence of int
             Number of padding tokens before each row's first real token.
+        may_wait : bool, default False
+            True to read the mask of a GPU too.
         """
-        if not isinstance(mask, Tensor) or mask.device.type != "cpu" or mask.dim() != 4:
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            return False
+        if mask.device.type != "cpu" and not may_wait:
             return False
         if self._known is None or self._known[0]() is not mask:
             plain = mask.shape[1:] == (1, 1, seen) and mask.shape[0] in (1, len(row_start))
             if plain:
-                real = torch.arange(seen) >= torch.tensor(row_start)[:, None]
+                real = torch.arange(seen, device=mask.device) >= send_numbers(row_start, mask.device)[:, None]
                 # An additive mask may also carry a bias, which is no padding.
                 visible = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
                 plain = bool((visible | ~real).all())

@@ -121,9 +121,24 @@ class CompressionSchedule:
             return True
         return steps > 1 and (self.config.recompress_turns or self.streaming)
 
-    def after_attention(self, layers: list[Any], layer_idx: int, call: AttentionCall) -> None:
-        """Observe one attention call, and compress the layer if it is due."""
+    def after_attention(
+        self, layers: list[Any], layer_idx: int, call: AttentionCall, sees_all: bool = False
+    ) -> None:
+        """Observe one attention call, and compress the layer if it is due.
+
+        Parameters
+        ----------
+        layers : list
+            All layers of the cache.
+        layer_idx : int
+            Index of the layer that attends.
+        call : AttentionCall
+            The call, with the mask of the layer's slots.
+        sees_all : bool, default False
+            True if the one new query sees every token of the layer.
+        """
         layer, config, steps = layers[layer_idx], self.config, call.steps
+        layer.sees_all = sees_all
         if layer_idx == self.layer_indices[0]:
             self._mask_reads.forget()
         observation = observe(
@@ -139,7 +154,10 @@ class CompressionSchedule:
             more_to_come=(self.deferred and not self.selector.replays) or self.streaming,
             shards=self.shards,
             reads=self._mask_reads,
+            available=layer.count_tokens(self.row_start) if sees_all else None,
         )
+        if sees_all:
+            layer.note_tokens(observation.available)
         observation = self._add_past(layer, observation)
         last = layer_idx == self.layer_indices[-1]
         if self.deferred and self.selector.replays:
@@ -406,8 +424,10 @@ class CompressionSchedule:
             raise CacheStateError(
                 "no query of this prompt was observed: build a new cache and run the prefill again."
             )
+        known = None if layer.kept_positions is None else layer.count_tokens(self.row_start)
+        slots = None if known is None else layer.count_slots(known)
         observation = layer.buffer.build_observation(
-            keys, values, layer.compute_positions(), layer.compute_slot_valid()
+            keys, values, layer.compute_positions(), layer.compute_slot_valid(), known, slots
         )
         return self._add_past(layer, observation)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from ..utils.devices import send_numbers
 
 #: Slots of the room that a decode step makes: its own token's, and those of tokens to come.
 ROOM = 64
@@ -30,11 +34,11 @@ class PlainStorage:
         """Return the tensor, on its device and in its dtype."""
         return self._tensor
 
-    def append(self, states: Tensor) -> Tensor:
+    def append(self, states: Tensor, room: bool = True) -> Tensor:
         """Add the states of new tokens and return all tokens.
 
         A single token is written into room behind the others, so that a decode step copies no other token.  Where
-        nothing may be written in place, the tokens are copied and joined.
+        nothing may be written in place, and without ``room``, the tokens are copied and joined.
         """
         held, buffer = self.get(), self._buffer
         if held is None:
@@ -42,7 +46,7 @@ class PlainStorage:
             return states
         width, new = held.shape[-2], states.shape[-2]
         if buffer is None or buffer.shape[-2] < width + new or not may_write(buffer, states):
-            buffer = self._make_room(held, states)
+            buffer = self._make_room(held, states) if room else None
         if buffer is None:
             joined = torch.cat([held, states], dim=-2)
             self.put(joined)
@@ -189,14 +193,14 @@ class SlotLayout:
     ----------
     shape : tuple of int
         ``(batch, kv_head, slot)``.
-    held : Tensor
-        ``[token]`` int64, flat index of each token's slot.
-    source : Tensor
-        ``[batch * kv_head * slot]`` int64, token of each slot; an empty slot points to a token of its own head.
     counts : list of list of int
         Tokens held, ``[row][kv_head]``.
+    held : Tensor
+        ``[token]`` int64, flat index of each token's slot.
     blank : Tensor, optional
         ``[head, 2]`` int64, row and key/value head of each head without a token; its slots are zeros.
+    found : Tensor, optional
+        ``[batch * kv_head * slot]``, see :attr:`source`; None if the empty slots of each head stand first.
 
     Examples
     --------
@@ -207,29 +211,61 @@ class SlotLayout:
     """
 
     shape: tuple[int, ...]
-    held: Tensor
-    source: Tensor
     counts: list[list[int]]
+    held: Tensor
     blank: Tensor | None = None
+    found: Tensor | None = None
 
     @classmethod
-    def of(cls, valid: Tensor, known: list[list[int]] | None = None) -> SlotLayout:
-        """Build the layout of ``valid [batch, kv_head, slot]`` bool; ``known`` are its counts, if the host has them."""
+    def of(cls, valid: Tensor) -> SlotLayout:
+        """Build the layout of ``valid [batch, kv_head, slot]`` bool; the host waits for the device."""
         counts = valid.sum(-1)
         # An empty slot shows a token of its own head: that of another row could carry its NaN into this one.
         first = counts.flatten().cumsum(0).view_as(counts) - counts
         source = first[..., None] + (valid.cumsum(-1) - 1).clamp(min=0)
-        kept = counts.tolist() if known is None else known
-        blank = (counts == 0).nonzero() if not all(map(all, kept)) else None
-        flat = valid.flatten()
-        if flat.device.type == "cpu":
-            return cls(tuple(valid.shape), flat.nonzero()[:, 0], source.flatten(), kept, blank)
-        # As nonzero() gives them, but the host knows how many there are: empty slots all go to a last place, cut off.
-        total = sum(map(sum, kept))
-        place = torch.where(flat, flat.cumsum(0) - 1, total)
-        held = torch.empty(total + 1, dtype=torch.int64, device=flat.device)
-        held.scatter_(0, place, torch.arange(flat.numel(), device=flat.device))
-        return cls(tuple(valid.shape), held[:total], source.flatten(), kept, blank)
+        kept = counts.tolist()
+        held = valid.flatten().nonzero()[:, 0]
+        return cls(tuple(valid.shape), kept, held, _find_blank(kept, valid.device), source.flatten())
+
+    @classmethod
+    def of_counts(cls, counts: list[list[int]], slots: int, device: torch.device) -> SlotLayout:
+        """Build the layout of heads whose empty slots stand first; the host does not wait for the device.
+
+        Parameters
+        ----------
+        counts : list of list of int
+            Tokens held, ``[row][kv_head]``.
+        slots : int
+            Slots of every head.
+        device : torch.device
+            Where the layout is used.
+
+        Examples
+        --------
+        >>> SlotLayout.of_counts([[2, 1]], 2, torch.device("cpu")).held.tolist()
+        [0, 1, 3]
+        """
+        flat = [count for row in counts for count in row]
+        total, start, shifts = sum(flat), 0, []
+        for head, count in enumerate(flat):
+            # From a token's number to its slot.
+            shifts.append((head + 1) * slots - count - start)
+            start += count
+        shift, sizes = send_numbers([*shifts, *flat], device).view(2, -1)
+        held = torch.repeat_interleave(shift, sizes, output_size=total) + torch.arange(total, device=device)
+        return cls((len(counts), len(counts[0]), slots), counts, held, _find_blank(counts, device))
+
+    @cached_property
+    def source(self) -> Tensor:
+        """Token of each slot, ``[batch * kv_head * slot]`` int64; an empty slot points to a token of its own head."""
+        if self.found is not None:
+            return self.found
+        flat = [count for row in self.counts for count in row]
+        starts = [0, *itertools.accumulate(flat)][:-1]
+        # Token of slot 0, if the empty slots before the first token counted too.
+        before = [start + count - self.shape[-1] for start, count in zip(starts, flat, strict=True)]
+        first, least = send_numbers([*before, *starts], self.held.device).view(2, -1, 1)
+        return torch.maximum(torch.arange(self.shape[-1], device=first.device) + first, least).flatten()
 
     def unpad(self, tensor: Tensor) -> Tensor:
         """Drop the empty slots: ``[batch, kv_head, slot, head_dim]`` to ``[token, head_dim]``."""
@@ -245,6 +281,12 @@ class SlotLayout:
         if self.blank is not None:
             padded[self.blank[:, 0], self.blank[:, 1]] = 0
         return padded
+
+
+def _find_blank(counts: list[list[int]], device: torch.device) -> Tensor | None:
+    """Return row and head of each head without a token, ``[head, 2]`` int64, or None if there is none."""
+    blank = [(row, head) for row, heads in enumerate(counts) for head, count in enumerate(heads) if not count]
+    return send_numbers([place for pair in blank for place in pair], device).view(-1, 2) if blank else None
 
 
 class UnpaddedStorage(PlainStorage):
@@ -278,13 +320,15 @@ class UnpaddedStorage(PlainStorage):
         later = self._later.get()
         return None if later is None else self._join(later)
 
-    def append(self, states: Tensor) -> Tensor:
+    def append(self, states: Tensor, room: bool = True) -> Tensor:
         """Add the states of new tokens and return the padded form."""
         if self.layout is None:
-            return self._later.append(states)
+            return self._later.append(states, room)
         # Joined without room: the padded form is made anew at every step anyway.
         earlier = self._later.get()
-        later = states if earlier is None else torch.cat([earlier, states], dim=-2)
+        later = states
+        if earlier is not None and earlier.shape[-2]:
+            later = torch.cat([earlier, states], dim=-2)
         self._later.put(later)
         self._tensor = self._join(later)
         return self._tensor
@@ -309,6 +353,34 @@ class UnpaddedStorage(PlainStorage):
         """Take back what :meth:`take_parts` gave, with more later tokens; the layout has stayed."""
         self._kept.put(kept)
         self._later.put(later)
+
+    def pick(self, tokens: Tensor, layout: SlotLayout | None, shape: tuple[int, ...]) -> None:
+        """Keep only some tokens, without ever padding them.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            ``[token]`` int64, numbers of the tokens to keep, head after head.  Tokens of the present layout count
+            first, then the later ones, head after head; without a layout every slot counts.
+        layout : SlotLayout or None
+            The new layout; None if all heads keep equally many.
+        shape : tuple of int
+            ``(batch, kv_head, slot)`` without a layout.
+        """
+        later = self._later.get()
+        if later is None:
+            return
+        size = later.shape[-1]
+        flat, kept = later.reshape(-1, size), self._kept.get()
+        if self.layout is not None and kept is not None:
+            flat = torch.cat([kept, flat]) if len(flat) else kept
+        taken = flat.index_select(0, tokens)
+        if layout is None:
+            self.put(taken.view(*shape, size))
+            return
+        self._tensor, self.layout = None, layout
+        self._kept.put(taken)
+        self._later.put(taken.new_empty((*layout.shape[:2], 0, size)))
 
     @property
     def room_bytes(self) -> int:

@@ -87,6 +87,7 @@ def observe(
     more_to_come: bool = False,
     shards: HeadShards | None = None,
     reads: MaskReads | None = None,
+    available: list[int] | None = None,
 ) -> Observation:
     """Build an :class:`Observation` from the arguments of one call of a layer's attention function.
 
@@ -119,6 +120,8 @@ def observe(
         The tensor-parallel processes of the model, if there are several.
     reads : MaskReads, optional
         Remembers, over the layers of one forward, what the host read of their mask.
+    available : list of int, optional
+        Tokens of each row among the keys, an average over its heads, if the host knows them: nothing is read then.
 
     Returns
     -------
@@ -140,7 +143,7 @@ def observe(
     known = reads if slot_valid is None and reads.has(given_mask, lengths) else None
     if attention_mask is None:
         valid = torch.ones(batch, key_length, dtype=torch.bool, device=key.device)
-        available = [key_length] * batch
+        available = [key_length] * batch if available is None else available
     else:
         if not isinstance(attention_mask, Tensor):
             heads = 1 if slot_valid is None else query.shape[1]
@@ -153,13 +156,17 @@ def observe(
             seen_keys = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1) if whole else attention_mask[:, 0, -1]
             valid = is_visible(seen_keys[:, :key_length])
         valid = valid.expand(batch, -1)
-        if slot_valid is not None and attention_mask is not None:
+        if slot_valid is not None and available is not None:
+            # The one query sees every token, so the slots say all.
+            valid, attention_mask = slot_valid, None
+        elif slot_valid is not None and attention_mask is not None:
             # In each head, the real keys are those that the newest query sees.
             newest = attention_mask[
                 :, :: max(1, attention_mask.shape[1] // slot_valid.shape[1]), -1, :key_length
             ]
             valid = slot_valid & is_visible(newest)
-        available = count_real(valid) if known is None else list(known.available)
+        if available is None:
+            available = count_real(valid) if known is None else list(known.available)
         if not more_to_come:
             check_rows(available)
     # All heads hold the queries' own keys.

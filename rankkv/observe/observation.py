@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..utils.devices import send_numbers, spread_numbers
 
@@ -86,6 +87,9 @@ class Observation:
         Scores of the keys from a replay of the prompt, ``[batch, kv_head, key]``, if the selector needs them.
     part_of : tuple of int, optional
         First query head that is shown, and number of the layer's query heads, if only some heads are shown.
+    slots : list of int, optional
+        Keys of each row from the first one that is real in any head, if every later key is real in that head and the
+        host knows them.
     """
 
     layer_idx: int
@@ -118,6 +122,7 @@ class Observation:
     gradient: Tensor | None = None
     replayed: Tensor | None = None
     part_of: tuple[int, int] | None = None
+    slots: list[int] | None = None
 
     @property
     def module(self) -> nn.Module | None:
@@ -172,8 +177,10 @@ class Observation:
         """Index of each key among its row's real tokens, ``[batch, kv_head or 1, key]`` int64, -1 for padding."""
         if not any(self.row_start) and {*self.lengths, *self.available} == {self.key_length}:
             return self.positions
-        start = spread_numbers(self.row_start, self.positions.device)
-        return torch.where(self._valid_heads, self.positions - start, -1)
+        index = self.positions
+        if any(self.row_start):
+            index = index - spread_numbers(self.row_start, index.device)
+        return index if self.is_full else index.masked_fill(~self._valid_heads, -1)
 
     @property
     def _valid_heads(self) -> Tensor:
@@ -220,6 +227,16 @@ class Observation:
         held = {*self.lengths, *self.available, self.query_start + self.query_length}
         return self.attention_mask is None and held == {self.key_length}
 
+    @property
+    def is_seen_whole(self) -> bool:
+        """True if there is one query, it sees every key, and the host knows that."""
+        return self.query_length == 1 and self.attention_mask is None and self.is_full
+
+    @property
+    def is_full(self) -> bool:
+        """True if every key is a real token."""
+        return self.valid.dim() == 2 and min(self.available) == self.key_length
+
     def compute_attention(self, rows: slice, key_stop: int | None = None) -> Tensor:
         """Compute the attention weights of some query rows.
 
@@ -253,6 +270,8 @@ class Observation:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.position_bias is not None:
             logits += self.position_bias[..., rows, :key_stop].float()
+        if self.is_seen_whole:
+            return self.softmax(logits)
         if self.is_plainly_causal:
             # All rows see the keys up to the first row's own, so only later keys need a mask.
             first = rows.indices(self.query_length)[0]
@@ -264,8 +283,9 @@ class Observation:
         allowed, bias = self._find_visible(rows, key_stop)
         if bias is not None:
             logits += bias
+        hidden = ~allowed
         # A row of padding sees no key, so its softmax is 0/0.  Zero it: NaN must not reach a rank or a score.
-        return self.softmax(logits.masked_fill_(~allowed, float("-inf"))).masked_fill_(~allowed, 0.0)
+        return self.softmax(logits.masked_fill_(hidden, float("-inf"))).masked_fill_(hidden, 0.0)
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Compute the softmax of ``[batch, head, row, key]`` with the layer's learned sinks.
@@ -302,10 +322,16 @@ class Observation:
 
         Summed block by block, and averaged over the query heads of a group.
         """
-        batch, heads = self.query.shape[:2]
-        sums = torch.zeros((batch, heads, self.key_length), dtype=torch.float32, device=self.keys.device)
+        sums: Tensor | None = None
         for weights in self.attention_blocks():
-            sums[..., : weights.shape[-1]] += weights.sum(dim=-2)
+            part = weights.sum(dim=-2)
+            left_out = self.key_length - part.shape[-1]
+            if sums is not None:
+                sums[..., : part.shape[-1]] += part
+            else:
+                sums = functional.pad(part, (0, left_out)) if left_out else part
+        if sums is None:
+            sums = self.query.new_zeros((*self.query.shape[:2], self.key_length), dtype=torch.float32)
         return self.compute_group_mean(sums)
 
     def compute_group_mean(self, per_head: Tensor) -> Tensor:
@@ -351,6 +377,7 @@ class Observation:
             positions=self.positions[..., index],
             valid=valid,
             available=count_real(valid),
+            slots=None,
             attention_mask=pick(self.attention_mask),
             position_bias=pick(self.position_bias),
         )
@@ -363,6 +390,10 @@ class Observation:
             # Only padding stands before the first real token: slices, so that the host need not ask where.
             real: Any = slice(self.row_start[row], self.key_length)
             queries: Any = slice(first_query, self.query_length)
+        elif self.slots is not None:
+            # The same of a layer that evicted tokens: its empty slots stand first.
+            real = slice(self.key_length - self.slots[row], self.key_length)
+            queries = slice(first_query, self.query_length)
         else:
             real = self._valid_heads[row].any(dim=0).nonzero()[:, 0]
             queries = self.query_valid[row].nonzero()[:, 0]
@@ -385,6 +416,7 @@ class Observation:
             row_start=self.row_start[row : row + 1],
             lengths=self.lengths[row : row + 1],
             available=self.available[row : row + 1],
+            slots=None if self.slots is None else self.slots[row : row + 1],
             attention_mask=pick(self.attention_mask),
             position_bias=pick(self.position_bias),
             past_moments=None if self.past_moments is None else self.past_moments[row : row + 1],
@@ -406,6 +438,7 @@ class Observation:
             positions=_pick_heads(self.positions, key_heads),
             valid=valid,
             available=count_real(valid),
+            slots=None,
             kv_heads=1,
             shards=None,
             attention_mask=_pick_heads(self.attention_mask, heads),
@@ -427,6 +460,7 @@ class Observation:
             values=self.values[:, key_heads],
             positions=_pick_heads(self.positions, slice(position_head, position_head + 1)),
             valid=self.valid if self.valid.dim() == 2 else self.valid[:, key_head],
+            slots=None,
             kv_heads=1,
             shards=None,
             attention_mask=_pick_heads(self.attention_mask, heads),
@@ -450,6 +484,9 @@ class Observation:
             if mask.dtype == torch.bool:
                 return real & mask, None
             return real & is_visible(mask), mask.float()
+        newest = self.lengths[0] + self.row_start[0] - 1
+        if self.query_length == 1 and self.query_start == newest:
+            return real, None
         positions = self.positions[:, :, None, :key_stop]
         heads = positions.shape[1]
         if heads > 1:

@@ -130,7 +130,13 @@ class QueryBuffer:
         )
 
     def build_observation(
-        self, keys: Tensor, values: Tensor, positions: Tensor, slot_valid: Tensor | None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        slot_valid: Tensor | None,
+        available: list[int] | None = None,
+        slots: list[int] | None = None,
     ) -> Observation:
         """Build an observation of the held queries and the layer's present keys.
 
@@ -142,6 +148,10 @@ class QueryBuffer:
             ``[batch, kv_head or 1, slot]``.
         slot_valid : Tensor, optional
             ``[batch, slot]`` or ``[batch, kv_head, slot]``; None if every slot holds a token.
+        available : list of int, optional
+            Tokens of each row, an average over its heads, if the host knows them.
+        slots : list of int, optional
+            See :class:`rankkv.observe.observation.Observation`.
 
         Raises
         ------
@@ -153,10 +163,10 @@ class QueryBuffer:
             raise UnsupportedModelError(
                 "no query of this layer was observed, so its tokens cannot be scored."
             )
-        slots = keys.shape[-2]
+        width = keys.shape[-2]
         # A layer that never evicted still holds its padding.  A layer that evicted holds none.
-        whole = held.valid.shape[-1] >= slots and slot_valid is None and positions.shape[1] == 1
-        valid = held.valid[:, :slots] if whole else torch.ones_like(positions[:, 0], dtype=torch.bool)
+        whole = held.valid.shape[-1] >= width and slot_valid is None and positions.shape[1] == 1
+        valid = held.valid[:, :width] if whole else torch.ones_like(positions[:, 0], dtype=torch.bool)
         if slot_valid is not None:
             valid = (valid if slot_valid.dim() == 2 else valid[:, None]) & slot_valid
         seen = held.query_start + held.query_length
@@ -167,7 +177,8 @@ class QueryBuffer:
             positions=positions,
             valid=valid,
             lengths=[seen - start for start in held.row_start],
-            available=count_real(valid),
+            available=count_real(valid) if available is None else available,
+            slots=slots,
         )
 
 

@@ -14,7 +14,9 @@ from .aggregation import compute_aggregated_rank, get_aggregation
 from .spectrum import (
     LinAlgError,
     compute_gram,
+    compute_gram_eigenvalues,
     compute_rank_from_gram,
+    rank_from_eigenvalues,
     rank_from_singular_values,
     round_ranks,
 )
@@ -129,21 +131,22 @@ def compute_group_ranks(observation: Observation) -> Tensor:
     return round_ranks(compute_rank_from_gram(observation.remember(compute_group_grams)).cpu())
 
 
-def compute_gram_ranks(observation: Observation) -> Tensor:
-    """Compute the ranks of the key/value heads and, last, of all heads side by side, in one call of the solver.
+def compute_gram_spectra(observation: Observation) -> Tensor:
+    """Compute the spectra of the key/value heads and, last, of all heads side by side, in one call of the solver.
 
     Returns
     -------
     Tensor
-        ``[batch, kv_head + 1]`` float64 on the observation's device.
+        ``[batch, kv_head + 1, query]`` float64 on the observation's device, see
+        :func:`rankkv.rank.spectrum.compute_gram_eigenvalues`.
     """
     grams = observation.remember(compute_group_grams)
-    return compute_rank_from_gram(torch.cat([grams, grams.sum(dim=1, keepdim=True)], dim=1))
+    return compute_gram_eigenvalues(torch.cat([grams, grams.sum(dim=1, keepdim=True)], dim=1))
 
 
 def read_gram_ranks(observation: Observation) -> Tensor:
-    """Return what :func:`compute_gram_ranks` computes, on the CPU."""
-    return observation.remember(compute_gram_ranks).cpu()
+    """Compute the ranks that belong to these spectra, ``[batch, kv_head + 1]`` float64 on the CPU."""
+    return rank_from_eigenvalues(observation.remember(compute_gram_spectra).cpu())
 
 
 def compute_group_grams(observation: Observation) -> Tensor:
@@ -178,19 +181,30 @@ def compute_group_concentration(observation: Observation) -> Tensor:
         ``[batch, kv_head]`` float64 on the CPU, in [0, 1], rounded to 6 significant digits; 0 where nothing can be
         evicted.
     """
-    return round_ranks(measure_group_concentration(observation).cpu().to(torch.float64))
+    concentration, mass = measure_concentration(observation)
+    return average_concentration(concentration.cpu(), mass.cpu(), observation.kv_heads)
 
 
-def measure_group_concentration(observation: Observation) -> Tensor:
-    """Compute what :func:`compute_group_concentration` returns, ``[batch, kv_head]`` float32 on the device."""
+def measure_concentration(observation: Observation) -> tuple[Tensor, Tensor]:
+    """Compute the concentration of each query's attention to the evictable tokens, and its sum.
+
+    Returns
+    -------
+    concentration, mass : Tensor
+        ``[batch, head, query]`` float32 on the observation's device.
+    """
     window = observation.evictable_attention
-    batch, heads = window.shape[:2]
     mass = window.sum(dim=-1)
-    seen = mass > 0
     # Divide before squaring: the square of a small mass underflows in float32.
-    alone = (window / torch.where(seen, mass, 1.0)[..., None]).pow(2).sum(dim=-1)
-    of_head = alone.sum(dim=-1) / seen.sum(dim=-1).clamp(min=1)
-    return of_head.view(batch, observation.kv_heads, heads // observation.kv_heads).mean(dim=-1)
+    shares = window / mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
+    return shares.square().sum(dim=-1), mass
+
+
+def average_concentration(concentration: Tensor, mass: Tensor, kv_heads: int) -> Tensor:
+    """Average what :func:`measure_concentration` returns over queries and groups, ``[batch, kv_head]`` float64."""
+    of_head = concentration.sum(dim=-1) / (mass > 0).sum(dim=-1).clamp(min=1)
+    averaged = of_head.unflatten(1, (kv_heads, -1)).mean(dim=-1)
+    return round_ranks(averaged.to(torch.float64))
 
 
 def compute_full_rank(

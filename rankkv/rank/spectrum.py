@@ -148,16 +148,38 @@ def compute_rank_from_gram(gram: Tensor) -> Tensor:
     >>> round(float(compute_rank_from_gram(attention @ attention.T)), 6)
     4.0
     """
+    return rank_from_eigenvalues(compute_gram_eigenvalues(gram))
+
+
+@torch.no_grad()
+def compute_gram_eigenvalues(gram: Tensor) -> Tensor:
+    """Compute the eigenvalues of Gram matrices, each divided by its largest entry.
+
+    Parameters
+    ----------
+    gram : Tensor
+        As in :func:`compute_rank_from_gram`, which also names what is raised.
+
+    Returns
+    -------
+    Tensor
+        ``[..., w]`` float64, ascending; NaN for a matrix with NaN or infinity.
+    """
     tensor = as_real_tensor(gram)
     if tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] == 0:
         raise InputError(f"a Gram matrix must have shape [..., w, w] with w >= 1, got {tuple(tensor.shape)}.")
     if tensor.numel() == 0:
-        return torch.zeros(tensor.shape[:-2], dtype=torch.float64, device=tensor.device)
+        return torch.zeros(tensor.shape[:-1], dtype=torch.float64, device=tensor.device)
     scaled, finite = _rescaled(tensor.to(torch.float64))
-    eigenvalues = _solve(torch.linalg.eigvalsh, scaled)
-    floor = 4 * tensor.shape[-1] * _EPSILON * eigenvalues.amax(-1, keepdim=True)
+    return torch.where(finite[..., None], _solve(torch.linalg.eigvalsh, scaled), torch.nan)
+
+
+def rank_from_eigenvalues(eigenvalues: Tensor) -> Tensor:
+    """Compute effective ranks from what :func:`compute_gram_eigenvalues` returns, ``[..., w]`` to ``[...]``."""
+    floor = 4 * eigenvalues.shape[-1] * _EPSILON * eigenvalues.amax(-1, keepdim=True)
     singular = torch.where(eigenvalues > floor, eigenvalues, 0.0).clamp_min(0.0).sqrt()
-    return torch.where(finite, rank_from_singular_values(singular), torch.nan)
+    ranks = rank_from_singular_values(singular)
+    return torch.where(eigenvalues.isfinite().all(dim=-1), ranks, torch.nan)
 
 
 @torch.no_grad()
@@ -270,6 +292,6 @@ def _solve(kernel: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
 def _rescaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Divide each matrix by its largest entry; non-finite matrices become 0. Also return which are finite."""
     largest = matrices.abs().amax((-2, -1), keepdim=True)
-    finite = largest.isfinite()
-    scale = torch.where(finite & (largest > 0), largest, 1.0)
-    return torch.where(finite, matrices / scale, 0.0), finite[..., 0, 0]
+    scaled = matrices / largest.clamp(min=torch.finfo(matrices.dtype).tiny)
+    # One entry that is not finite makes all others NaN or zero.
+    return torch.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0), largest.isfinite()[..., 0, 0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import count_spanned
-from ..utils.devices import send_numbers, spread_numbers
+from ..utils.devices import send_numbers, spread_numbers, spread_tables
 from .base import Selector
 
 # Half and a quarter of the budget are protected, rounded. As the budget grows, rounding may take two unprotected places
@@ -70,23 +71,16 @@ def select_tokens(
     if keep is None:
         keep = [min(budget, length) for budget, length in zip(budgets, lengths, strict=True)]
     width = max(keep)
-    scores = raise_protected(
-        scores,
-        real_index,
-        lengths,
-        budgets,
-        selector,
-        window_size,
-        sink_size,
-        protect=protect,
-        protect_before=protect_before,
-    )
+    spanned_in = lengths if protect_before is None else protect_before
+    tables = _list_protected(lengths, budgets, selector, window_size, sink_size, protect, spanned_in)
+    *numbers, kept = spread_tables([*tables, keep], scores.device)
+    scores = _raise(scores, real_index, *numbers, protect=protect, spanned_in=spanned_in)
     # On a GPU, nonzero() below would make the host wait for the device; sorting does not.
     if min(keep) < width or scores.device.type != "cpu":
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
         if min(keep) < width:
             rank = torch.arange(width, device=order.device)
-            order = order.masked_fill(rank >= spread_numbers(keep, order.device), -1)
+            order = order.masked_fill(rank >= kept, -1)
         return order.sort(dim=-1).values
     # On a CPU this beats sorting: keep the scores above the lowest kept one, and the first of those equal to it.
     least = scores.topk(width, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
@@ -119,22 +113,48 @@ def raise_protected(
     Tensor
         ``[batch, kv_head or 1, key]``; all other scores are finite.
     """
-    device = scores.device
     spanned_in = lengths if protect_before is None else protect_before
+    tables = _list_protected(lengths, budgets, selector, window_size, sink_size, protect, spanned_in)
+    numbers = spread_tables(tables, scores.device)
+    return _raise(scores, real_index, *numbers, protect=protect, spanned_in=spanned_in)
+
+
+def _list_protected(
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    selector: Selector,
+    window_size: int,
+    sink_size: int,
+    protect: Sequence[tuple[int, int]],
+    spanned_in: Sequence[int],
+) -> tuple[list[int], list[int]]:
+    """Return the first of the newest protected tokens, and the number of protected first ones, each per row."""
     spans = [count_spanned(protect, length) for length in spanned_in]
     counts = [
         selector.count_protected(max(0, budget - spanned), window_size, sink_size)
         for budget, spanned in zip(budgets, spans, strict=True)
     ]
-    newest_from = spread_numbers([n - recent for n, (recent, _) in zip(lengths, counts, strict=True)], device)
-    sinks = spread_numbers([first for _, first in counts], device)
+    newest_from = [length - recent for length, (recent, _) in zip(lengths, counts, strict=True)]
+    return newest_from, [first for _, first in counts]
+
+
+def _raise(
+    scores: Tensor,
+    real_index: Tensor,
+    newest_from: Any,
+    sinks: Any,
+    *,
+    protect: Sequence[tuple[int, int]],
+    spanned_in: Sequence[int],
+) -> Tensor:
+    """Raise the scores of protected tokens; see :func:`raise_protected`."""
     shape = torch.broadcast_shapes(scores.shape, real_index.shape)
     real_index = real_index.expand(shape)
     # NaN becomes the lowest finite number, so that it still ranks above padding.
     scores = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min).expand(shape)
     is_protected = (real_index >= newest_from) | (real_index < sinks)
     for start, stop in protect:
-        stops = spread_numbers([min(length, stop) for length in spanned_in], device)
+        stops = spread_numbers([min(length, stop) for length in spanned_in], scores.device)
         is_protected |= (real_index >= start) & (real_index < stops)
     return scores.masked_fill(is_protected, float("inf")).masked_fill(real_index < 0, float("-inf"))
 
@@ -191,6 +211,28 @@ def select_tokens_across_heads(
     >>> select_tokens_across_heads(scores, index, [4], [2], snapkv, 1, 0, head_floor=0.2, keep=[2]).tolist()
     [[[0, 1, 3], [-1, -1, 3]]]
     """
+    how: dict[str, Any] = {"protect": protect, "protect_before": protect_before}
+    options = selector, window_size, sink_size
+    return count_across_heads(
+        scores, real_index, lengths, budgets, *options, head_floor=head_floor, keep=keep, **how
+    )[0]
+
+
+def count_across_heads(
+    scores: Tensor,
+    real_index: Tensor,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    selector: Selector,
+    window_size: int,
+    sink_size: int,
+    *,
+    head_floor: float,
+    keep: Sequence[int],
+    protect: Sequence[tuple[int, int]] = (),
+    protect_before: Sequence[int] | None = None,
+) -> tuple[Tensor, list[list[int]]]:
+    """Select as :func:`select_tokens_across_heads`, and return the tokens of each head too, ``[row][kv_head]``."""
     scores = raise_protected(
         scores,
         real_index,
@@ -221,4 +263,5 @@ def select_tokens_across_heads(
     is_kept = torch.zeros(batch, heads * keys, dtype=torch.bool, device=device).scatter_(1, best, is_within)
     is_kept = is_kept.view(batch, heads, keys)
     index = torch.where(is_kept, torch.arange(keys, device=device), -1).sort(dim=-1).values
-    return index[..., keys - int(is_kept.sum(dim=-1).max()) :]
+    counts: list[list[int]] = is_kept.sum(dim=-1).tolist()
+    return index[..., keys - max(map(max, counts)) :], counts

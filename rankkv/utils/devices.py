@@ -1,4 +1,4 @@
-"""Numbers on their way from the host to a device."""
+"""Numbers on their way from the host to a device, and back."""
 
 from __future__ import annotations
 
@@ -38,6 +38,38 @@ def spread_numbers(numbers: Sequence[int], device: torch.device) -> Any:
     >>> spread_numbers([2, 3], torch.device("cpu")).shape
     torch.Size([2, 1, 1])
     """
-    if len(set(numbers)) == 1:
-        return numbers[0]
-    return send_numbers(numbers, device).view(-1, 1, 1)
+    return spread_tables([numbers], device)[0]
+
+
+def spread_tables(tables: Sequence[Sequence[int]], device: torch.device) -> list[Any]:
+    """Return what :func:`spread_numbers` returns for each table, with one copy to the device for all of them.
+
+    Examples
+    --------
+    >>> spread_tables([[2, 2], [3, 4]], torch.device("cpu"))[0]
+    2
+    """
+    uneven = [numbers for numbers in tables if len(set(numbers)) > 1]
+    joined = send_numbers([number for numbers in uneven for number in numbers], device) if uneven else None
+    sent = iter(() if joined is None else joined.view(len(uneven), -1, 1, 1).unbind())
+    return [next(sent) if len(set(numbers)) > 1 else numbers[0] for numbers in tables]
+
+
+def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return float32 and float64 tensors on the CPU; the host waits for a GPU only once.
+
+    Examples
+    --------
+    >>> [part.tolist() for part in read_together([torch.ones(2), torch.zeros(1, 1, dtype=torch.float64)])]
+    [[1.0, 1.0], [[0.0]]]
+    """
+    if tensors[0].device.type != "cuda":
+        return [tensor.cpu() for tensor in tensors]
+    # As bits, so that nothing is converted.
+    bits = [tensor.flatten().view(torch.int32) for tensor in tensors]
+    parts = torch.cat(bits).cpu().split([len(part) for part in bits])
+    # Copied, because a float64 cannot start at every int32.
+    return [
+        part.clone().view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]

@@ -18,10 +18,17 @@ SHAPE = {
 DEFAULT = {"compression_ratio": 0.3, "profile": None}
 #: Options, and the most launches and waits a layer of a prefill; the same of a batch with padding.
 PREFILLS = [
-    ({}, 370, 2, 720, 2.5),
-    ({"head_budgets": None}, 240, 3, 540, 3.5),
-    ({"strategy": "power", "head_budgets": None}, 160, 2, 190, 2.5),
-    ({"strategy": "uniform", "head_budgets": None}, 65, 0, 90, 0.5),
+    ({}, 200, 2, 245, 2.5),
+    ({"head_budgets": None}, 160, 3, 235, 3.5),
+    ({"strategy": "power", "head_budgets": None}, 125, 2, 155, 2.5),
+    ({"strategy": "uniform", "head_budgets": None}, 65, 0, 75, 0.5),
+]
+#: Options of decoding that evicts, and the most launches a layer of a step that does not compress: of one row, padded.
+EVICTING = [
+    ({"decode": "bounded"}, 45, 60),
+    ({"decode": "bounded", "head_budgets": None}, 30, 52),
+    ({"decode": "periodic"}, 14, 25),
+    ({"decode": "periodic", "head_budgets": None}, 9, 17),
 ]
 
 
@@ -78,7 +85,7 @@ def test_a_prefill(tiny_llama, rows, options, launches, waits, padded_launches, 
 @pytest.mark.parametrize("rows", [1, 3], ids=["single", "padded"])
 @pytest.mark.parametrize(
     ("options", "launches", "padded_launches"),
-    [({}, 6, 16), ({"head_budgets": None}, 2, 10), ({"storage": "int8"}, 25, 34)],
+    [({}, 5, 12), ({"head_budgets": None}, 2, 6), ({"storage": "int8"}, 25, 30)],
     ids=str,
 )
 def test_a_decode_step(tiny_llama, rows, options, launches, padded_launches):
@@ -91,6 +98,46 @@ def test_a_decode_step(tiny_llama, rows, options, launches, padded_launches):
         assert counts.own(counts.launches) <= most * LAYERS, counts.launches.most_common(5)
         assert not counts.own(counts.waits), counts.waits
         assert not counts.own(counts.copies), counts.copies
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["single", "padded"])
+@pytest.mark.parametrize(("options", "launches", "padded_launches"), EVICTING, ids=str)
+def test_a_step_of_decoding_that_evicts(tiny_llama, rows, options, launches, padded_launches):
+    model = pretend_gpu.put_on_gpu(tiny_llama(**SHAPE))
+    with pretend_gpu.pretend() as counts:
+        cache, step = start(model, counts, rows, **options)
+        # The first step checks positions, and room is made in the next.
+        step(), step(), step()
+        held = [layer.kept_length for layer in cache.layers]
+        step()
+        # Bounded layers stay at their budgets; with "periodic" all grow until the next compression.
+        grown = [layer.kept_length - before for layer, before in zip(cache.layers, held, strict=True)]
+        assert grown == [options["decode"] == "periodic"] * LAYERS
+        most = launches if rows == 1 else padded_launches
+        assert counts.own(counts.launches) <= most * LAYERS, counts.launches.most_common(5)
+        # What a mask hides beside padding is read once a step, not in each layer.
+        assert counts.own(counts.waits) == (rows > 1), counts.waits
+        assert not counts.own(counts.copies), counts.copies
+
+
+@pytest.mark.parametrize(
+    ("options", "of_prefill", "waits", "copies"),
+    [
+        ({"storage": "offload"}, 6, 2, 4),
+        ({"positions": "packed"}, 3, 1, 2),
+        ({"head_budgets": "adaptive", "decode": "bounded"}, 6, 1, 0),
+        ({"selector": "keydiff", "decode": "bounded"}, 2, 9, 0),
+    ],
+    ids=str,
+)
+def test_what_still_waits_in_each_layer(tiny_llama, options, of_prefill, waits, copies):
+    model = pretend_gpu.put_on_gpu(tiny_llama(**SHAPE))
+    with pretend_gpu.pretend() as counts:
+        _, step = start(model, counts, 1, **options)
+        assert counts.own(counts.waits) <= of_prefill * LAYERS, counts.waits
+        step(), step()
+        assert 0 < counts.own(counts.waits) <= waits * LAYERS, counts.waits
+        assert counts.own(counts.copies) <= copies * LAYERS, counts.copies
 
 
 @pytest.mark.usefixtures("kernels")

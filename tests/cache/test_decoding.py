@@ -60,6 +60,46 @@ def assert_every_step_equals_the_masked_oracle(model, cache, ids, mask, chunks):
         mask = torch.cat([mask, mask.new_ones(chunk.shape)], dim=-1)
 
 
+# -- what the host knows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", ["distortion", "adaptive", None])
+@pytest.mark.parametrize("decode", ["bounded", "periodic"])
+def test_the_host_counts_the_tokens_that_the_slots_hold(llama, batch, decode, heads):
+    """Without asking the device; after a change of rows it does not know them until the next step."""
+    ids, mask = batch
+    options = {"budget": 25, "min_budget": 5, "decode": decode, "head_budgets": heads, "window_size": 8}
+    cache = oracles.prefill(llama, ids, mask, decode_interval=4, **options)
+    known = 0
+    for number, step in enumerate(steps_of(len(ids), 12)):
+        if number == 5:
+            cache.reorder_cache(torch.arange(len(ids)))
+        oracles.feed(llama, cache, [step], mask)
+        mask = torch.cat([mask, mask.new_ones(step.shape)], dim=-1)
+        for index in cache.layer_indices:
+            layer = cache.layers[index]
+            counted = layer.count_tokens(cache.row_start)
+            if counted is not None:
+                assert counted == [sum(row) // len(row) for row in layer.kept_per_head]
+                known += 1
+    assert known == 12 * len(cache.layer_indices)
+
+
+def test_a_token_that_a_mask_hides_while_decoding_is_not_counted(llama):
+    ids, mask = oracles.left_pad([PROMPT, SHORT])
+    cache = oracles.prefill(llama, ids, mask, budget=25, min_budget=5, decode="bounded", window_size=8)
+    steps = steps_of(2, 3)
+    # The second row's first new token stays hidden.
+    for step, seen in zip(steps, ([1, 1], [1, 0, 1], [1, 0, 1, 1]), strict=True):
+        given = torch.cat([mask, torch.ones(2, len(seen) - 1, dtype=mask.dtype)], dim=-1)
+        given[1, mask.shape[1] :] = torch.tensor(seen[1:])
+        positions = (given.cumsum(-1) - 1)[:, -1:]
+        with torch.no_grad():
+            logits = llama(step, attention_mask=given, position_ids=positions, **cache_argument(cache)).logits
+        assert torch.isfinite(logits).all()
+    assert not any(layer.sees_all for layer in cache.layers)
+
+
 # -- bounded --------------------------------------------------------------------------------------------------
 
 

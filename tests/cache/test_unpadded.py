@@ -61,6 +61,20 @@ def take_head(layout, kept, new, row, head):
     ]
 
 
+def test_a_layout_made_of_counts_is_that_of_the_slots():
+    generator = torch.Generator().manual_seed(3)
+    for slots in (1, 5, 20):
+        counts = torch.randint(0, slots + 1, (2, 3), generator=generator).tolist()
+        counts[1][2] = slots
+        valid = torch.arange(slots) >= slots - torch.tensor(counts)[..., None]
+        found, wanted = SlotLayout.of_counts(counts, slots, valid.device), SlotLayout.of(valid)
+        assert found.shape == wanted.shape
+        assert found.counts == wanted.counts
+        assert torch.equal(found.held, wanted.held)
+        tensor = torch.randn(*valid.shape, 4, generator=generator)
+        assert torch.equal(found.pad(found.unpad(tensor)), wanted.pad(wanted.unpad(tensor)))
+
+
 # -- the heads by themselves ----------------------------------------------------------------------------------
 
 

@@ -209,9 +209,11 @@ def test_equals_the_formula_written_in_loops(model, name, options):
         torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-9)
 
 
+# Rows of two windows and more are measured at once, with padding; with a shorter one each is measured alone.
+@pytest.mark.parametrize("shortest", [9, 33])
 @pytest.mark.parametrize("name", MEASURES)
-def test_a_padded_row_measures_as_the_row_alone(model, name):
-    prompts = (oracles.random_prompt(64, 1), oracles.random_prompt(41, 2), oracles.random_prompt(9, 3))
+def test_a_padded_row_measures_as_the_row_alone(model, name, shortest):
+    prompts = (oracles.random_prompt(64, 1), oracles.random_prompt(41, 2), oracles.random_prompt(shortest, 3))
     batch = observe(model, *oracles.left_pad(prompts))
     for row, prompt in enumerate(prompts):
         for together, alone in zip(batch, observe(model, prompt), strict=True):
@@ -278,6 +280,22 @@ def test_a_row_of_nothing_but_padding_does_not_stop_the_others(model, name):
     alone = measure(observe(model, PROMPT[:, :20])[0], name)[0]
     measured = measure(empty, name)
     torch.testing.assert_close(measured[0], alone, rtol=1e-5, atol=1e-7)
+
+
+def test_rows_of_different_floors_are_measured_as_alone(model):
+    prompts = (oracles.random_prompt(64, 1), oracles.random_prompt(41, 2), oracles.random_prompt(33, 3))
+    limits = [
+        Limits(400, len(prompt[0]), WINDOW, floor) for prompt, floor in zip(prompts, (30, 8, 16), strict=True)
+    ]
+    for name in ("distortion", "head_distortion"):
+        for row, prompt in enumerate(prompts):
+            together = observe(model, *oracles.left_pad(prompts))[1]
+            alone = observe(model, prompt)[1]
+            expected = compute_measures(alone, name, limits=limits[row : row + 1])[0]
+            actual = compute_measures(together, name, limits=limits)[row]
+            assert not actual[..., expected.shape[-1] :].any()
+            actual = actual[..., : expected.shape[-1]]
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("floor", [8, 20, 45, 60])

@@ -142,8 +142,13 @@ class _Factories(TorchFunctionMode):
         named = [kwargs.get("device"), *(args[1:] if getattr(func, "__name__", "") == "to" else ())]
         if on_gpu or any(_is_gpu(device) for device in named):
             return _run(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        # What the host computes is no launch.
+        counting, _is_counting[0] = _is_counting[0], False
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        finally:
+            _is_counting[0] = counting
 
 
 def _is_gpu(device: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +14,15 @@ from torch.nn import functional
 from ...limits import Limits, check_number, make_budget_grid
 from ...observe.observation import Observation
 from ...observe.output_projection import compute_projection_matrix, find_output_projection
-from ...utils.devices import send_numbers
+from ...utils.devices import read_together, send_numbers, spread_numbers
 from ..observed_layer import (
-    compute_gram_ranks,
-    compute_group_concentration,
+    average_concentration,
+    compute_gram_spectra,
     compute_group_ranks,
-    measure_group_concentration,
+    measure_concentration,
     read_gram_ranks,
 )
-from ..spectrum import round_ranks
+from ..spectrum import rank_from_eigenvalues, round_ranks
 
 # Width of the max-pooling of votes along the keys.
 _POOL = 5
@@ -51,7 +52,8 @@ def compute_eviction_errors(observation: Observation, limits: Sequence[Limits] |
         ``[batch, budget]`` float64, rounded to 6 significant digits.  Zero at the end of a shorter row, and with fewer
         than 2 queries.
     """
-    return round_ranks(_measure_rows(observation, limits, _join_heads).cpu())
+    curves = _measure_rows(observation, limits, _join_heads)
+    return round_ranks(_finish(curves, read_together(list(_list_squares(curves)))).sqrt())
 
 
 def compute_head_errors(
@@ -86,93 +88,162 @@ def compute_head_errors(
         If ``rank_exponent`` is out of range.
     """
     check_number("rank_exponent", rank_exponent, 0.0, 8.0)
-    errors = _measure_rows(observation, limits, _split_heads)
-    if observation.keys.device.type == "cuda" and observation.shards is None and rank_exponent:
-        concentration, errors = _read_together(observation, errors)
-    else:
-        concentration, errors = compute_group_concentration(observation), errors.cpu()
-    factors = concentration**_CONCENTRATION_EXPONENT
+    curves = _measure_rows(observation, limits, _split_heads)
+    wanted = [*_list_squares(curves), *measure_concentration(observation)]
+    ranked = bool(rank_exponent) and observation.shards is None
+    if ranked:
+        wanted.append(observation.remember(compute_gram_spectra))
+    # All at once, so that the host waits one time.
+    read = read_together(wanted)
+    if ranked:
+        observation.remember(read_gram_ranks, rank_from_eigenvalues(read.pop()))
+    *squares, concentration, mass = read
+    factors = average_concentration(concentration, mass, observation.kv_heads) ** _CONCENTRATION_EXPONENT
     if rank_exponent:
         factors = factors * compute_group_ranks(observation) ** rank_exponent
-    return round_ranks(errors * factors[..., None])
+    return round_ranks(_finish(curves, squares) * factors[..., None])
 
 
-def _read_together(observation: Observation, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring concentration, ranks and errors of a layer to the host at once: it waits for the device one time."""
-    ranks = observation.remember(compute_gram_ranks)
-    heads = ranks.shape[1] - 1
-    parts = [ranks, measure_group_concentration(observation), errors.flatten(1)]
-    joined = torch.cat([part.to(torch.float64) for part in parts], dim=1).cpu()
-    observation.remember(read_gram_ranks, joined[:, : heads + 1])
-    concentration = round_ranks(joined[:, heads + 1 : 2 * heads + 1])
-    return concentration, joined[:, 2 * heads + 1 :].view(errors.shape)
+@dataclass(frozen=True)
+class _Curves:
+    """Squared errors of one or more rows, and how their budgets lie in the grid.
+
+    Attributes
+    ----------
+    squares : Tensor
+        ``[batch, budget]`` or ``[batch, kv_head, budget]``, of what each budget misses.
+    whole : Tensor
+        ``[batch]``, of the whole output.
+    first : int
+        Place of the first budget in the grid of all budgets.
+    skipped, tried : list of int
+        Budgets of each row's grid that were not tried, and those that were.
+    """
+
+    squares: Tensor
+    whole: Tensor
+    first: int
+    skipped: list[int]
+    tried: list[int]
 
 
-#: Turns the differences of the heads' outputs, ``[budget + 1, row, width]`` with the whole outputs as the last entry,
-#: into errors ``[budget]`` or ``[kv_head, budget]``.
-_Reduction = Callable[[Observation, Tensor, int], Tensor]
+def _list_squares(curves: Sequence[_Curves]) -> Iterator[Tensor]:
+    for curve in curves:
+        yield curve.squares
+        yield curve.whole
 
 
-def _measure_rows(observation: Observation, limits: Sequence[Limits] | None, reduction: _Reduction) -> Tensor:
-    """Compute the errors of each row of the batch, and pad shorter grids with zeros."""
-    whole = {*observation.lengths, *observation.available} == {observation.key_length}
-    count = len(observation.lengths)
-    rows = [observation] if count == 1 and whole else [observation.take_row(row) for row in range(count)]
-    floors = [1] * count if limits is None else [row.floor for row in limits]
-    curves = [_compute_row(row, floor, reduction) for row, floor in zip(rows, floors, strict=True)]
-    widest = max(curve.shape[-1] for curve in curves)
-    return torch.stack([functional.pad(curve, (0, widest - curve.shape[-1])) for curve in curves])
+def _finish(curves: Sequence[_Curves], read: Sequence[Tensor]) -> Tensor:
+    """Compute relative squared errors from what was read, padded with zeros beyond the end of a row's grid.
+
+    Returns
+    -------
+    Tensor
+        ``[row, budget]`` or ``[row, kv_head, budget]`` float64 on the CPU.
+    """
+    rows = []
+    for place, curve in enumerate(curves):
+        squares, whole = read[2 * place], read[2 * place + 1]
+        whole = whole.clamp(min=torch.finfo(whole.dtype).tiny).view(-1, *[1] * (squares.dim() - 1))
+        errors = (squares.clamp(min=0.0) / whole).to(torch.float64)
+        for row, skipped, tried in zip(errors, curve.skipped, curve.tried, strict=True):
+            own = row[..., skipped - curve.first :][..., :tried]
+            # With the largest error the skipped budgets do not change a decreasing fit to the others.
+            lead = own.amax(dim=-1, keepdim=True).expand(*own.shape[:-1], skipped)
+            rows.append(torch.cat([lead, own], dim=-1))
+    widest = max(row.shape[-1] for row in rows)
+    return torch.stack([functional.pad(row, (0, widest - row.shape[-1])) for row in rows])
 
 
-def _compute_row(observation: Observation, floor: int, reduction: _Reduction) -> Tensor:
-    """Compute the errors of one row without padding, ``[budget]`` or ``[kv_head, budget]`` float64."""
-    length, queries = observation.key_length, observation.query_length
-    grid = make_budget_grid(length)
+#: Turns outputs of the heads, ``[budget + 1, batch, head, row, head_dim]``, of each budget and, last, of all keys, into
+#: squares: of the differences, ``[batch, budget]`` or ``[batch, kv_head, budget]``, and of the whole, ``[batch]``.
+_Reduction = Callable[[Observation, Tensor], tuple[Tensor, Tensor]]
+
+
+def _measure_rows(
+    observation: Observation, limits: Sequence[Limits] | None, reduction: _Reduction
+) -> list[_Curves]:
+    """Measure the rows of the batch: at once if they allow it, else row by row without padding."""
+    lengths, keys = observation.lengths, observation.key_length
+    floors = [1] * len(lengths) if limits is None else [row.floor for row in limits]
+    if {*lengths, *observation.available} == {keys}:
+        return [_measure(observation, [keys] * len(lengths), floors, reduction)]
+    whole = observation.valid.dim() == 2 and lengths == observation.available
+    whole = whole and observation.query_start + observation.query_length == keys
+    if whole and min(*lengths, observation.query_length) >= 2 * observation.window_size:
+        # All rows end at the last key, so that only padding in front tells them apart.
+        return [_measure(observation, lengths, floors, reduction)]
+    rows = (observation.take_row(row) for row in range(len(lengths)))
+    return [
+        _measure(row, [row.key_length], [floor], reduction) for row, floor in zip(rows, floors, strict=True)
+    ]
+
+
+def _measure(
+    observation: Observation, lengths: list[int], floors: list[int], reduction: _Reduction
+) -> _Curves:
+    """Measure rows that have ``lengths`` tokens behind their padding."""
+    queries, cut = observation.query_length, observation.key_length
+    grids = [make_budget_grid(length) for length in lengths]
+    grid = max(grids, key=len)
     held_out = min(observation.window_size, queries // 2)
     if held_out == 0 or not grid:
-        nothing = torch.zeros(max(1, len(grid)), dtype=torch.float64, device=_find_double(observation.keys))
-        return nothing if reduction is _join_heads else nothing.expand(observation.kv_heads, -1)
+        nothing = observation.keys.new_zeros((len(lengths), max(1, len(grid))), dtype=torch.float32)
+        squares = (
+            nothing if reduction is _join_heads else nothing[:, None].expand(-1, observation.kv_heads, -1)
+        )
+        return _Curves(squares, nothing[:, 0], 0, [0] * len(lengths), [max(1, len(grid))] * len(lengths))
     # Skip the budgets below the floor, except the largest: it is the left end of the curve.
-    skipped = max(0, sum(budget <= floor for budget in grid) - 1)
-    grid = grid[skipped:]
+    skipped = [
+        max(0, sum(budget <= floor for budget in own) - 1) for own, floor in zip(grids, floors, strict=True)
+    ]
+    first = min(skipped)
     selecting = min(observation.window_size, queries - held_out)
     # Keys before the held-out queries' own.
-    cut = length - held_out
+    cut -= held_out
     last = queries - held_out
-    votes = observation.compute_attention(slice(last - selecting, last))[0, :, :, :cut].mean(dim=1)
-    scores = observation.compute_group_mean(_pool(votes, cut - selecting)[None])[0]
-    outputs, full = _attend_with_fewer(observation, scores, grid, held_out, selecting)
+    votes = observation.compute_attention(slice(last - selecting, last))[..., :cut].mean(dim=2)
+    scores = observation.compute_group_mean(_pool(votes, cut - selecting))
+    padding = [observation.key_length - length for length in lengths]
+    order = _order_by_budget(scores, grid[first:], selecting, observation.sink_size, padding)
+    outputs = _attend_with_fewer(observation, order, grid[first:], held_out, padding)
+    squares, whole = reduction(observation, outputs)
+    tried = [len(own) - none for own, none in zip(grids, skipped, strict=True)]
+    return _Curves(squares, whole, first, skipped, tried)
 
-    errors = reduction(observation, torch.cat([outputs - full, full[None]]), len(scores))
-    # With the largest error the skipped budgets do not change a decreasing fit to the others.
-    return torch.cat([errors.amax(dim=-1, keepdim=True).expand(*errors.shape[:-1], skipped), errors], dim=-1)
 
-
-def _join_heads(observation: Observation, wrong: Tensor, kv_heads: int) -> Tensor:
-    """Compute the error of the layer's output relative to the whole output, root mean square, ``[budget]``."""
-    matrix = _find_matrix(observation, wrong)
+def _join_heads(observation: Observation, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the squares of the layer's output, ``[batch, budget]`` and ``[batch]``."""
+    outputs[:-1] -= outputs[-1:]
+    # Heads side by side, [batch, budget + 1, row, width].
+    wrong = outputs.permute(1, 0, 3, 2, 4).flatten(3)
+    matrix = _find_matrix(observation, wrong.shape[-1])
     if matrix is None:
-        # Heads side by side: their squares add up.
+        # Their squares add up.
         squares = observation.sum_over_shards(wrong.pow(2).sum(dim=(-2, -1)))
     else:
         squares = observation.sum_over_shards(wrong @ matrix).pow(2).sum(dim=(-2, -1))
-    return _divide(squares[:-1], squares[-1]).sqrt()
+    return squares[:, :-1], squares[:, -1]
 
 
-def _split_heads(observation: Observation, wrong: Tensor, kv_heads: int) -> Tensor:
-    """Compute the part of each key/value head in the square of that error, ``[kv_head, budget]``."""
-    matrix = _find_matrix(observation, wrong)
-    heads = wrong.unflatten(-1, (kv_heads, -1)).movedim(-2, 0)
+def _split_heads(observation: Observation, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the part of each key/value head in these squares, ``[batch, kv_head, budget]``, and ``[batch]``."""
+    kv_heads = observation.kv_heads
+    outputs[:-1] -= outputs[-1:]
+    # [batch, row, width]
+    full = outputs[-1].transpose(1, 2).flatten(2)
+    # The query heads of a key/value head side by side, [batch, kv_head, budget, row, width].
+    heads = outputs[:-1].unflatten(2, (kv_heads, -1)).permute(1, 2, 0, 4, 3, 5).flatten(4)
+    matrix = _find_matrix(observation, full.shape[-1])
     # The output of all heads, those of other processes included.
     if matrix is None:
-        whole = observation.sum_over_shards(wrong[-1].pow(2).sum())
-        squares = heads.pow(2).sum(dim=(-2, -1))
-    else:
-        whole = observation.sum_over_shards(wrong[-1] @ matrix).pow(2).sum()
-        # ||x W||^2 = x (W W^T) x^T is cheaper: W W^T is as wide as a head, W as the hidden state.
-        product = _multiply_by_itself(observation, matrix, kv_heads)
-        squares = ((heads.flatten(1, 2) @ product).view_as(heads) * heads).sum(dim=(-2, -1))
-    return _divide(squares[:, :-1].clamp(min=0.0), whole)
+        whole = observation.sum_over_shards(full.pow(2).sum(dim=(-2, -1)))
+        return heads.pow(2).sum(dim=(-2, -1)), whole
+    whole = observation.sum_over_shards(full @ matrix).pow(2).sum(dim=(-2, -1))
+    # ||x W||^2 = x (W W^T) x^T is cheaper: W W^T is as wide as a head, W as the hidden state.
+    product = _multiply_by_itself(observation, matrix, kv_heads)
+    squares = (heads.flatten(2, 3) @ product).view_as(heads) * heads
+    return squares.sum(dim=(-2, -1)), whole
 
 
 #: W W^T of each attention module, by what it was computed from.  A GPU computes it in less time than a check takes.
@@ -196,9 +267,8 @@ def _multiply_by_itself(observation: Observation, matrix: Tensor, kv_heads: int)
     return known[1]
 
 
-def _find_matrix(observation: Observation, wrong: Tensor) -> Tensor | None:
+def _find_matrix(observation: Observation, width: int) -> Tensor | None:
     """Return the output projection's matrix ``[width, hidden]`` float32; None if it is not found."""
-    width = wrong.shape[-1]
     parts = 1 if observation.shards is None else observation.shards.size
     projection = find_output_projection(observation.module, width, parts)
     if projection is None:
@@ -207,92 +277,101 @@ def _find_matrix(observation: Observation, wrong: Tensor) -> Tensor | None:
     return compute_projection_matrix(projection, width, observation.values, parts).float()
 
 
-def _divide(squares: Tensor, whole: Tensor) -> Tensor:
-    """Divide squared errors by the squared output, as float64."""
-    divided = squares / whole.clamp(min=torch.finfo(squares.dtype).tiny)
-    return divided.to(_find_double(divided), torch.float64)
-
-
-def _find_double(tensor: Tensor) -> torch.device:
-    """Return where float64 numbers of a tensor stay until the host reads them: some devices have no float64."""
-    return tensor.device if tensor.device.type == "cuda" else torch.device("cpu")
-
-
 def _attend_with_fewer(
-    observation: Observation, scores: Tensor, grid: list[int], held_out: int, selecting: int
-) -> tuple[Tensor, Tensor]:
-    """Compute the held-out rows' outputs with each budget's keys and with all keys.
+    observation: Observation, order: Tensor, grid: list[int], held_out: int, padding: list[int]
+) -> Tensor:
+    """Compute the held-out rows' outputs with each budget's keys and, last, with all keys.
 
     A larger budget keeps all keys of a smaller one.  So the keys are sorted by the first budget that keeps them, and
     each key is multiplied only once, whatever the number of budgets.
 
+    Parameters
+    ----------
+    observation : Observation
+        The layer's queries, keys and values.
+    order : Tensor
+        See :func:`_order_by_budget`.
+    grid : list of int
+        The budgets.
+    held_out : int
+        Number of newest queries that test.
+    padding : list of int
+        Keys before each row's first token.
+
     Returns
     -------
-    outputs, full : Tensor
-        ``[budget, row, width]`` and ``[row, width]``.
+    Tensor
+        ``[budget + 1, batch, head, row, head_dim]`` float32.
     """
-    attention = observation.window_attention[0, :, -held_out:]
-    kv_heads, cut = scores.shape
-    heads = attention.shape[0]
-    order = _order_by_budget(scores, grid, selecting, observation.sink_size)
-    values = observation.values[0]
-    if len(values) != kv_heads:
-        values = values.repeat_interleave(heads // len(values), dim=0)
-        order = order.repeat_interleave(heads // kv_heads, dim=0)
+    attention = observation.window_attention[:, :, -held_out:]
+    batch, heads, keys = attention.shape[0], attention.shape[1], attention.shape[-1]
+    values, cut = observation.values, order.shape[-1]
+    if values.shape[1] != order.shape[1]:
+        values = values.repeat_interleave(heads // values.shape[1], dim=1)
+        order = order.repeat_interleave(heads // order.shape[1], dim=1)
+    if any(padding):
+        # Its weight is zero, but padding may hold NaN.
+        values = values.masked_fill(~observation.valid[:, None, :, None], 0.0)
     # Stack the query heads of a key/value head as rows.
-    weights = attention.reshape(len(values), -1, attention.shape[-1])
+    values, order = values.flatten(0, 1), order.flatten(0, 1)
+    weights = attention.reshape(len(values), -1, keys)
     mixed = weights[..., cut:] @ values[:, cut:].float()
-    mass = weights[..., cut:].sum(dim=-1, keepdim=True)
+    masses = [weights[..., cut:].sum(dim=-1, keepdim=True)]
     if observation.sink_logits is not None:
         # The mass of learned sinks belongs to no key; it stays, whatever is evicted.
-        mass = mass + (1.0 - weights.sum(dim=-1, keepdim=True)).clamp(min=0.0)
+        masses[0] = masses[0] + (1.0 - weights.sum(dim=-1, keepdim=True)).clamp(min=0.0)
     # Copy whole rows of head_dim numbers: several times faster than a gather of single numbers.
     rows = values.reshape(-1, values.shape[-1])
-    first = torch.arange(len(values), device=values.device)[:, None] * values.shape[1]
+    first = torch.arange(0, len(rows), keys, device=values.device)[:, None]
     sorted_weights = weights.gather(-1, order[:, None].expand(-1, weights.shape[1], -1))
     sorted_values = rows.index_select(0, (order + first).flatten()).view(*order.shape, rows.shape[-1])
-    outputs, start = [], 0
-    for stop in [*(min(budget, cut) for budget in grid), cut]:
+    outputs, start = mixed.new_empty((len(grid) + 1, *mixed.shape)), 0
+    for place, stop in enumerate([*(min(budget, cut) for budget in grid), cut]):
         part = sorted_weights[..., start:stop]
-        mixed = torch.baddbmm(mixed, part, sorted_values[:, start:stop].float())
-        mass = mass + part.sum(dim=-1, keepdim=True)
-        outputs.append(mixed / mass.clamp(min=torch.finfo(mass.dtype).tiny))
+        mixed = torch.baddbmm(mixed, part, sorted_values[:, start:stop].float(), out=outputs[place])
+        masses.append(part.sum(dim=-1, keepdim=True))
         start = stop
-    joined = torch.stack(outputs).reshape(len(outputs), heads, held_out, -1).transpose(1, 2).flatten(2)
-    return joined[:-1], joined[-1]
+    mass = torch.stack(masses).cumsum(dim=0)[1:]
+    outputs /= mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    return outputs.view(len(outputs), batch, heads, held_out, -1)
 
 
-def _order_by_budget(scores: Tensor, grid: list[int], newest: int, sinks: int) -> Tensor:
-    """Order the keys of each head by the first budget that keeps them, ``[kv_head, key]``; never kept keys come last.
+def _order_by_budget(scores: Tensor, grid: list[int], newest: int, sinks: int, padding: list[int]) -> Tensor:
+    """Order the keys of each head by the first budget that keeps them, ``[batch, kv_head, key]``.
 
-    A budget keeps up to half of it as newest keys, up to a quarter as sinks, and the best scores.
+    A budget keeps up to half of it as newest keys, up to a quarter as sinks, and the best scores.  Never kept keys come
+    last, and padding last of all.
     """
-    cut = scores.shape[-1]
+    cut, device = scores.shape[-1], scores.device
+    protected = [(min(newest, budget // 2), min(sinks, budget // 4)) for budget in grid]
+    left = [budget - sum(both) for budget, both in zip(grid, protected, strict=True)]
+    # Only small budgets protect fewer keys than the next larger one; the others share the last places.
+    small = protected.index(protected[-1])
+    recents, firsts = zip(*protected[: small + 1], strict=True)
+    numbers = send_numbers([*(cut - recent for recent in recents), *firsts, *left], device)
+    newest_from, sinks_to = numbers[: 2 * (small + 1)].view(2, -1, 1, 1, 1)
+    room = numbers[2 * (small + 1) :]
+    if any(padding):
+        start = spread_numbers(padding, device)
+        scores = scores.masked_fill(torch.arange(cut, device=device) < start, float("-inf"))
     # Stable: pooling gives neighbours equal scores, and every machine must keep the earlier one.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    entry = torch.full_like(order, len(grid))
-    # Only small budgets protect fewer keys than the next larger one; the others share the ranks.
-    groups: dict[tuple[int, int], list[int]] = {}
-    for number, budget in enumerate(grid):
-        budget = min(budget, cut)
-        groups.setdefault((min(newest, budget // 2), min(sinks, budget // 4)), []).append(number)
-    # From large to small: a smaller budget overwrites the entry of the keys that it keeps too.
-    for (recent, first), numbers in reversed(groups.items()):
-        is_protected = (order >= cut - recent) | (order < first)
-        place = (~is_protected).cumsum(dim=-1).masked_fill_(is_protected, 0)
-        left = [min(grid[number], cut) - recent - first for number in numbers]
-        if len(numbers) == 1:
-            entry.masked_fill_(place <= left[0], numbers[0])
-            continue
-        # The first of these budgets that has a place for the key; none, if all are too small.
-        found = torch.bucketize(place, send_numbers(left, place.device))
-        entry = torch.where(found < len(numbers), found + numbers[0], entry)
+    token = order
+    if any(padding):
+        token = order - start
+        token = token.masked_fill(token < 0, cut)
+    is_free = (order < newest_from) & (token >= sinks_to)
+    place = is_free.cumsum(dim=-1) * is_free
+    # The number of budgets without a place for the key is the number of the first one with a place.
+    entry = torch.bucketize(place[-1], room[small:])
+    if small:
+        entry += (place[:-1] > room[:small].view(-1, 1, 1, 1)).sum(dim=0)
     return torch.empty_like(entry).scatter_(-1, order, entry).sort(dim=-1, stable=True).indices
 
 
 def _pool(votes: Tensor, split: int) -> Tensor:
-    """Max-pool ``[head, key]`` along the keys before ``split``; leave the selecting rows' own keys unpooled."""
+    """Max-pool ``[batch, head, key]`` along the keys before ``split``; leave the selecting rows' own keys unpooled."""
     if split <= 0:
         return votes
-    pooled = functional.max_pool1d(votes[:, :split], _POOL, stride=1, padding=_POOL // 2)
-    return torch.cat([pooled, votes[:, split:]], dim=-1)
+    pooled = functional.max_pool1d(votes[..., :split], _POOL, stride=1, padding=_POOL // 2)
+    return torch.cat([pooled, votes[..., split:]], dim=-1)
