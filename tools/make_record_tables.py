@@ -382,7 +382,6 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "asked-later-weighed-qwen": lambda: make_asked_later("asked_later_weighed_qwen", renames_echo=False),
         "asked-later-same-loss": lambda: make_asked_later("asked_later_same_loss", renames_echo=False),
         "asked-later-methods": lambda: make_asked_later("asked_later_methods", renames_echo=False),
-        "asked-later-qwen15": lambda: make_asked_later("asked_later_qwen15", renames_echo=False),
         "asked-first": lambda: make_asked_later("asked_first", renames_echo=False),
         "asked-later-peers": lambda: make_asked_later("asked_later_peers"),
         "drift": lambda: make_drift("decode_drift"),

@@ -80,7 +80,7 @@ def test_it_has_its_parts():
         "Sources, citation, licence",
     ]
     choosing = next(table for table in find_tables(NAMES[0]) if table[0][0] == "do not know the ratio?")
-    assert len(choosing) == 9
+    assert len(choosing) == 10
     assert len([words for words in find_commands(NAMES[0]) if words[0] == "rankkv"]) == 7
     assert read(NAMES[0]).count("<details>") == read(NAMES[0]).count("</details>") == 8
     assert len(re.findall(r"^\d+\. ", read(NAMES[0]), re.MULTILINE)) == 12
