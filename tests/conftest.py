@@ -62,7 +62,7 @@ LATER_WAYS = {"chunked", "second turn"}
 #: model in further ways, and whatever starts other processes.
 LATER_TESTS = {
     "test_ablation.py": {
-        "test_other_options_in_the_same_folder_are_refused",
+        "test_a_row_is_what_compress_and_the_model_say", "test_other_options_in_the_same_folder_are_refused",
         "test_budgets_by_rank_lose_less_than_uniform_ones_at_a_tenth", "test_every_cell_is_there_once",
         "test_what_a_killed_run_left_is_kept", "test_tables_and_figure_are_written",
     },
@@ -130,6 +130,10 @@ def is_long_tail(item: pytest.Item) -> bool:
     if name == "test_lm_eval.py" and {"local_generation", "local_letter", "agnostic"} & set(parts):
         return True
     if name == "test_processes.py" and "accelerate" in parts:
+        return True
+    if name == "test_tasks_on_caches.py" and "aware" in parts:
+        return True
+    if name == "test_batch.py" and "drawn" in parts:
         return True
     if name == "test_head_profile.py" and "packed" in parts:
         return True

@@ -101,7 +101,7 @@ def test_generate_hands_a_function_in_its_place_what_an_answer_needs(tiny):
     names = {type(part).__name__ for part in (*answer._processors, *answer._criteria)}
     assert names == {
         "RepetitionPenaltyLogitsProcessor", "TemperatureLogitsWarper", "TopKLogitsWarper", "MaxLengthCriteria",
-        "EosTokenCriteria", "StopStringCriteria",
+        "EosTokenCriteria", "StopStringCriteria", "FiniteLogits",
     }  # fmt: skip
     assert answer.ids.tolist() == [[5, 6]]
     assert answer._generator.initial_seed() == 7
