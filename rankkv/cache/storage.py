@@ -326,9 +326,12 @@ class UnpaddedStorage(PlainStorage):
             return self._later.append(states, room)
         # Joined without room: the padded form is made anew at every step anyway.
         earlier = self._later.get()
-        later = states
         if earlier is not None and earlier.shape[-2]:
             later = torch.cat([earlier, states], dim=-2)
+        else:
+            # The model's tensor may be part of a larger one, which the cache would hold with it.
+            is_part = states.untyped_storage().nbytes() > states.nbytes
+            later = states.clone(memory_format=torch.contiguous_format) if is_part else states
         self._later.put(later)
         self._tensor = self._join(later)
         return self._tensor

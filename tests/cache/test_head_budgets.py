@@ -409,6 +409,14 @@ def test_saved_and_loaded(model, batch, tmp_path, storage, decode):
         assert torch.equal(ours, theirs)
 
 
+def test_a_step_does_not_hold_a_larger_tensor_of_the_model(tiny_neox):
+    """One projection gives queries, keys and values: a view of it would keep all three in memory."""
+    model = tiny_neox()
+    cache = oracles.prefill(model, PROMPT, selector="h2o", storage="offload", **KEEP)
+    oracles.feed(model, cache, oracles.next_chunks(1, (1,)))
+    assert cache.copy().cache_bytes() == cache.kept_bytes()
+
+
 def test_reset_and_use_again(model):
     cache = oracles.prefill(model, PROMPT, **KEEP)
     cache.reset()
