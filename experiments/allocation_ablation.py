@@ -13,7 +13,7 @@ import argparse
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,18 @@ def cut_contexts(tokenizer: Any, text: str, arguments: argparse.Namespace) -> li
         for index in range(arguments.samples)
     ]
     return [(start, torch.tensor(ids[start : start + size])[None]) for start in starts]
+
+
+def iterate_contexts(
+    store: Any, tokenizer: Any, texts: Mapping[str, str], arguments: argparse.Namespace
+) -> Iterator[tuple[str, str, int, int, Any]]:
+    """Yield unit, kind, number, first token and ids of each context not scored yet, one of each kind in turn."""
+    contexts = {kind: cut_contexts(tokenizer, text, arguments) for kind, text in texts.items()}
+    units = [(kind, index) for index in range(arguments.samples) for kind in contexts]
+    for kind, index in tqdm(units, unit="context", disable=None):
+        unit = f"{kind}-{index:03d}"
+        if not store.is_done(unit):
+            yield unit, kind, index, *contexts[kind][index]
 
 
 def score_context(

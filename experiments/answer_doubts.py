@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from allocation_ablation import add_text_arguments, cut_contexts, describe, finish, main, read_texts
-from tqdm import tqdm
+from allocation_ablation import add_text_arguments, describe, finish, iterate_contexts, main, read_texts
 
 from rankkv.errors import ConfigError
 
@@ -108,13 +107,7 @@ def run(arguments: argparse.Namespace) -> str:
     arguments.processes = 1
     store = ResultStore(arguments.output_dir, describe(arguments))
     model, tokenizer = load_model(arguments.model)
-    contexts = {kind: cut_contexts(tokenizer, text, arguments) for kind, text in texts.items()}
-    units = [(kind, index) for index in range(arguments.samples) for kind in contexts]
-    for kind, index in tqdm(units, unit="context", disable=None):
-        unit = f"{kind}-{index:03d}"
-        if store.is_done(unit):
-            continue
-        start, ids = contexts[kind][index]
+    for unit, kind, index, start, ids in iterate_contexts(store, tokenizer, texts, arguments):
         (sample,) = make_samples(
             get_task("multi_question"),
             tokenizer,

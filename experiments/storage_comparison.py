@@ -20,8 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from allocation_ablation import add_text_arguments, cut_contexts, describe, finish, main, read_texts
-from tqdm import tqdm
+from allocation_ablation import add_text_arguments, describe, finish, iterate_contexts, main, read_texts
 
 from rankkv.errors import ConfigError
 
@@ -188,13 +187,7 @@ def run(arguments: argparse.Namespace) -> str:
     texts = read_texts(arguments)
     store = ResultStore(arguments.output_dir, describe(arguments))
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype)
-    contexts = {kind: cut_contexts(tokenizer, text, arguments) for kind, text in texts.items()}
-    units = [(kind, index) for index in range(arguments.samples) for kind in contexts]
-    for kind, index in tqdm(units, unit="context", disable=None):
-        unit = f"{kind}-{index:03d}"
-        if store.is_done(unit):
-            continue
-        start, ids = contexts[kind][index]
+    for unit, kind, _, start, ids in iterate_contexts(store, tokenizer, texts, arguments):
         rows = score_context(model, ids, arguments)
         store.write(unit, [{"kind": kind, "text": unit, "first_token": start, **row} for row in rows])
     return finish(store, arguments, summarize, lambda rows, folder: [])

@@ -13,8 +13,7 @@ from ..budget.heads import HeadSplit
 from ..config import count_spanned
 from ..errors import CacheStateError, ProfileError
 from ..observe.observation import Observation
-from ..selection import CASCADE_SLACK, select_tokens
-from ..selection.select import count_across_heads
+from ..selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
 from .layer import StoredLayer
 from .storage import STORAGES, SlotLayout, UnpaddedStorage
 from .unpadded import UnpaddedHeads, can_attend_unpadded
@@ -207,7 +206,7 @@ class HeadBudgetLayer(StoredLayer):
         tokens = tokens.flatten()
         if any(count < width for row in counts for count in row):
             # A step that evicts as many tokens as came leaves the layout as it was.
-            if layout is None or layout.counts != counts or layout.shape[-1] != width:
+            if layout is None or not layout.is_like(counts, width):
                 layout = SlotLayout.of_counts(counts, width, device)
             tokens = tokens.index_select(0, layout.held)
         else:
@@ -297,7 +296,7 @@ class HeadBudgetLayer(StoredLayer):
             return super()._select(scores, real_index, budgets, keep, **how)
         self._are_equal = False
         # Only the device knows what each head gets: the host waits for that, and for nothing else.
-        index, self._known_counts = count_across_heads(
+        index, self._known_counts = select_tokens_across_heads(
             scores, real_index, self._lengths, budgets, keep=keep, head_floor=self._head_floor, **how
         )
         return index

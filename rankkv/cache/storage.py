@@ -255,6 +255,10 @@ class SlotLayout:
         held = torch.repeat_interleave(shift, sizes, output_size=total) + torch.arange(total, device=device)
         return cls((len(counts), len(counts[0]), slots), counts, held, _find_blank(counts, device))
 
+    def is_like(self, counts: list[list[int]], slots: int) -> bool:
+        """Return True if :meth:`of_counts` would build the same layout from these counts."""
+        return self.found is None and self.counts == counts and self.shape[-1] == slots
+
     @cached_property
     def source(self) -> Tensor:
         """Token of each slot, ``[batch * kv_head * slot]`` int64; an empty slot points to a token of its own head."""
@@ -329,9 +333,8 @@ class UnpaddedStorage(PlainStorage):
         if earlier is not None and earlier.shape[-2]:
             later = torch.cat([earlier, states], dim=-2)
         else:
-            # The model's tensor may be part of a larger one, which the cache would hold with it.
-            is_part = states.untyped_storage().nbytes() > states.nbytes
-            later = states.clone(memory_format=torch.contiguous_format) if is_part else states
+            # A copy: the model's tensor may be part of a larger one, or memory that its next forward writes again.
+            later = states.clone(memory_format=torch.contiguous_format)
         self._later.put(later)
         self._tensor = self._join(later)
         return self._tensor

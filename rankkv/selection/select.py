@@ -172,7 +172,7 @@ def select_tokens_across_heads(
     keep: Sequence[int],
     protect: Sequence[tuple[int, int]] = (),
     protect_before: Sequence[int] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, list[list[int]]]:
     """Select the tokens of a layer whose heads share one budget of ``kv_heads * keep`` tokens.
 
     Every head first gets its protected tokens and then its best, up to ``int(head_floor * budget)`` in all. The rest
@@ -194,8 +194,10 @@ def select_tokens_across_heads(
 
     Returns
     -------
-    Tensor
+    index : Tensor
         Int64 ``[batch, kv_head, width]``, ascending, as wide as the head that keeps most; other heads start with -1.
+    counts : list of list of int
+        Tokens of each head, ``[row][kv_head]``.  The width depends on them, so the host reads them anyway.
 
     References
     ----------
@@ -208,31 +210,10 @@ def select_tokens_across_heads(
     >>> scores = torch.tensor([[[0.9, 0.8, 0.7, 0.0], [0.6, 0.1, 0.2, 0.0]]])
     >>> index = torch.arange(4).view(1, 1, 4)
     >>> snapkv = get_selector("snapkv")
-    >>> select_tokens_across_heads(scores, index, [4], [2], snapkv, 1, 0, head_floor=0.2, keep=[2]).tolist()
-    [[[0, 1, 3], [-1, -1, 3]]]
+    >>> kept, counts = select_tokens_across_heads(scores, index, [4], [2], snapkv, 1, 0, head_floor=0.2, keep=[2])
+    >>> kept.tolist(), counts
+    ([[[0, 1, 3], [-1, -1, 3]]], [[3, 1]])
     """
-    how: dict[str, Any] = {"protect": protect, "protect_before": protect_before}
-    options = selector, window_size, sink_size
-    return count_across_heads(
-        scores, real_index, lengths, budgets, *options, head_floor=head_floor, keep=keep, **how
-    )[0]
-
-
-def count_across_heads(
-    scores: Tensor,
-    real_index: Tensor,
-    lengths: Sequence[int],
-    budgets: Sequence[int],
-    selector: Selector,
-    window_size: int,
-    sink_size: int,
-    *,
-    head_floor: float,
-    keep: Sequence[int],
-    protect: Sequence[tuple[int, int]] = (),
-    protect_before: Sequence[int] | None = None,
-) -> tuple[Tensor, list[list[int]]]:
-    """Select as :func:`select_tokens_across_heads`, and return the tokens of each head too, ``[row][kv_head]``."""
     scores = raise_protected(
         scores,
         real_index,

@@ -64,11 +64,14 @@ class Row:
         Its own older tokens; the newest ones stand in the memory of the batch.
     newest : int
         Number of those.
+    owner : object
+        Whoever waits for its tokens; the batch does not use it.
     """
 
     base: Base
     own: Tail | None = None
     newest: int = 0
+    owner: Any = None
 
     @property
     def seen(self) -> int:
@@ -165,6 +168,12 @@ class Batch(AttentionObserver, DynamicCache):
         """Return a row behind a cache and a tail, with the context of other rows if they have the same cache."""
         shared = (row.base for row in self.rows if row.base.cache is cache)
         return Row(next(shared, None) or Base(cache), tail)
+
+    def prefill(self, cache: RankKVCache, ids: Tensor) -> tuple[Row, Tensor]:
+        """Prefill a new cache with tokens ``[token]``; return its row and the last logits, ``[1, token]``."""
+        with torch.no_grad():
+            output = self._model(input_ids=ids[None], use_cache=True, **self._extra, **cache_argument(cache))
+        return self.open(cache.finish()), output.logits[:, -1]
 
     def fill(self, row: Row, ids: Tensor) -> Tensor:
         """Prefill tokens ``[token]`` of a row that has not joined yet; return the last one's logits, ``[1, token]``."""

@@ -25,7 +25,7 @@ from transformers.cli.serving.utils import (
 from ..cache.cache import RankKVCache
 from ..cache.prefill import compress
 from ..errors import RankKVError
-from ..models.compat import accepts_argument, cache_argument
+from ..models.compat import cache_argument
 from ..selection import get_selector
 from .answers import Answer, FiniteLogits
 from .batch import WHOLE, Batch, Row
@@ -185,8 +185,6 @@ class ContextGenerateManager(GenerateManager):
         self._model, self._tokenizer, self._store, self._turns = model, tokenizer, store, turns
         self._most_tokens, self._context_length = most_tokens, context_length
         self._batch = batch
-        # In the order of the batch's rows.
-        self._running: list[_Running] = []
         self._current: Job | None = None
         self._stopping = threading.Event()
         self._idle = threading.Event()
@@ -300,7 +298,12 @@ class ContextGenerateManager(GenerateManager):
     @property
     def batched(self) -> int:
         """Number of answers that decode together now."""
-        return len(self._running)
+        return 0 if self._batch is None else len(self._batch.rows)
+
+    @property
+    def _running(self) -> list[_Running]:
+        """The answers that decode together, in the order of the batch's rows."""
+        return [] if self._batch is None else [row.owner for row in self._batch.rows]
 
     def stop(self, seconds: float = 10.0) -> None:
         """Stop the answers that run, wait until the thread is idle, and free the model."""
@@ -425,19 +428,15 @@ class ContextGenerateManager(GenerateManager):
         ids = answer.ids[0]
         context, cache, tail = self._open(job, context, ids)
         if context is None:
-            with torch.no_grad():
-                options = {"logits_to_keep": 1} if accepts_argument(self._model, "logits_to_keep") else {}
-                output = self._model(input_ids=ids[None], use_cache=True, **options, **cache_argument(cache))
-            row, logits = self._batch.open(cache.finish()), output.logits[:, -1]
+            row, logits = self._batch.prefill(cache, ids)
         else:
             row = self._batch.open(cache, tail)
             logits = self._batch.fill(row, ids[row.seen :])
-        running = _Running(job, answer, row, context, end)
+        row.owner = _Running(job, answer, row, context, end)
         if answer.choose(logits):
-            self._complete(running)
+            self._complete(row.owner)
             return False
         self._batch.join(row)
-        self._running.append(running)
         return True
 
     def _complete(self, running: _Running) -> None:
@@ -454,7 +453,7 @@ class ContextGenerateManager(GenerateManager):
 
     def _order_step(self) -> None:
         """Put one step behind the jobs that wait for the thread, if there are answers to go on with."""
-        if self._running and not self._is_due:
+        if self.batched and not self._is_due:
             self._is_due = True
             self.submit(self._take_step)
 
@@ -473,7 +472,7 @@ class ContextGenerateManager(GenerateManager):
             # A prefill takes minutes, so the layers ask too, not the tokens alone.
             self._check_wanted(self._current)
         if (
-            self._running
+            self.batched
             and self._may_step_between
             and time.perf_counter() - self._stepped >= self._step_seconds
         ):
@@ -484,19 +483,19 @@ class ContextGenerateManager(GenerateManager):
         start = time.perf_counter()
         self._is_stepping, batch = True, self._batch
         try:
-            for running in list(self._running):
+            for running in self._running:
                 # Nobody waits for it: its place is free before the next token.
                 if running.job.cancelled.is_set() or self._stopping.is_set():
                     self._leave(running, _GenerationCancelled())
-            if batch is None or not self._running:
+            if batch is None or not batch.rows:
                 return
             try:
                 logits = batch.step([running.answer.newest for running in self._running])
             except Exception as error:
-                for running in list(self._running):
+                for running in self._running:
                     self._leave(running, error)
                 return
-            for running, scores in zip(list(self._running), logits.split(1), strict=True):
+            for running, scores in zip(self._running, logits.split(1), strict=True):
                 try:
                     if running.answer.choose(scores):
                         self._leave(running, None)
@@ -509,10 +508,6 @@ class ContextGenerateManager(GenerateManager):
 
     def _leave(self, running: _Running, error: BaseException | None) -> None:
         """Take an answer out of the batch: it is complete, or it failed."""
-        place, last = self._running.index(running), self._running.pop()
-        if last is not running:
-            # As the batch does with its rows.
-            self._running[place] = last
         try:
             if self._batch is not None:
                 self._batch.leave(running.row)

@@ -36,7 +36,9 @@ def competitions(draw):
 def select(case, keep=None):
     if keep is None:
         keep = [min(b, n) for b, n in zip(case["budgets"], case["lengths"], strict=True)]
-    return select_tokens_across_heads(**case, keep=keep)
+    index, counts = select_tokens_across_heads(**case, keep=keep)
+    assert counts == (index >= 0).sum(dim=-1).tolist()
+    return index
 
 
 def listed(kept):
@@ -130,11 +132,11 @@ def test_ties_go_to_the_earlier_token_then_to_the_lower_head():
         0,
         head_floor=0.0,
         keep=[budget],
-    )
+    )[0]
     assert listed(pick(2)) == [[[0, 1], [0, 1]]]
     # Where a head evicted before, its slots stand elsewhere, and its tokens count as before.
     index = torch.tensor([[[0, 1, 2], [-1, 2, 3]]])
-    kept = select_tokens_across_heads(
+    kept, _ = select_tokens_across_heads(
         torch.zeros(1, 2, 3), index, [4], [2], SNAPKV, 0, 0, head_floor=0.0, keep=[2]
     )
     assert listed(kept) == [[[0, 1, 2], [1]]]
@@ -152,7 +154,7 @@ def test_equals_competition_with_a_safeguard_over_the_window(tiny_llama, kept_fr
     selector = get_selector("snapkv", pooling="avg")
     scores = selector.compute_scores(observation)
     budget = int(kept_fraction * length)
-    kept = select_tokens_across_heads(
+    kept, _ = select_tokens_across_heads(
         scores, observation.real_index, [length], [budget], selector, window, 0,
         head_floor=head_floor, keep=[budget],
     )  # fmt: skip
