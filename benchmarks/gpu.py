@@ -16,7 +16,9 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +31,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Confi
 import rankkv
 from benchmarks.common import describe_machine, synchronize
 from rankkv import RankKVCache
+from rankkv.budget import STRATEGIES
+from rankkv.cache import ReplayPrompt
 from rankkv.models.compat import cache_argument
+from rankkv.selection import SELECTORS
 from rankkv.utils.files import write_text_atomically
 
 #: Name of each kind of cache, and its options; None is the plain cache.  No profile: random weights have none.
@@ -38,14 +43,27 @@ CACHES: dict[str, dict[str, Any] | None] = {
     "default": {},
     "head_budgets=None": {"head_budgets": None},
     "strategy='uniform'": {"strategy": "uniform", "head_budgets": None},
+    "selector='echo'": {"selector": "echo"},
 }
+#: Selectors that need a file or a profile, read the context twice, or draw at random.
+_OTHERWISE = {"qfilter", "triattention", "kvzip", "kvzip_plus", "kvgrad", "random"}
 #: Options whose answers on the device are compared with those on the CPU.
 CORRECT: list[dict[str, Any]] = [
-    {}, {"head_budgets": None}, {"strategy": "uniform"}, {"strategy": "power"}, {"head_budgets": "adaptive"},
-    {"decode": "bounded"}, {"decode": "periodic", "decode_interval": 6}, {"storage": "int8"},
-    {"storage": "offload"}, {"positions": "packed"}, {"selector": "h2o"}, {"selector": "expected_attention"},
-    {"selector": "keydiff"}, {"strategy": "cake"},
+    {}, {"head_budgets": None}, {"head_budgets": "adaptive"},
+    {"decode": "bounded"}, {"decode": "bounded", "head_budgets": None},
+    {"decode": "periodic", "decode_interval": 6}, {"decode": "periodic", "decode_interval": 6, "head_budgets": None},
+    {"prefill": "chunked", "prefill_chunk_size": 100}, {"prefill": "streaming"},
+    {"storage": "int8"}, {"storage": "offload"},
+    {"positions": "packed"}, {"merging": "values"}, {"scope": "full"}, {"max_loss": 0.05},
+    *({"selector": name} for name in SELECTORS if name not in _OTHERWISE),
+    *({"strategy": name} for name in STRATEGIES if name not in {"random", "threshold"}),
 ]  # fmt: skip
+#: Ways of generating whose tokens on the device are compared with those on the CPU.
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
 _TINY = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
@@ -106,6 +124,22 @@ class Bench:
             return True
         self.note(part, **values, skipped="no time left")
         return False
+
+    @contextlib.contextmanager
+    def attempt(self, part: str, **values: Any) -> Iterator[None]:
+        """Note what fails as a row, with the line of rankkv that it fails in, and go on with the next part."""
+        try:
+            yield
+        # One broken setting must not cost the figures of the others.
+        except Exception as error:
+            places = [
+                f"{frame.filename.rpartition('/rankkv/')[2]}:{frame.lineno}"
+                for frame in traceback.extract_tb(error.__traceback__)
+                if "/rankkv/" in frame.filename
+            ]
+            self.note(
+                part, **values, failed=f"{type(error).__name__}: {str(error)[:300]}", places=places[-4:]
+            )
 
     def build(self, name: str, layers: int | None = None, backend: str = "sdpa") -> Any:
         """Build a model of random weights, on the device and in the dtype that it runs in."""
@@ -168,16 +202,17 @@ def step(model: Any, cache: Any, token: Tensor, past: int, mask: Tensor | None =
     return model(token, use_cache=True, **given, **cache_argument(cache)).logits[:, -1]
 
 
-def decode(model: Any, cache: Any, token: Tensor, past: int, count: int) -> float:
-    """Milliseconds of a step over ``count`` steps that never wait for the token, after three that do not count."""
+def decode(model: Any, cache: Any, token: Tensor, past: int, count: int) -> tuple[float, float]:
+    """Milliseconds of a step, and until the host is done with it, over ``count`` steps after three that warm up."""
     for place in range(3):
         token = step(model, cache, token, past + place).argmax(-1, keepdim=True)
     synchronize()
     begun = time.perf_counter()
     for place in range(3, 3 + count):
         token = step(model, cache, token, past + place).argmax(-1, keepdim=True)
+    host = time.perf_counter() - begun
     synchronize()
-    return 1e3 * (time.perf_counter() - begun) / count
+    return 1e3 * (time.perf_counter() - begun) / count, 1e3 * host / count
 
 
 @contextlib.contextmanager
@@ -214,41 +249,157 @@ def count_waits() -> Iterator[collections.Counter[str]]:
 
 def measure_correct(bench: Bench) -> None:
     """Compare one tiny float32 model on the device and on the CPU: kept tokens, and the logits of 16 steps."""
+    models = build_pair(bench)
+    ids, mask = draw_padded()
+    for rows in (1, 3):
+        for options in CORRECT[: 3 if bench.small else None]:
+            named = {"rows": rows, "options": str(options)}
+            if not bench.has_time(250, "correct", **named):
+                continue
+            with bench.attempt("correct", **named):
+                found = []
+                for model, device in zip(models, (torch.device("cpu"), bench.device), strict=True):
+                    cache = RankKVCache(model, **{"compression_ratio": 0.3, "profile": None, **options})
+                    tokens, real = ids[:rows].to(device), mask[:rows].to(device)
+                    logits = [prefill(model, cache, tokens, real)]
+                    places = list_positions(cache)
+                    for place in range(16):
+                        real = torch.cat([real, real[:, -1:]], dim=1)
+                        logits.append(step(model, cache, tokens[:, place : place + 1], 400 + place, real))
+                    found.append((cache.kept_per_head, places, torch.stack(logits).float().cpu()))
+                bench.note(
+                    "correct",
+                    **named,
+                    same_counts=found[0][0] == found[1][0],
+                    same_tokens=found[0][1] == found[1][1],
+                    logit_error=float((found[0][2] - found[1][2]).abs().max()),
+                )
+
+
+def measure_ways(bench: Bench) -> None:
+    """Compare the tokens that one tiny float32 model generates on the device and on the CPU, way by way."""
+    models = build_pair(bench)
+    devices = (torch.device("cpu"), bench.device)
+    ids, mask = draw_padded()
+    wanted = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for way, options in WAYS.items():
+        # transformers looks ahead in the prompt for one row at a time.
+        rows = 1 if "prompt_lookup_num_tokens" in options else 3
+        with bench.attempt("ways", way=way):
+            answers = [
+                model.generate(
+                    ids[:rows].to(device), attention_mask=mask[:rows].to(device), **wanted, **options,
+                    **cache_argument(RankKVCache(model, 0.3, profile=None)),
+                ).tolist()
+                for model, device in zip(models, devices, strict=True)
+            ]  # fmt: skip
+            bench.note("ways", way=way, same_tokens=answers[0] == answers[1])
+    replay = ReplayPrompt([5, 6], [7, 8], [9])
+    for selector in ("auto", "kvzip", "kvzip_plus", "kvgrad"):
+        with bench.attempt("ways", way=f"compress, {selector}"), tempfile.TemporaryDirectory() as folder:
+            answers = []
+            for model, device in zip(models, devices, strict=True):
+                context, question = ids[:1, :380].to(device), ids[:1].to(device)
+                cache = rankkv.compress(
+                    model, context, compression_ratio=0.3, selector=selector, profile=None, tokenizer=replay
+                )
+                answers.append(ask(model, cache.copy(), question, wanted))
+                path = cache.save(Path(folder) / f"{device.type}-{len(answers)}.safetensors")
+                # The other device continues from the file.
+                other, place = next((m, d) for m, d in zip(models, devices, strict=True) if m is not model)
+                answers.append(ask(other, RankKVCache.load(path, other), question.to(place), wanted))
+            same = all(answer == answers[0] for answer in answers)
+            bench.note("ways", way=f"compress, {selector}, save, load elsewhere", same_tokens=same)
+
+
+def measure_numerics(bench: Bench) -> None:
+    """Compare what is kept in bfloat16 on the device and on the CPU, and in float32 with and without TF32."""
+    ids, _ = draw_padded()
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    for selector in ("snapkv", "echo"):
+        found: dict[str, tuple[list[Any], Tensor]] = {}
+        for name, dtype in (
+            ("bfloat16", torch.bfloat16),
+            ("float32", torch.float32),
+            ("tf32", torch.float32),
+        ):
+            for model, device in zip(build_pair(bench), (torch.device("cpu"), bench.device), strict=True):
+                cache = RankKVCache(model.to(dtype), 0.3, profile=None, selector=selector)
+                torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+                try:
+                    prefill(model, cache, ids[:1].to(device))
+                finally:
+                    torch.backends.cuda.matmul.allow_tf32 = allowed
+                found[f"{name} on {device.type}"] = (list_positions(cache), torch.tensor(cache.layer_ranks))
+        for one, other in (("bfloat16", "bfloat16"), ("float32", "float32"), ("float32", "tf32")):
+            (kept, ranks), (others, other_ranks) = (
+                found[f"{one} on cpu"],
+                found[f"{other} on {bench.device.type}"],
+            )
+            bench.note(
+                "numerics",
+                selector=selector,
+                cpu=one,
+                device=other,
+                same_kept=compute_shared(kept, others),
+                # Echo measures no rank.
+                rank_error=float(((ranks - other_ranks) / ranks).abs().max()) if len(ranks) else None,
+            )
+
+
+def compute_shared(kept: list[Any], others: list[Any]) -> float:
+    """Return the share of the kept tokens of all layers and heads that the others keep too."""
+    shared, total = 0, 0
+    for layer, other_layer in zip(kept, others, strict=True):
+        for head, other_head in zip(layer[0], other_layer[0], strict=True):
+            mine = {place for place in head if place >= 0}
+            shared += len(mine & set(other_head))
+            total += len(mine)
+    return shared / total
+
+
+def ask(model: Any, cache: Any, ids: Tensor, options: dict[str, Any]) -> list[list[int]]:
+    """Generate after ids whose start the cache has seen."""
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), **options, **cache_argument(cache)
+    ).tolist()
+
+
+def build_pair(bench: Bench) -> tuple[Any, Any]:
+    """Build one tiny float32 model twice: on the CPU and on the device."""
     torch.manual_seed(1)
     on_cpu = LlamaForCausalLM(LlamaConfig(**_TINY, attn_implementation="sdpa")).eval()
     on_device = LlamaForCausalLM(LlamaConfig(**_TINY, attn_implementation="sdpa")).eval()
     on_device.load_state_dict(on_cpu.state_dict())
-    on_device.to(bench.device)
-    ids = torch.randint(0, 256, (3, 400))
+    return on_cpu, on_device.to(bench.device)
+
+
+def draw_padded() -> tuple[Tensor, Tensor]:
+    """Draw three rows of 400 ids, two of them padded, and their mask."""
+    ids = torch.randint(0, 256, (3, 400), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[1, :90], mask[2, :200] = 0, 0
-    for rows in (1, 3):
-        for options in CORRECT[: 3 if bench.small else None]:
-            if not bench.has_time(240, "correct", rows=rows, options=str(options)):
-                return
-            found = []
-            for model, device in ((on_cpu, torch.device("cpu")), (on_device, bench.device)):
-                cache = RankKVCache(model, 0.3, profile=None, **options)
-                tokens, real = ids[:rows].to(device), mask[:rows].to(device)
-                logits = [prefill(model, cache, tokens, real)]
-                for place in range(16):
-                    real = torch.cat([real, real[:, -1:]], dim=1)
-                    logits.append(step(model, cache, tokens[:, place : place + 1], 400 + place, real))
-                found.append((cache.kept_per_head, torch.stack(logits).float().cpu()))
-            bench.note(
-                "correct",
-                rows=rows,
-                options=str(options),
-                same_counts=found[0][0] == found[1][0],
-                logit_error=float((found[0][1] - found[1][1]).abs().max()),
-            )
+    return ids, mask
+
+
+def list_positions(cache: RankKVCache) -> list[Any]:
+    """Positions of the kept tokens of each layer and head; -1 where a slot is empty."""
+    found = []
+    for index in cache.layer_indices:
+        layer = cache.layers[index]
+        places, valid = layer.compute_positions().cpu(), layer.compute_slot_valid()
+        if valid is not None:
+            valid = (valid if valid.dim() == 3 else valid[:, None]).cpu()
+            places = torch.where(valid, places, -1)
+        found.append(places.tolist())
+    return found
 
 
 def measure_unpadded(bench: Bench) -> None:
     """Compare decoding without padding with the padded way, in half precision: logits and milliseconds of a step."""
     model = bench.build("Llama-3.1-8B", layers=4)
     ids = bench.draw_ids(model, 1, 300 if bench.small else 16384)
-    found: dict[str, tuple[Tensor, float, int]] = {}
+    found: dict[str, tuple[Tensor, tuple[float, float], int]] = {}
     allowed = RankKVCache._may_stay_unpadded
     for way in ("without padding", "padded"):
         cache = bench.build_cache(model, "default", 0.2)
@@ -267,8 +418,8 @@ def measure_unpadded(bench: Bench) -> None:
     bench.note(
         "unpadded",
         tokens=ids.shape[1],
-        step_ms=found["without padding"][1],
-        padded_step_ms=found["padded"][1],
+        step_ms=found["without padding"][1][0],
+        padded_step_ms=found["padded"][1][0],
         layers_without_padding=found["without padding"][2],
         logit_error=float((found["without padding"][0] - found["padded"][0]).abs().max()),
     )
@@ -278,20 +429,24 @@ def measure_waits(bench: Bench, model: Any) -> None:
     """Count the host's waits of a prefill and of a decode step."""
     ids = bench.draw_ids(model, 1, 300 if bench.small else 8192)
     for name in CACHES:
-        cache = bench.build_cache(model, name, 0.3)
-        with count_waits() as waits:
-            prefill(model, cache, ids)
-        step(model, cache, ids[:, -1:], ids.shape[1])
-        with count_waits() as later:
-            step(model, cache, ids[:, -1:], ids.shape[1] + 1)
-        bench.note(
-            "waits",
-            cache=name,
-            tokens=ids.shape[1],
-            prefill_a_layer=sum(waits.values()) / model.config.num_hidden_layers,
-            step=sum(later.values()),
-            places=dict(waits.most_common(10)),
-        )
+        with bench.attempt("waits", cache=name):
+            cache = bench.build_cache(model, name, 0.3)
+            with count_waits() as waits:
+                prefill(model, cache, ids)
+            for place in range(2):
+                step(model, cache, ids[:, -1:], ids.shape[1] + place)
+            with count_waits() as later:
+                step(model, cache, ids[:, -1:], ids.shape[1] + 2)
+            bench.note(
+                "waits",
+                cache=name,
+                tokens=ids.shape[1],
+                prefill_a_layer=sum(waits.values()) / model.config.num_hidden_layers,
+                step=sum(later.values()),
+                places=dict(waits.most_common(10)),
+                step_places=dict(later.most_common(5)),
+            )
+            del cache
         bench.clear()
 
 
@@ -303,20 +458,27 @@ def measure_ttft(bench: Bench, model: Any, shape: str, lengths: tuple[int, ...],
         ids = bench.draw_ids(model, 1, tokens)
         seconds: dict[str, list[float]] = {name: [] for name in CACHES}
         memory: dict[str, dict[str, float]] = {}
-        for turn in range(-1, repeats):
+        # The longest is measured once: after the shorter ones its first run is not cold.
+        for turn in range(1) if tokens > 40000 else range(-1, repeats):
             for name in list(CACHES) if turn % 2 == 0 else list(CACHES)[::-1]:
                 before = bench.clear()
-                cache = bench.build_cache(model, name, 0.3)
-                synchronize()
-                begun = time.perf_counter()
-                prefill(model, cache, ids)
-                synchronize()
-                if turn >= 0:
-                    seconds[name].append(time.perf_counter() - begun)
-                held, peak = bench.read_memory()
-                memory[name] = {"peak_GiB": peak - before, "held_GiB": held - before}
-                del cache
+                with bench.attempt("ttft", shape=shape, tokens=tokens, cache=name):
+                    cache = bench.build_cache(model, name, 0.3)
+                    synchronize()
+                    begun = time.perf_counter()
+                    prefill(model, cache, ids)
+                    host = time.perf_counter() - begun
+                    synchronize()
+                    if turn >= 0:
+                        seconds[name].append(time.perf_counter() - begun)
+                    held, peak = bench.read_memory()
+                    memory[name] = {
+                        "host_ms": 1e3 * host, "peak_GiB": peak - before, "held_GiB": held - before,
+                    }  # fmt: skip
+                cache = None
         for name in CACHES:
+            if len(seconds[name]) != len(seconds["plain"]):
+                continue
             ratios = [ours / plain for ours, plain in zip(seconds[name], seconds["plain"], strict=True)]
             bench.note(
                 "ttft",
@@ -334,7 +496,7 @@ def measure_tpot(
 ) -> None:
     """Time decode steps, over those of the plain cache; note the memory held while decoding."""
     ids = bench.draw_ids(model, rows, tokens)
-    plain = float("nan")
+    plain, full = float("nan"), 0.0
     settings = [("plain", 1.0)] + [
         (name, ratio) for ratio in ratios for name in ("default", "head_budgets=None")
     ]
@@ -342,16 +504,20 @@ def measure_tpot(
         if not bench.has_time(30, "tpot", rows=rows, tokens=tokens, cache=name, kept=ratio):
             continue
         before = bench.clear()
-        cache = bench.build_cache(model, name, ratio)
-        prefill(model, cache, ids)
-        taken = decode(model, cache, ids[:, -1:], tokens, steps)
-        plain = taken if name == "plain" else plain
-        held, _ = bench.read_memory()
-        bench.note(
-            "tpot", rows=rows, tokens=tokens, cache=name, kept=ratio, ms=taken, over_plain=taken / plain,
-            held_GiB=held - before,
-        )  # fmt: skip
-        del cache
+        named = {"rows": rows, "tokens": tokens, "cache": name, "kept": ratio}
+        with bench.attempt("tpot", **named):
+            cache = bench.build_cache(model, name, ratio)
+            prefill(model, cache, ids)
+            taken, host = decode(model, cache, ids[:, -1:], tokens, steps)
+            plain = taken if name == "plain" else plain
+            held, _ = bench.read_memory()
+            if name == "plain":
+                full = held - before
+            bench.note(
+                "tpot", **named, ms=taken, host_ms=host, over_plain=taken / plain,
+                held_GiB=held - before, held_over_plain=(held - before) / full if full else float("nan"),
+            )  # fmt: skip
+        cache = None
 
 
 def measure_backends(bench: Bench) -> None:
@@ -360,27 +526,28 @@ def measure_backends(bench: Bench) -> None:
     for backend in backends:
         if not bench.has_time(30, "backends", backend=backend):
             continue
-        try:
+        # A backend that is not installed, or that the library refuses, is a row like any other.
+        with bench.attempt("backends", backend=backend):
             model = bench.build("Llama-3.1-8B", layers=4, backend=backend)
             ids = bench.draw_ids(model, 1, 200 if bench.small else 4096)
             for name in ("plain", "default"):
                 cache = bench.build_cache(model, name, 0.3)
                 prefill(model, cache, ids)
-                taken = decode(model, cache, ids[:, -1:], ids.shape[1], 4 if bench.small else 16)
+                taken, _ = decode(model, cache, ids[:, -1:], ids.shape[1], 4 if bench.small else 16)
                 bench.note("backends", backend=backend, tokens=ids.shape[1], cache=name, ms=taken)
-        # A backend that is not installed, or that the library refuses, is a row like any other.
-        except (ImportError, ValueError, RuntimeError, rankkv.errors.RankKVError) as error:
-            bench.note("backends", backend=backend, failed=f"{type(error).__name__}: {str(error)[:200]}")
 
 
 def run(bench: Bench) -> None:
     """Run the parts, those that everything else relies on first."""
     parts: dict[str, Callable[[], None]] = {
         "correct": lambda: measure_correct(bench),
+        "ways": lambda: measure_ways(bench),
+        "numerics": lambda: measure_numerics(bench),
         "unpadded": lambda: measure_unpadded(bench),
     }
-    for part in parts.values():
-        part()
+    for name, part in parts.items():
+        with bench.attempt(name):
+            part()
         bench.clear()
     model = bench.build("Llama-3.1-8B")
     measure_waits(bench, model)

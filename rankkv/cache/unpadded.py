@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -165,9 +165,36 @@ def find_varlen() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention import varlen
     except ImportError:
+        varlen = None  # type: ignore[assignment]
+    if varlen is not None and {"seqused_k", "enable_gqa", "scale"} <= set(
+        inspect.signature(varlen.varlen_attn).parameters
+    ):
+        return varlen.varlen_attn
+    # Before torch 2.12 the public function does not hand these arguments on, but the kernel takes them.
+    operator = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    if operator is None:
         return None
-    parameters: Sequence[str] = list(inspect.signature(varlen.varlen_attn).parameters)
-    return varlen.varlen_attn if {"seqused_k", "enable_gqa", "scale"} <= set(parameters) else None
+    names = {argument.name for argument in operator.default._schema.arguments}
+    return _attend_with_flash if {"seqused_k", "scale"} <= names else None
+
+
+def _attend_with_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+) -> Tensor:
+    """Do what ``varlen_attn`` of torch 2.12 does, for older ones; the kernel groups query heads unasked."""
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, False, False, scale=scale, seqused_k=seqused_k
+    )[0]
 
 
 def can_attend_unpadded(keys: Tensor, values: Tensor) -> bool:
