@@ -714,7 +714,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
     def activate_past_recording(self) -> None:
         """Allow rejected drafts to be removed (assisted decoding); the prompt is compressed after the first draft."""
         self._schedule.start_recording()
-        # Older transformers have no such method: they crop rejected drafts without announcing it.
+        # Older transformers have no such method: `announce_drafts` of rankkv.models.compat lets them call this one.
         if hasattr(super(), "activate_past_recording"):
             super().activate_past_recording()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AttentionInterface, cache_utils
+from transformers import AttentionInterface, GenerationMixin, cache_utils
 
 from ..errors import UnsupportedModelError
 
@@ -139,6 +140,33 @@ def find_eager_homes(model: Any) -> list[ModuleType]:
     names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     homes = (sys.modules.get(name) for name in sorted(names))
     return [home for home in homes if hasattr(home, "eager_attention_forward")]  # type: ignore[misc]
+
+
+def announce_drafts() -> None:
+    """Let assisted decoding call ``activate_past_recording()`` of its cache, where transformers does not.
+
+    Newer versions tell a cache beforehand that they will remove rejected drafts.  Older ones remove them unannounced,
+    when the prompt is already compressed together with its first draft.
+    """
+    inner = GenerationMixin._assisted_decoding
+    if hasattr(cache_utils.Cache, "activate_past_recording") or hasattr(inner, "_rankkv_inner"):
+        return
+
+    @functools.wraps(inner)
+    def decode(model: Any, *arguments: Any, **options: Any) -> Any:
+        announce = getattr(options.get("past_key_values"), "activate_past_recording", None)
+        if announce is not None:
+            announce()
+        return inner(model, *arguments, **options)
+
+    decode._rankkv_inner = inner  # type: ignore[attr-defined]
+    GenerationMixin._assisted_decoding = decode
+
+
+def restore_assisted_decoding() -> None:
+    """Undo :func:`announce_drafts`."""
+    decode = GenerationMixin._assisted_decoding
+    GenerationMixin._assisted_decoding = getattr(decode, "_rankkv_inner", decode)
 
 
 def find_position_limit(config: Any) -> int | None:

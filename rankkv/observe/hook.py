@@ -2,7 +2,7 @@
 
 Nothing is wrapped on import.  The first cache wraps each attention function *under its existing name*, so the user's
 backend and config stay unchanged.  A wrapper passes a call through untouched, unless the same layer has just updated a
-RankKV cache in the same thread.
+RankKV cache in the same thread.  Older transformers have their assisted decoding wrapped too: it announces its drafts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import CacheStateError, UnsupportedModelError
-from ..models.compat import find_eager_homes, takes_dynamic_cache
+from ..models.compat import (
+    announce_drafts,
+    find_eager_homes,
+    restore_assisted_decoding,
+    takes_dynamic_cache,
+)
 from .call import AttentionCall
 
 #: Attention backends whose masks are supported.
@@ -131,6 +136,7 @@ def install() -> None:
     False
     """
     with _install_lock:
+        announce_drafts()
         registered = AttentionInterface._global_mapping
         for name in SUPPORTED_BACKENDS:
             current = registered.get(name)
@@ -151,8 +157,9 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Restore transformers' own attention functions; caches built before can no longer be used."""
+    """Restore transformers' own functions; caches built before can no longer be used."""
     with _install_lock:
+        restore_assisted_decoding()
         for name, original in _originals.items():
             if original is None:
                 AttentionInterface._global_mapping.pop(name, None)

@@ -235,14 +235,12 @@ def drafting(request, llama):
     }[request.param]
 
 
-@oracles.needs_recent_generate
 @pytest.mark.parametrize("prompt", [PROMPT, LOOPED], ids=["random", "looped"])
 def test_assisted_with_everything_kept_equals_plain(llama, drafting, prompt):
     plain = oracles.generate(llama, prompt, None, 30)
     assert torch.equal(oracles.generate(llama, prompt, RankKVCache(llama, 1.0), 30, **drafting), plain)
 
 
-@oracles.needs_recent_generate
 @pytest.mark.parametrize("prompt", [PROMPT, LOOPED], ids=["random", "looped"])
 @pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_assisted_on_a_compressed_prompt_follows_the_masked_oracle(llama, drafting, selector, prompt):
@@ -260,7 +258,6 @@ def test_assisted_on_a_compressed_prompt_follows_the_masked_oracle(llama, drafti
             assert head[-1] == 118
 
 
-@oracles.needs_recent_generate
 @pytest.mark.parametrize("selector", oracles.ONE_PASS)
 def test_a_judged_draft_leaves_no_trace(llama, selector):
     # A cache that saw a draft and dropped it compresses as if it had never been there.
@@ -275,7 +272,6 @@ def test_a_judged_draft_leaves_no_trace(llama, selector):
         oracles.assert_equals_masked_oracle(llama, cache, PROMPT)
 
 
-@oracles.needs_recent_generate
 def test_a_draft_too_long_to_be_taken_back_is_named(llama):
     # The queries that observe the prompt would have to be there still.
     cache = RankKVCache(llama, **KEEP)
@@ -309,7 +305,6 @@ def test_a_draft_of_the_compressed_prompt_cannot_be_taken_back(llama):
         cache.crop(60)
 
 
-@oracles.needs_recent_generate
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -383,7 +383,6 @@ def test_beams(model):
         assert torch.equal(text[row], alone[0])
 
 
-@oracles.needs_recent_generate
 def test_assisted_decoding(model):
     plain = oracles.generate(model, PROMPT, RankKVCache(model, **KEEP), 10)
     drafted = oracles.generate(model, PROMPT, RankKVCache(model, **KEEP), 10, prompt_lookup_num_tokens=3)

@@ -15,7 +15,7 @@ from rankkv import RankKVCache, compress
 from rankkv.errors import CacheStateError
 
 # The hybrids are promised for the newest transformers.
-pytestmark = oracles.needs_recent_generate
+pytestmark = oracles.needs_newest
 
 HYBRIDS = ["Gemma 3", "gpt-oss", "Qwen3-Next", "Jamba", "LFM2", "Bamba"]
 PROMPT, MORE = oracles.random_prompt(90, seed=1), oracles.random_prompt(4, seed=2)

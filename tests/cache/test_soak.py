@@ -7,7 +7,7 @@ import pytest
 import soak
 
 # It draws what the newest transformers offers.
-pytestmark = oracles.needs_recent_generate
+pytestmark = oracles.needs_newest
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import weakref
 import oracles
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache, GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rankkv import RankKVCache
@@ -114,6 +115,29 @@ def test_a_function_that_a_library_puts_before_the_registered_one(tiny_llama, wh
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is first
     finally:
         ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
+
+
+def test_older_assisted_decoding_announces_its_drafts(tiny_llama, monkeypatch):
+    """A version that removes a rejected draft from the cache without a word beforehand."""
+    model, prompt, draft = tiny_llama(), oracles.random_prompt(90), oracles.random_prompt(5, seed=7)
+
+    def decode(model, ids, **options):
+        oracles.forward(model, options["past_key_values"], ids)
+        options["past_key_values"].crop(90 - ids.shape[1])
+
+    attention.uninstall()
+    monkeypatch.delattr(Cache, "activate_past_recording", raising=False)
+    monkeypatch.setattr(GenerationMixin, "_assisted_decoding", decode)
+    cache = RankKVCache(model, 0.4)
+    model._assisted_decoding(torch.cat([prompt, draft], dim=-1), past_key_values=cache)
+    assert cache.seen_tokens == 90
+    assert oracles.kept_tokens(cache) == oracles.kept_tokens(
+        oracles.prefill(model, prompt, compression_ratio=0.4)
+    )
+    # Other caches get no such call.
+    model._assisted_decoding(prompt, past_key_values=DynamicCache(config=model.config))
+    attention.uninstall()
+    assert GenerationMixin._assisted_decoding is decode
 
 
 def test_threads_may_install_at_once():
