@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -701,11 +702,13 @@ class RankKVCache(AttentionObserver, DynamicCache):
                 "tokens): use a new cache, or reset() this one."
             )
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the newest tokens (a rejected draft), then compress the prompt if it had to wait for that."""
+        # Some versions of transformers, 5.17 among them, give a tensor; the layers count tokens in numbers.
+        count = operator.index(tokens_to_remove)
         with self._progress.change():
             self._schedule.settle(self.layers)
-            super().crop(tokens_to_remove)
+            super().crop(count)
             self._schedule.after_crop(self.layers)
 
     def activate_past_recording(self) -> None:
