@@ -817,7 +817,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         observes = self._schedule.needs_observation(steps)
         sees_all = observes and self._sees_all(layer, call)
         call = self._fit_to_slots(layer_idx, slots, call)
-        output = call.run()
+        output = call.run_without_plans() if self._schedule.compressed else call.run()
         if observes:
             with torch.no_grad():
                 self._schedule.after_attention(self.layers, layer_idx, call, sees_all)
@@ -855,7 +855,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         if isinstance(layer, HeadBudgetLayer) and call.key.shape[-2] < layer.width:
             # The owner was shown its newest token alone.
             call = replace(call, key=layer.keys, value=layer.values)
-        return self._fit_to_slots(layer_idx, self._attended[layer_idx][1], call).run()
+        call = self._fit_to_slots(layer_idx, self._attended[layer_idx][1], call)
+        return call.run_without_plans() if self._schedule.compressed else call.run()
 
     def find_attended(self, key: Tensor) -> int | None:
         """Return the layer whose attention last used exactly this key tensor, or None."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from ..errors import UnsupportedModelError
 from ..observe.observation import Observation
 from ..observe.queries import compute_query_moments
 from ..profile.loss_curve import LossCurve
-from ..rank.measures import compute_measures
+from ..rank.measures import begin_measures
 from ..selection import GLOBAL_PROTECTION, Selector, raise_protected
 from ..selection.scoring import has_output_projection
+from ..utils.devices import Reader
 from .layer import RankKVLayer
 from .quality import LayerAttention, finish_plans, measure_attention
 
@@ -32,6 +34,8 @@ class Compressor:
     During a round, budgets are computed from the layers so far, and these layers shrink at once (a cascade).  The
     outcome equals one decision at the end, for two reasons: a layer's share only falls as layers arrive, and the best
     tokens among the best tokens are the best of all.  The cascade never holds more than the total budget and one layer.
+    On a GPU it is one layer more: a layer shrinks once the next one has been measured, so that the host, which needs the
+    measures, does not wait for them.
 
     Parameters
     ----------
@@ -53,6 +57,8 @@ class Compressor:
         self._open: list[BudgetPlan] = []
         # Attention to the tokens of each layer of the round under way, if the loss of the selector can be predicted.
         self._attention: list[LayerAttention] = []
+        # The last layer of the round under way, if its measures are still on their way to the host.
+        self._waiting: _Waiting | None = None
         #: Newest queries that test what is lost.
         self.test_queries = config.window_size
         #: True to measure the attention lost on every device; on a GPU its launches are not free.
@@ -93,7 +99,7 @@ class Compressor:
         layer = layers[layer_idx]
         if layer_idx == self.layer_indices[0] or not self._open:
             self._open = [BudgetPlan(config, length, self.layer_indices) for length in observation.lengths]
-            self._attention = []
+            self._attention, self._waiting = [], None
         # Lasting scores may be continued by later queries; the refined ones only select now.
         self._check_order(layer_idx)
         lasting = self._compute_lasting_scores(layer, observation)
@@ -116,9 +122,9 @@ class Compressor:
 
     def _check_order(self, layer_idx: int) -> None:
         """Raise if a layer of this round was skipped: its attention never reached the cache."""
-        expected = self.layer_indices[self._open[0].layers_added]
+        expected = self.layer_indices[self._open[0].layers_added + (self._waiting is not None)]
         if layer_idx != expected:
-            self._open = []
+            self._open, self._waiting = [], None
             raise UnsupportedModelError(
                 f"layer {layer_idx} follows, but layer {expected} did not run its attention with this cache: use a "
                 "model of which every attention layer updates the cache, or a new cache after an interrupted forward."
@@ -168,26 +174,42 @@ class Compressor:
     def _measure_and_shrink(
         self, layers: Sequence[RankKVLayer], observation: Observation, scores: Tensor
     ) -> bool:
-        config, layer_idx = self.config, observation.layer_idx
-        rows = measure_rows(self._open, config, observation)
-        ranks = measure_ranks(self._open, config, observation)
-        heads = measure_heads(self._open, observation)
-        tables = sort_scores(self._open, config, observation, scores)
-        for plan, measured, available, rank, errors, table in zip(
-            self._open, rows, observation.available, ranks, heads, tables, strict=True
-        ):
-            plan.add_layer(measured, available, rank, errors, table)
+        is_last = observation.layer_idx == self.layer_indices[-1]
+        reader = Reader(observation.keys.device)
+        begun = begin_measuring(self._open, self.config, observation, reader)
+        tables = sort_scores(self._open, self.config, observation, scores)
+        reader.start()
         if self.predicts and (self.measures_lost or observation.keys.device.type == "cpu"):
             found = measure_attention(
-                observation, scores, self.protector, self.test_queries, config.protect or ()
+                observation, scores, self.protector, self.test_queries, self.config.protect or ()
             )
             self._attention.append(found)
-        done = self.layer_indices[: self.layer_indices.index(layer_idx) + 1]
+        self._finish_waiting(layers)
+        self._waiting = _Waiting(begun, list(observation.available), tables)
+        # While a GPU measures this layer, the model goes on to the next one, so that neither waits for the other.
+        if observation.keys.device.type != "cuda" or is_last:
+            self._finish_waiting(layers)
+        return is_last
+
+    def _finish_waiting(self, layers: Sequence[RankKVLayer]) -> None:
+        """Add the measures of the layer that waits for them to the plans, and shrink the layers so far."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        for plan, measured, available, rank, errors, table in zip(
+            self._open, *waiting.read(), strict=True
+        ):
+            plan.add_layer(measured, available, rank, errors, table)
+        self._shrink_all(layers, self.layer_indices[: self._open[0].layers_added])
+
+    def _shrink_all(self, layers: Sequence[RankKVLayer], done: list[int]) -> None:
+        """Shrink the layers ``done`` to their budgets so far, and finish the round with the last layer."""
+        config = self.config
         if len(done) < len(self.layer_indices):
             ceilings = [plan.compute_ceilings() for plan in self._open]
             self._shrink(layers, done, ceilings, len(done) - 1)
             self._release_excess(layers, done, ceilings)
-            return False
+            return
         # With layers on a CPU and on GPUs, only some were measured.
         whole = self._attention if len(self._attention) == len(self.layer_indices) else []
         self._open = finish_plans(self._open, whole, config, self.protector, self.curve, self.plans)
@@ -198,7 +220,6 @@ class Compressor:
         for plan in self._open:
             plan.settle()
         self.plans, self._open = self._open, []
-        return True
 
     def _release_excess(
         self, layers: Sequence[RankKVLayer], done: list[int], ceilings: list[list[int]]
@@ -281,6 +302,30 @@ class Compressor:
         return scores
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A layer whose measures are on their way to the host.
+
+    Attributes
+    ----------
+    measures : callable
+        Returns what :func:`begin_measuring` began.
+    available : list of int
+        Real tokens among the layer's keys, one entry per row.
+    tables : list
+        What :func:`sort_scores` returned.
+    """
+
+    measures: Callable[[], tuple[list[Any], list[Any], list[Any]]]
+    available: list[int]
+    tables: list[Any]
+
+    def read(self) -> tuple[list[Any], ...]:
+        """Return measures, tokens, ranks, measures of the heads, and tables, each one entry per row."""
+        rows, ranks, heads = self.measures()
+        return rows, self.available, ranks, heads, self.tables
+
+
 def sort_scores(
     plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation, scores: Tensor
 ) -> list[Any]:
@@ -305,39 +350,47 @@ def sort_scores(
     return [table[:, plan.measuring.head_floor :] for table, plan in zip(tables, plans, strict=True)]
 
 
+def begin_measuring(
+    plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation, reader: Reader
+) -> Callable[[], tuple[list[Any], list[Any], list[Any]]]:
+    """Begin all measures of a layer; return a function that returns those of the layer, its ranks, and its heads'."""
+    plan, count = plans[0], len(plans)
+    begun: list[Callable[[], Tensor] | None] = [_begin_rows(plans, config, observation, reader), None, None]
+    if plan.needs_ranks:
+        begun[1] = begin_measures(
+            observation, "rank", reader, scope=config.scope, aggregation=config.aggregation
+        )
+    # Otherwise they are unused, or the measure of the layer.
+    if plan.measures_heads and plan.measure != "head_distortion":
+        limits = [row.measuring.head_limits for row in plans]
+        begun[2] = begin_measures(observation, "head_distortion", reader, limits=limits)
+
+    return lambda: (_read(begun[0], count), _read(begun[1], count), _read(begun[2], count))
+
+
 def measure_rows(plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation) -> list[Any]:
     """Measure a layer for the plans' strategy: one number or array per row, None if it measures nothing."""
+    return _read(_begin_rows(plans, config, observation, Reader(observation.keys.device)), len(plans))
+
+
+def _begin_rows(
+    plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation, reader: Reader
+) -> Callable[[], Tensor] | None:
     plan = plans[0]
     if plan.measure is None:
-        return [None] * len(plans)
+        return None
     options = {"scope": config.scope, "aggregation": config.aggregation, **plan.strategy_options}
-    measured = compute_measures(
-        observation,
-        plan.measure,
-        limits=[
-            row.measuring.head_limits if plan.measure == "head_distortion" else row.measuring.limits
-            for row in plans
-        ],
-        layers=len(plan.layer_indices),
-        **options,
+    limits = [
+        row.measuring.head_limits if plan.measure == "head_distortion" else row.measuring.limits
+        for row in plans
+    ]
+    return begin_measures(
+        observation, plan.measure, reader, limits=limits, layers=len(plan.layer_indices), **options
     )
+
+
+def _read(finish: Callable[[], Tensor] | None, count: int) -> list[Any]:
+    if finish is None:
+        return [None] * count
+    measured = finish()
     return measured.tolist() if measured.dim() == 1 else list(measured.numpy())
-
-
-def measure_ranks(
-    plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation
-) -> list[float | None]:
-    """Measure a layer's effective rank per row; None unless the strategy reads it beside another measure."""
-    if not plans[0].needs_ranks:
-        return [None] * len(plans)
-    return list(
-        compute_measures(observation, "rank", scope=config.scope, aggregation=config.aggregation).tolist()
-    )
-
-
-def measure_heads(plans: Sequence[BudgetPlan], observation: Observation) -> list[Any]:
-    """Measure the eviction errors of a layer's heads, ``[kv_head, budget]`` per row; None if not needed."""
-    if not plans[0].measures_heads or plans[0].measure == "head_distortion":
-        return [None] * len(plans)  # Either unused, or already the measure of the layer.
-    limits = [row.measuring.head_limits for row in plans]
-    return list(compute_measures(observation, "head_distortion", limits=limits).numpy())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models.tensor_parallel import HeadShards
 from ..observe.observation import Observation
+from ..utils.devices import Reader
 from .aggregation import compute_aggregated_rank, get_aggregation
 from .spectrum import (
     LinAlgError,
@@ -80,8 +81,7 @@ def compute_layer_ranks(
         )
     else:
         if scope == "evictable" and aggregation == "concat" and not normalize:
-            # Side by side, the Gram matrices of the key/value heads add up.  Head measures may have computed them
-            # already.
+            # Side by side, the Gram matrices of the key/value heads add up.
             if observation.shards is None:
                 return round_ranks(observation.remember(read_gram_ranks)[:, -1])
             gram = observation.sum_over_shards(observation.remember(compute_group_grams).sum(dim=1))
@@ -91,6 +91,21 @@ def compute_layer_ranks(
             return torch.zeros(window.shape[0], dtype=torch.float64)
         ranks, _ = compute_aggregated_rank(window, aggregation, normalize, shards=observation.shards)
     return round_ranks(ranks.cpu())
+
+
+def begin_layer_ranks(
+    observation: Observation,
+    reader: Reader,
+    scope: str = "evictable",
+    aggregation: str = "concat",
+    normalize: bool = False,
+) -> Callable[[], Tensor]:
+    """Begin :func:`compute_layer_ranks`; by default the host waits only when it calls what this returns."""
+    if (scope, aggregation, normalize) == ("evictable", "concat", False) and observation.shards is None:
+        find = send_ranks(observation, reader)
+        return lambda: round_ranks(find()[:, -1])
+    ranks = compute_layer_ranks(observation, scope, aggregation, normalize)
+    return lambda: ranks
 
 
 def compute_head_ranks(observation: Observation) -> Tensor:
@@ -131,22 +146,38 @@ def compute_group_ranks(observation: Observation) -> Tensor:
     return round_ranks(compute_rank_from_gram(observation.remember(compute_group_grams)).cpu())
 
 
-def compute_gram_spectra(observation: Observation) -> Tensor:
-    """Compute the spectra of the key/value heads and, last, of all heads side by side, in one call of the solver.
+#: Up to this many rows the eigenvalues are computed on the host: a GPU's solver makes the host wait, and is no faster.
+HOST_ROWS = 128
+
+
+def send_ranks(observation: Observation, reader: Reader) -> Callable[[], Tensor]:
+    """Send what the ranks of the key/value heads and, last, of all heads side by side are computed from.
 
     Returns
     -------
-    Tensor
-        ``[batch, kv_head + 1, query]`` float64 on the observation's device, see
-        :func:`rankkv.rank.spectrum.compute_gram_eigenvalues`.
+    callable
+        Returns ``[batch, kv_head + 1]`` float64 on the CPU.
     """
+    joined = observation.remember(join_group_grams)
+    if joined.shape[-1] <= HOST_ROWS:
+        return partial(reader.send(joined).compute, compute_rank_from_gram)
+    return partial(reader.send(observation.remember(compute_gram_spectra)).compute, rank_from_eigenvalues)
+
+
+def join_group_grams(observation: Observation) -> Tensor:
+    """Join the Gram matrices of the key/value heads and their sum, ``[batch, kv_head + 1, query, query]`` float64."""
     grams = observation.remember(compute_group_grams)
-    return compute_gram_eigenvalues(torch.cat([grams, grams.sum(dim=1, keepdim=True)], dim=1))
+    return torch.cat([grams, grams.sum(dim=1, keepdim=True)], dim=1)
+
+
+def compute_gram_spectra(observation: Observation) -> Tensor:
+    """Compute the spectra of these matrices on the observation's device, ``[batch, kv_head + 1, query]`` float64."""
+    return compute_gram_eigenvalues(observation.remember(join_group_grams))
 
 
 def read_gram_ranks(observation: Observation) -> Tensor:
     """Compute the ranks that belong to these spectra, ``[batch, kv_head + 1]`` float64 on the CPU."""
-    return rank_from_eigenvalues(observation.remember(compute_gram_spectra).cpu())
+    return send_ranks(observation, Reader(observation.keys.device))()
 
 
 def compute_group_grams(observation: Observation) -> Tensor:
@@ -159,8 +190,13 @@ def compute_group_grams(observation: Observation) -> Tensor:
     Tensor
         ``[batch, kv_head, query, query]`` float64.
     """
-    grams = compute_gram(observation.evictable_attention)
+    grams = observation.remember(compute_head_grams)
     return grams.unflatten(1, (observation.kv_heads, -1)).sum(dim=2)
+
+
+def compute_head_grams(observation: Observation) -> Tensor:
+    """Compute the Gram matrix of each query head's evictable attention, ``[batch, head, query, query]`` float64."""
+    return compute_gram(observation.evictable_attention)
 
 
 def compute_group_concentration(observation: Observation) -> Tensor:
@@ -191,13 +227,13 @@ def measure_concentration(observation: Observation) -> tuple[Tensor, Tensor]:
     Returns
     -------
     concentration, mass : Tensor
-        ``[batch, head, query]`` float32 on the observation's device.
+        ``[batch, head, query]`` float64 on the device of the Gram matrices.
     """
-    window = observation.evictable_attention
-    mass = window.sum(dim=-1)
-    # Divide before squaring: the square of a small mass underflows in float32.
-    shares = window / mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
-    return shares.square().sum(dim=-1), mass
+    grams = observation.remember(compute_head_grams)
+    mass = observation.evictable_attention.sum(dim=-1).to(grams.device, torch.float64)
+    # The diagonal holds the sums of squares.  In float64 the square of a small mass does not underflow.
+    squares = grams.diagonal(dim1=-2, dim2=-1)
+    return squares / mass.clamp(min=torch.finfo(torch.float32).tiny).square(), mass
 
 
 def average_concentration(concentration: Tensor, mass: Tensor, kv_heads: int) -> Tensor:

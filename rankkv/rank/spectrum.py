@@ -10,9 +10,12 @@ from torch import Tensor
 
 from ..errors import ConfigError, DegenerateAttentionError, InputError
 
-# Entries converted to float64 at a time; fewer on a CPU, where a block of half a MiB fits into the cache.
-_BLOCK_ELEMENTS, _CPU_BLOCK_ELEMENTS = 1 << 19, 1 << 16
+# Entries converted to float64 at a time: 128 MiB, which a GPU multiplies in few launches, or half a MiB on a CPU, which
+# fits into its cache.
+_BLOCK_ELEMENTS, _CPU_BLOCK_ELEMENTS = 1 << 24, 1 << 16
 _MIN_BLOCK_KEYS = 256
+# Keys of one product on a GPU.  One long product of few rows would leave most of its cores idle.
+_SPLIT_KEYS = 512
 #: The error that torch raises if a spectrum does not converge.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _EPSILON = torch.finfo(torch.float64).eps
@@ -222,9 +225,24 @@ def compute_gram(matrices: Tensor) -> Tensor:
         part, out = flat[first : first + together], gram[first : first + together]
         step = max(_MIN_BLOCK_KEYS, elements // (part.shape[0] * rows))
         for start in range(0, keys, step):
-            block = part[:, :, start : start + step].to(torch.float64)
-            out.baddbmm_(block, block.mT)
+            block = part[:, :, start : start + step]
+            if tensor.device.type != "cpu" and block.shape[-1] > _SPLIT_KEYS:
+                whole = block.shape[-1] // _SPLIT_KEYS * _SPLIT_KEYS
+                out += _multiply_in_parts(block[..., :whole])
+                block = block[..., whole:]
+            if block.shape[-1]:
+                block = block.to(torch.float64)
+                out.baddbmm_(block, block.mT)
     return gram.reshape(*lead, rows, rows)
+
+
+def _multiply_in_parts(block: Tensor) -> Tensor:
+    """Compute ``A A^T`` of ``[matrix, row, key]`` in float64, as the sum of many small products at once."""
+    matrices, rows, keys = block.shape
+    parts = block.new_empty((matrices, keys // _SPLIT_KEYS, rows, _SPLIT_KEYS), dtype=torch.float64)
+    parts.copy_(block.unflatten(-1, (-1, _SPLIT_KEYS)).transpose(1, 2))
+    flat = parts.flatten(0, 1)
+    return torch.bmm(flat, flat.mT).view(*parts.shape[:2], rows, rows).sum(dim=1)
 
 
 def round_ranks(ranks: Any, digits: int = 6) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,21 +55,83 @@ def spread_tables(tables: Sequence[Sequence[int]], device: torch.device) -> list
     return [next(sent) if len(set(numbers)) > 1 else numbers[0] for numbers in tables]
 
 
-def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return float32 and float64 tensors on the CPU; the host waits for a GPU only once.
+class Reader:
+    """Bring tensors of a device to the host in one transfer; the host waits only when it reads one of them.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the tensors are.  Only a GPU's come later; others are on the host at once.
 
     Examples
     --------
-    >>> [part.tolist() for part in read_together([torch.ones(2), torch.zeros(1, 1, dtype=torch.float64)])]
-    [[1.0, 1.0], [[0.0]]]
+    >>> reader = Reader(torch.device("cpu"))
+    >>> ones, zeros = reader.send(torch.ones(2)), reader.send(torch.zeros(1, 1, dtype=torch.float64))
+    >>> reader.start()
+    >>> ones.read().tolist(), zeros.read().tolist()
+    ([1.0, 1.0], [[0.0]])
     """
-    if tensors[0].device.type != "cuda":
-        return [tensor.cpu() for tensor in tensors]
-    # As bits, so that nothing is converted.
-    bits = [tensor.flatten().view(torch.int32) for tensor in tensors]
-    parts = torch.cat(bits).cpu().split([len(part) for part in bits])
-    # Copied, because a float64 cannot start at every int32.
-    return [
-        part.clone().view(tensor.dtype).view(tensor.shape)
-        for part, tensor in zip(parts, tensors, strict=True)
-    ]
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_late = device.type == "cuda"
+        # What was sent, and where it comes to; on a GPU until it has come.
+        self._sources: list[Tensor] = []
+        self._sent: list[Sent] = []
+        self._joined: Tensor | None = None
+        self._arrived: Any = None
+
+    def send(self, tensor: Tensor) -> Sent:
+        """Send a float32 or float64 tensor; one that was sent before is not sent again."""
+        for source, sent in zip(self._sources, self._sent, strict=True):
+            if source is tensor:
+                return sent
+        self._sources.append(tensor)
+        self._sent.append(Sent(self, tensor if self._is_late else tensor.cpu()))
+        return self._sent[-1]
+
+    def start(self) -> None:
+        """Start the transfer of all that was sent."""
+        if not self._is_late or not self._sent:
+            return
+        # As bits, so that nothing is converted.
+        bits = torch.cat([source.flatten().view(torch.int32) for source in self._sources])
+        # To pinned memory, which the device fills behind the host's back.
+        self._joined = bits.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(bits.device))
+
+    def finish(self) -> None:
+        """Wait until all has come."""
+        if not self._is_late:
+            return
+        if self._joined is None:
+            self.start()
+        joined, self._joined = self._joined, None
+        if joined is None:
+            return
+        self._arrived.synchronize()
+        sizes = [source.numel() * source.element_size() // 4 for source in self._sources]
+        for sent, part in zip(self._sent, joined.split(sizes), strict=True):
+            # Copied, because a float64 cannot start at every int32.
+            sent.tensor = part.clone().view(sent.tensor.dtype).view(sent.tensor.shape)
+        self._sources, self._sent = [], []
+
+
+class Sent:
+    """A tensor on its way to the host; see :class:`Reader`."""
+
+    def __init__(self, reader: Reader, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._reader = reader
+        self._known: dict[Any, Tensor] = {}
+
+    def read(self) -> Tensor:
+        """Return the tensor on the host, once it has come."""
+        self._reader.finish()
+        return self.tensor
+
+    def compute(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``function`` of the tensor on the host, computed once for each function."""
+        if function not in self._known:
+            self._known[function] = function(self.read())
+        return self._known[function]

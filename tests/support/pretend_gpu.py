@@ -65,6 +65,8 @@ class Counts:
         self.launches: collections.Counter[str] = collections.Counter()
         self.waits: collections.Counter[str] = collections.Counter()
         self.copies: collections.Counter[str] = collections.Counter()
+        #: Waits for what was sent behind the host's back, which it reads later.
+        self.late: collections.Counter[str] = collections.Counter()
 
     def own(self, counter: collections.Counter[str]) -> int:
         """Sum a counter without what the model itself did."""
@@ -120,8 +122,24 @@ def count_as_one(function: Callable[..., Any]) -> Callable[..., Any]:
 def pretend() -> Iterator[Counts]:
     """Count inside the block, and let tensors be made on the GPU."""
     _counts.clear()
-    with _Launches(), _Factories():
-        yield _counts
+    events = torch.cuda.Event, torch.cuda.current_stream
+    torch.cuda.Event, torch.cuda.current_stream = _Event, lambda *_: None  # type: ignore[misc,assignment]
+    try:
+        with _Launches(), _Factories():
+            yield _counts
+    finally:
+        torch.cuda.Event, torch.cuda.current_stream = events  # type: ignore[misc]
+
+
+class _Event:
+    """An event of a stream that has always just been reached."""
+
+    def record(self, stream: Any = None) -> None:
+        """Mark what the device has done so far."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+        _counts.late[_find_place()] += 1
 
 
 class _Launches(TorchDispatchMode):
@@ -269,7 +287,7 @@ def _move(func: Any, args: Any, kwargs: Any) -> Any:
         rest.append(value)
     if named.get("device") is not None:
         target, named["device"] = _is_gpu(named["device"]), "cpu"
-    if source and not target:
+    if source and not target and not named.get("non_blocking"):
         _counts.waits[_find_place()] += 1
     if target and not source and not named.get("non_blocking"):
         _counts.copies[_find_place()] += 1

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ...errors import ConfigError, UnknownNameError
 from ...observe.observation import Observation
+from ...utils.devices import Reader
 from ...utils.registry import add_entry, remove_entry
-from ..observed_layer import compute_layer_ranks
+from ..observed_layer import begin_layer_ranks, compute_layer_ranks
 from ..spectrum import round_ranks
 from .cake import compute_layer_preference
-from .distortion import compute_eviction_errors, compute_head_errors
+from .distortion import begin_eviction_errors, begin_head_errors, compute_eviction_errors, compute_head_errors
 from .dynamickv import compute_best_scores
 from .lava import compute_layer_entropy
 from .zigzagkv import compute_layer_uncertainty
@@ -30,6 +31,14 @@ MEASURES: dict[str, Callable[..., Tensor]] = {
     "dynamickv": compute_best_scores,
     "distortion": compute_eviction_errors,
     "head_distortion": compute_head_errors,
+}
+
+#: Measures that a GPU begins and the host finishes later: ``function(observation, reader, **options)`` returns a function
+#: that returns what the measure returns.
+BEGINNINGS: dict[str, Callable[..., Callable[[], Tensor]]] = {
+    "rank": begin_layer_ranks,
+    "distortion": begin_eviction_errors,
+    "head_distortion": begin_head_errors,
 }
 
 _BUILT_IN = frozenset(MEASURES)
@@ -102,18 +111,38 @@ def compute_measures(observation: Observation, measure: str, **options: Any) -> 
         ``[batch]`` or ``[batch, ...]`` float64 on the CPU.  One number per layer is rounded to 6 significant digits, so
         that float noise cannot change a token's layer.
     """
+    return begin_measures(observation, measure, Reader(observation.keys.device), **options)()
+
+
+def begin_measures(
+    observation: Observation, measure: str, reader: Reader, **options: Any
+) -> Callable[[], Tensor]:
+    """Begin a measure of one layer, and return a function that returns what :func:`compute_measures` returns.
+
+    What the host must know is sent through ``reader``: the caller starts it after all measures of the layer.  The
+    function may be called much later, and does not keep the observation.
+    """
     function = get_measure(measure)
     known = inspect.signature(function).parameters
     taken = {name: value for name, value in options.items() if name in known}
     key = (measure, repr(sorted(taken.items())))
     memory = observation.memory
     if memory is not None and key in memory:
-        return memory[key]
-    measured = function(observation, **taken).to("cpu", torch.float64)
-    measured = round_ranks(measured) if measured.dim() == 1 else measured
-    if memory is not None:
-        memory[key] = measured
-    return measured
+        return lambda: memory[key]
+    if measure in BEGINNINGS:
+        find = BEGINNINGS[measure](observation, reader, **taken)
+    else:
+        at_once = function(observation, **taken)
+        find = lambda: at_once  # noqa: E731
+
+    def finish() -> Tensor:
+        measured = find().to("cpu", torch.float64)
+        measured = round_ranks(measured) if measured.dim() == 1 else measured
+        if memory is not None:
+            memory[key] = measured
+        return measured
+
+    return finish
 
 
-__all__ = ["MEASURES", "compute_measures", "get_measure", "register_measure", "unregister_measure"]
+__all__ = ["MEASURES", "begin_measures", "compute_measures", "get_measure", "register_measure", "unregister_measure"]

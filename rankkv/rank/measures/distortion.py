@@ -14,15 +14,14 @@ from torch.nn import functional
 from ...limits import Limits, check_number, make_budget_grid
 from ...observe.observation import Observation
 from ...observe.output_projection import compute_projection_matrix, find_output_projection
-from ...utils.devices import read_together, send_numbers, spread_numbers
+from ...utils.devices import Reader, send_numbers, spread_numbers
 from ..observed_layer import (
     average_concentration,
-    compute_gram_spectra,
     compute_group_ranks,
     measure_concentration,
-    read_gram_ranks,
+    send_ranks,
 )
-from ..spectrum import rank_from_eigenvalues, round_ranks
+from ..spectrum import round_ranks
 
 # Width of the max-pooling of votes along the keys.
 _POOL = 5
@@ -52,8 +51,17 @@ def compute_eviction_errors(observation: Observation, limits: Sequence[Limits] |
         ``[batch, budget]`` float64, rounded to 6 significant digits.  Zero at the end of a shorter row, and with fewer
         than 2 queries.
     """
+    return begin_eviction_errors(observation, Reader(observation.keys.device), limits)()
+
+
+def begin_eviction_errors(
+    observation: Observation, reader: Reader, limits: Sequence[Limits] | None = None
+) -> Callable[[], Tensor]:
+    """Begin :func:`compute_eviction_errors`; the host waits only when it calls what this returns."""
     curves = _measure_rows(observation, limits, _join_heads)
-    return round_ranks(_finish(curves, read_together(list(_list_squares(curves)))).sqrt())
+    sent = [reader.send(squares) for squares in _list_squares(curves)]
+    forms = [curve.form for curve in curves]
+    return lambda: round_ranks(_finish(forms, [part.read() for part in sent]).sqrt())
 
 
 def compute_head_errors(
@@ -87,26 +95,43 @@ def compute_head_errors(
     ConfigError
         If ``rank_exponent`` is out of range.
     """
+    return begin_head_errors(observation, Reader(observation.keys.device), limits, rank_exponent)()
+
+
+def begin_head_errors(
+    observation: Observation,
+    reader: Reader,
+    limits: Sequence[Limits] | None = None,
+    rank_exponent: float = 2.0,
+) -> Callable[[], Tensor]:
+    """Begin :func:`compute_head_errors`; the host waits only when it calls what this returns."""
     check_number("rank_exponent", rank_exponent, 0.0, 8.0)
     curves = _measure_rows(observation, limits, _split_heads)
-    wanted = [*_list_squares(curves), *measure_concentration(observation)]
-    ranked = bool(rank_exponent) and observation.shards is None
-    if ranked:
-        wanted.append(observation.remember(compute_gram_spectra))
-    # All at once, so that the host waits one time.
-    read = read_together(wanted)
-    if ranked:
-        observation.remember(read_gram_ranks, rank_from_eigenvalues(read.pop()))
-    *squares, concentration, mass = read
-    factors = average_concentration(concentration, mass, observation.kv_heads) ** _CONCENTRATION_EXPONENT
-    if rank_exponent:
-        factors = factors * compute_group_ranks(observation) ** rank_exponent
-    return round_ranks(_finish(curves, squares) * factors[..., None])
+    sent = [reader.send(squares) for squares in _list_squares(curves)]
+    forms, kv_heads = [curve.form for curve in curves], observation.kv_heads
+    concentrations, masses = (reader.send(part) for part in measure_concentration(observation))
+    if not rank_exponent:
+        find_ranks = None
+    elif observation.shards is None:
+        find_ranks = send_ranks(observation, reader)
+    else:
+        ranks = compute_group_ranks(observation)
+        find_ranks = lambda: ranks  # noqa: E731
+
+    def finish() -> Tensor:
+        squares = [part.read() for part in sent]
+        concentration = average_concentration(concentrations.read(), masses.read(), kv_heads)
+        factors = concentration**_CONCENTRATION_EXPONENT
+        if find_ranks is not None:
+            factors = factors * round_ranks(find_ranks()[:, :kv_heads]) ** rank_exponent
+        return round_ranks(_finish(forms, squares) * factors[..., None])
+
+    return finish
 
 
 @dataclass(frozen=True)
 class _Curves:
-    """Squared errors of one or more rows, and how their budgets lie in the grid.
+    """Squared errors of one or more rows.
 
     Attributes
     ----------
@@ -114,14 +139,27 @@ class _Curves:
         ``[batch, budget]`` or ``[batch, kv_head, budget]``, of what each budget misses.
     whole : Tensor
         ``[batch]``, of the whole output.
+    form : _Form
+        How their budgets lie in the grid.
+    """
+
+    squares: Tensor
+    whole: Tensor
+    form: _Form
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Place of the budgets of one or more rows in the grid.
+
+    Attributes
+    ----------
     first : int
         Place of the first budget in the grid of all budgets.
     skipped, tried : list of int
         Budgets of each row's grid that were not tried, and those that were.
     """
 
-    squares: Tensor
-    whole: Tensor
     first: int
     skipped: list[int]
     tried: list[int]
@@ -133,7 +171,7 @@ def _list_squares(curves: Sequence[_Curves]) -> Iterator[Tensor]:
         yield curve.whole
 
 
-def _finish(curves: Sequence[_Curves], read: Sequence[Tensor]) -> Tensor:
+def _finish(forms: Sequence[_Form], read: Sequence[Tensor]) -> Tensor:
     """Compute relative squared errors from what was read, padded with zeros beyond the end of a row's grid.
 
     Returns
@@ -142,12 +180,12 @@ def _finish(curves: Sequence[_Curves], read: Sequence[Tensor]) -> Tensor:
         ``[row, budget]`` or ``[row, kv_head, budget]`` float64 on the CPU.
     """
     rows = []
-    for place, curve in enumerate(curves):
+    for place, form in enumerate(forms):
         squares, whole = read[2 * place], read[2 * place + 1]
         whole = whole.clamp(min=torch.finfo(whole.dtype).tiny).view(-1, *[1] * (squares.dim() - 1))
         errors = (squares.clamp(min=0.0) / whole).to(torch.float64)
-        for row, skipped, tried in zip(errors, curve.skipped, curve.tried, strict=True):
-            own = row[..., skipped - curve.first :][..., :tried]
+        for row, skipped, tried in zip(errors, form.skipped, form.tried, strict=True):
+            own = row[..., skipped - form.first :][..., :tried]
             # With the largest error the skipped budgets do not change a decreasing fit to the others.
             lead = own.amax(dim=-1, keepdim=True).expand(*own.shape[:-1], skipped)
             rows.append(torch.cat([lead, own], dim=-1))
@@ -192,7 +230,8 @@ def _measure(
         squares = (
             nothing if reduction is _join_heads else nothing[:, None].expand(-1, observation.kv_heads, -1)
         )
-        return _Curves(squares, nothing[:, 0], 0, [0] * len(lengths), [max(1, len(grid))] * len(lengths))
+        form = _Form(0, [0] * len(lengths), [max(1, len(grid))] * len(lengths))
+        return _Curves(squares, nothing[:, 0], form)
     # Skip the budgets below the floor, except the largest: it is the left end of the curve.
     skipped = [
         max(0, sum(budget <= floor for budget in own) - 1) for own, floor in zip(grids, floors, strict=True)
@@ -209,7 +248,7 @@ def _measure(
     outputs = _attend_with_fewer(observation, order, grid[first:], held_out, padding)
     squares, whole = reduction(observation, outputs)
     tried = [len(own) - none for own, none in zip(grids, skipped, strict=True)]
-    return _Curves(squares, whole, first, skipped, tried)
+    return _Curves(squares, whole, _Form(first, skipped, tried))
 
 
 def _join_heads(observation: Observation, outputs: Tensor) -> tuple[Tensor, Tensor]:
