@@ -106,13 +106,18 @@ class CompressionSchedule:
         return self.compressor.config
 
     def before_update(self, layers: list[Any], layer: RankKVLayer, steps: int) -> None:
-        """Compress a prompt that came in chunks, or waits for a replay, before its first one-token step."""
+        """Compress a prompt that waits, for more chunks, a replay or its first draft, before a forward that ends that.
+
+        A one-token step ends the prompt.  Where drafts may be removed, any forward does: the first draft was accepted.
+        """
         if self.awaits_replay and steps > 1:
             raise CacheStateError(
                 f"selector {self.selector.name!r} scores a prompt that comes in one forward, and {steps} tokens came "
                 f"after {layer.seen}: leave prefill_chunk_size out, or call finish() after the prompt."
             )
-        if self.deferred and not self.recording and steps == 1 and layer.seen:
+        # transformers 5.14 does not crop the cache if it accepts the whole draft.
+        accepted = self.recording and self.config.prefill != "chunked"
+        if self.deferred and layer.seen and (steps == 1 or accepted):
             self._compress_deferred(layers)
 
     def needs_observation(self, steps: int) -> bool:

@@ -272,6 +272,20 @@ def test_a_judged_draft_leaves_no_trace(llama, selector):
         oracles.assert_equals_masked_oracle(llama, cache, PROMPT)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_draft_that_is_accepted_in_silence_ends_the_prompt(llama, steps):
+    # transformers 5.14 crops a cache only if it rejects something.
+    cache = RankKVCache(llama, **KEEP)
+    cache.activate_past_recording()
+    oracles.forward(llama, cache, PROMPT)
+    oracles.forward(llama, cache, oracles.random_prompt(steps, 9))
+    assert cache.layers[0].compressed_at == 90
+    expected = oracles.prefill(llama, PROMPT, **KEEP)
+    cache.crop(-steps)
+    assert oracles.kept_tokens(cache) == oracles.kept_tokens(expected)
+    oracles.assert_equals_masked_oracle(llama, cache, PROMPT)
+
+
 def test_a_draft_too_long_to_be_taken_back_is_named(llama):
     # The queries that observe the prompt would have to be there still.
     cache = RankKVCache(llama, **KEEP)
