@@ -250,7 +250,7 @@ class Compressor:
     ) -> None:
         layer, own = layers[done[place]], [row[place] for row in budgets]
         layer.head_splits = [plan.find_head_split(place) for plan in self._open]
-        self._shrink_layer(layer, own, slack=0 if final else self._count_slack(layer, own))
+        self._shrink_layer(layer, own, slack=0 if final else self._count_slack(layer, own), final=final)
 
     def _count_slack(self, layer: RankKVLayer, budgets: list[int]) -> int:
         """Count the tokens kept beyond ``budgets`` (one per row) while these may still shrink."""
@@ -267,7 +267,12 @@ class Compressor:
         return layer.count_slack(settled)
 
     def _shrink_layer(
-        self, layer: RankKVLayer, budgets: list[int], slack: int, protect_before: list[int] | None = None
+        self,
+        layer: RankKVLayer,
+        budgets: list[int],
+        slack: int,
+        protect_before: list[int] | None = None,
+        final: bool = True,
     ) -> None:
         window, sinks, protect = self.config.window_size, self.config.sink_size, self.config.protect
         with torch.no_grad():
@@ -279,6 +284,7 @@ class Compressor:
                 protect,
                 slack,
                 protect_before,
+                final,
             )
 
     def _compute_lasting_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:

@@ -2,7 +2,14 @@
 
 from .base import GLOBAL_PROTECTION, NEEDS, Selector, WrappingSelector
 from .registry import SELECTORS, get_selector, register_selector, unregister_selector
-from .select import CASCADE_SLACK, raise_protected, select_tokens, select_tokens_across_heads
+from .select import (
+    CASCADE_SLACK,
+    list_protected,
+    raise_protected,
+    rank_tokens,
+    select_tokens,
+    select_tokens_across_heads,
+)
 
 __all__ = [
     "CASCADE_SLACK",
@@ -12,8 +19,10 @@ __all__ = [
     "Selector",
     "WrappingSelector",
     "get_selector",
+    "list_protected",
     "raise_protected",
     "register_selector",
+    "rank_tokens",
     "select_tokens",
     "select_tokens_across_heads",
     "unregister_selector",
