@@ -177,7 +177,7 @@ class Compressor:
         is_last = observation.layer_idx == self.layer_indices[-1]
         reader = Reader(observation.keys.device)
         begun = begin_measuring(self._open, self.config, observation, reader)
-        tables = sort_scores(self._open, self.config, observation, scores)
+        tables = begin_sorting(self._open, self.config, observation, scores, reader)
         reader.start()
         if self.predicts and (self.measures_lost or observation.keys.device.type == "cpu"):
             found = measure_attention(
@@ -318,18 +318,18 @@ class _Waiting:
         Returns what :func:`begin_measuring` began.
     available : list of int
         Real tokens among the layer's keys, one entry per row.
-    tables : list
-        What :func:`sort_scores` returned.
+    tables : callable
+        Returns what :func:`begin_sorting` began.
     """
 
     measures: Callable[[], tuple[list[Any], list[Any], list[Any]]]
     available: list[int]
-    tables: list[Any]
+    tables: Callable[[], list[Any]]
 
     def read(self) -> tuple[list[Any], ...]:
         """Return measures, tokens, ranks, measures of the heads, and tables, each one entry per row."""
         rows, ranks, heads = self.measures()
-        return rows, self.available, ranks, heads, self.tables
+        return rows, self.available, ranks, heads, self.tables()
 
 
 def sort_scores(
@@ -339,21 +339,28 @@ def sort_scores(
 
     The tokens that a head keeps anyway are left out: the protected ones, and the best others up to the floor.
     """
+    return begin_sorting(plans, config, observation, scores, Reader(observation.keys.device))()
+
+
+def begin_sorting(
+    plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation, scores: Tensor, reader: Reader
+) -> Callable[[], list[Any]]:
+    """Begin :func:`sort_scores`; the host waits only when it calls what this returns."""
+    floors = [plan.measuring.head_floor for plan in plans]
     if not plans[0].reads_scores:
-        return [None] * len(plans)
-    count = observation.kv_heads
+        return lambda: [None] * len(floors)
     ranked = raise_protected(
-        scores.float().expand(-1, count, -1),
+        scores.float().expand(-1, observation.kv_heads, -1),
         observation.real_index,
         observation.lengths,
-        [plan.measuring.head_floor for plan in plans],
+        floors,
         GLOBAL_PROTECTION,
         config.window_size,
         config.sink_size,
         protect=config.protect or (),
     )
-    tables = observation.gather_over_shards(ranked.sort(dim=-1, descending=True).values).cpu().numpy()
-    return [table[:, plan.measuring.head_floor :] for table, plan in zip(tables, plans, strict=True)]
+    sent = reader.send(observation.gather_over_shards(ranked.sort(dim=-1, descending=True).values))
+    return lambda: [table[:, floor:] for table, floor in zip(sent.read().numpy(), floors, strict=True)]
 
 
 def begin_measuring(

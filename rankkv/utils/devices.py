@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,52 @@ def spread_tables(tables: Sequence[Sequence[int]], device: torch.device) -> list
     joined = send_numbers([number for numbers in uneven for number in numbers], device) if uneven else None
     sent = iter(() if joined is None else joined.view(len(uneven), -1, 1, 1).unbind())
     return [next(sent) if len(set(numbers)) > 1 else numbers[0] for numbers in tables]
+
+
+def takes_halves(tensor: Tensor) -> bool:
+    """Return True if the device multiplies such tensors in bfloat16 and adds the products up in float32.
+
+    A float32 product of the same numbers takes a GPU many times as long: its fast units know no float32.
+
+    Examples
+    --------
+    >>> takes_halves(torch.ones(2))
+    False
+    """
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cuda" and _try_halves(tensor.device)
+
+
+@functools.cache
+def _try_halves(device: torch.device) -> bool:
+    ones = torch.ones(1, 8, 8, dtype=torch.bfloat16, device=device)
+    try:
+        return multiply_halves(ones, ones).dtype == torch.float32
+    except (NotImplementedError, TypeError, RuntimeError):
+        # An older torch, or a card without bfloat16.
+        return False
+
+
+def multiply_halves(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply ``[matrix, m, k]`` and ``[matrix, k, n]`` of bfloat16; the sums are float32."""
+    product: Tensor = torch.bmm(left, right, out_dtype=torch.float32)  # type: ignore[call-overload]
+    return product
+
+
+def split_into_halves(tensor: Tensor) -> Tensor:
+    """Split float32 numbers into the sum of two bfloat16 numbers: ``[..., m, k]`` to ``[..., 2, m, k]``.
+
+    The sum is right to about five digits.  The tensor is used up: it holds nothing of use afterwards.
+
+    Examples
+    --------
+    >>> split_into_halves(torch.tensor([[1.0, 1.00390625]])).tolist()
+    [[[1.0, 1.0]], [[0.0, 0.00390625]]]
+    """
+    halves = tensor.new_empty((*tensor.shape[:-2], 2, *tensor.shape[-2:]), dtype=torch.bfloat16)
+    first, second = halves.unbind(dim=-3)
+    first.copy_(tensor)
+    second.copy_(tensor.sub_(first))
+    return halves
 
 
 class Reader:
