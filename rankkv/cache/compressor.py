@@ -34,8 +34,8 @@ class Compressor:
     During a round, budgets are computed from the layers so far, and these layers shrink at once (a cascade).  The
     outcome equals one decision at the end, for two reasons: a layer's share only falls as layers arrive, and the best
     tokens among the best tokens are the best of all.  The cascade never holds more than the total budget and one layer.
-    On a GPU it is one layer more: a layer shrinks once the next one has been measured, so that the host, which needs the
-    measures, does not wait for them.
+    On a GPU it is one layer more: a layer shrinks once the next one has been measured, so that the host does not wait
+    for the measures.
 
     Parameters
     ----------
@@ -196,9 +196,7 @@ class Compressor:
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             return
-        for plan, measured, available, rank, errors, table in zip(
-            self._open, *waiting.read(), strict=True
-        ):
+        for plan, measured, available, rank, errors, table in zip(self._open, *waiting.read(), strict=True):
             plan.add_layer(measured, available, rank, errors, table)
         self._shrink_all(layers, self.layer_indices[: self._open[0].layers_added])
 
@@ -343,7 +341,11 @@ def sort_scores(
 
 
 def begin_sorting(
-    plans: Sequence[BudgetPlan], config: RankKVConfig, observation: Observation, scores: Tensor, reader: Reader
+    plans: Sequence[BudgetPlan],
+    config: RankKVConfig,
+    observation: Observation,
+    scores: Tensor,
+    reader: Reader,
 ) -> Callable[[], list[Any]]:
     """Begin :func:`sort_scores`; the host waits only when it calls what this returns."""
     floors = [plan.measuring.head_floor for plan in plans]

@@ -445,7 +445,9 @@ class RankKVLayer(DynamicLayer):
         """Keep the first slots, in memory of their own."""
         width = max(counts)
         for name in ("keys", "values"):
-            setattr(self, name, getattr(self, name)[..., :width, :].clone(memory_format=torch.contiguous_format))
+            setattr(
+                self, name, getattr(self, name)[..., :width, :].clone(memory_format=torch.contiguous_format)
+            )
 
     def _settle_order(self, counts: list[int], final: bool) -> None:
         """Keep the first ``counts`` slots of each row, and put them in the order of their positions."""

@@ -193,7 +193,18 @@ def _attend_with_flash(
 ) -> Tensor:
     """Do what ``varlen_attn`` of torch 2.12 does, for older ones; the kernel groups query heads unasked."""
     return torch.ops.aten._flash_attention_forward(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, False, False, scale=scale, seqused_k=seqused_k
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        0.0,
+        False,
+        False,
+        scale=scale,
+        seqused_k=seqused_k,
     )[0]
 
 

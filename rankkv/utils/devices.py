@@ -81,8 +81,7 @@ def _try_halves(device: torch.device) -> bool:
 
 def multiply_halves(left: Tensor, right: Tensor) -> Tensor:
     """Multiply ``[matrix, m, k]`` and ``[matrix, k, n]`` of bfloat16; the sums are float32."""
-    product: Tensor = torch.bmm(left, right, out_dtype=torch.float32)  # type: ignore[call-overload]
-    return product
+    return torch.bmm(left, right, out_dtype=torch.float32)
 
 
 def split_into_halves(tensor: Tensor) -> Tensor:
