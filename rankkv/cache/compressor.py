@@ -187,7 +187,7 @@ class Compressor:
         self._finish_waiting(layers)
         self._waiting = _Waiting(begun, list(observation.available), tables)
         # While a GPU measures this layer, the model goes on to the next one, so that neither waits for the other.
-        if observation.keys.device.type != "cuda" or is_last:
+        if is_last or not reader.is_late:
             self._finish_waiting(layers)
         return is_last
 

@@ -119,7 +119,7 @@ class Reader:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._is_late = device.type == "cuda"
+        self._on_gpu = device.type == "cuda"
         # What was sent, and where it comes to; on a GPU until it has come.
         self._sources: list[Tensor] = []
         self._sent: list[Sent] = []
@@ -132,12 +132,17 @@ class Reader:
             if source is tensor:
                 return sent
         self._sources.append(tensor)
-        self._sent.append(Sent(self, tensor if self._is_late else tensor.cpu()))
+        self._sent.append(Sent(self, tensor if self._on_gpu else tensor.cpu()))
         return self._sent[-1]
+
+    @property
+    def is_late(self) -> bool:
+        """True if something was sent that the host would have to wait for."""
+        return self._on_gpu and bool(self._sent)
 
     def start(self) -> None:
         """Start the transfer of all that was sent."""
-        if not self._is_late or not self._sent:
+        if not self.is_late:
             return
         # As bits, so that nothing is converted.
         bits = torch.cat([source.flatten().view(torch.int32) for source in self._sources])
@@ -148,7 +153,7 @@ class Reader:
 
     def finish(self) -> None:
         """Wait until all has come."""
-        if not self._is_late:
+        if not self._on_gpu:
             return
         if self._joined is None:
             self.start()

@@ -390,7 +390,10 @@ def _attend_with_fewer(
     if takes_halves(sorted_values):
         halves = split_into_halves(sorted_weights).flatten(1, 2)
         parts = [
-            multiply_halves(halves[..., start:stop], sorted_values[:, start:stop]) for start, stop in bounds
+            multiply_halves(halves[..., start:stop], sorted_values[:, start:stop])
+            if start < stop
+            else mixed.new_zeros((*halves.shape[:2], mixed.shape[-1]))
+            for start, stop in bounds
         ]
         outputs = torch.stack(parts).unflatten(2, (2, -1)).sum(dim=2).cumsum(dim=0).add_(mixed)
     else:
