@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import rankkv
@@ -33,6 +34,8 @@ from benchmarks.common import describe_machine, synchronize
 from rankkv import RankKVCache
 from rankkv.budget import STRATEGIES
 from rankkv.cache import ReplayPrompt
+from rankkv.cache.storage import SlotLayout
+from rankkv.cache.unpadded import UnpaddedHeads
 from rankkv.models.compat import cache_argument
 from rankkv.selection import SELECTORS
 from rankkv.utils.files import write_text_atomically
@@ -52,9 +55,9 @@ CORRECT: list[dict[str, Any]] = [
     {}, {"head_budgets": None}, {"head_budgets": "adaptive"},
     {"decode": "bounded"}, {"decode": "bounded", "head_budgets": None},
     {"decode": "periodic", "decode_interval": 6}, {"decode": "periodic", "decode_interval": 6, "head_budgets": None},
-    {"prefill": "chunked", "prefill_chunk_size": 100}, {"prefill": "streaming"},
+    {"prefill": "streaming"},
     {"storage": "int8"}, {"storage": "offload"},
-    {"positions": "packed"}, {"merging": "values"}, {"scope": "full"}, {"max_loss": 0.05},
+    {"positions": "packed"}, {"scope": "full"}, {"max_loss": 0.05},
     *({"selector": name} for name in SELECTORS if name not in _OTHERWISE),
     *({"strategy": name} for name in STRATEGIES if name not in {"random", "threshold"}),
 ]  # fmt: skip
@@ -422,7 +425,41 @@ def measure_unpadded(bench: Bench) -> None:
         padded_step_ms=found["padded"][1][0],
         layers_without_padding=found["without padding"][2],
         logit_error=float((found["without padding"][0] - found["padded"][0]).abs().max()),
+        **measure_kernel(bench),
     )
+
+
+def measure_kernel(bench: Bench) -> dict[str, float]:
+    """Error of the attention without padding, and of torch's own over padded heads, relative to float64."""
+    generator = torch.Generator().manual_seed(4)
+    counts = torch.randint(20, 300 if bench.small else 4000, (2, 4), generator=generator)
+    layout = SlotLayout.of_counts(counts.tolist(), int(counts.max()), bench.device)
+    dtype = torch.bfloat16 if bench.has_gpu else torch.float32
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(bench.device, dtype)
+
+    kept = draw(int(counts.sum()), 64), draw(int(counts.sum()), 64)
+    later = draw(2, 4, 1, 64), draw(2, 4, 1, 64)
+    heads = UnpaddedHeads(layout, kept, (later[0][:, :, :0], later[1][:, :, :0]))
+    query = draw(2, 12, 1, 64)
+    heads.append(*later)
+    output = heads.attend(query, None).transpose(1, 2)
+    keys, values = (torch.cat([layout.pad(part), new], dim=2) for part, new in zip(kept, later, strict=True))
+    slots = torch.arange(keys.shape[2], device=bench.device)
+    mask = (slots >= keys.shape[2] - 1 - counts.to(bench.device)[..., None]).repeat_interleave(3, dim=1)
+    wide = [states.repeat_interleave(3, dim=1) for states in (keys, values)]
+
+    def attend(kind: torch.dtype) -> Tensor:
+        return scaled_dot_product_attention(
+            query.to(kind), wide[0].to(kind), wide[1].to(kind), attn_mask=mask[:, :, None]
+        ).double()
+
+    wanted = attend(torch.float64)
+    return {
+        "kernel_error": float((output.double() - wanted).norm() / wanted.norm()),
+        "padded_kernel_error": float((attend(dtype) - wanted).norm() / wanted.norm()),
+    }
 
 
 def measure_waits(bench: Bench, model: Any) -> None:
@@ -496,8 +533,10 @@ def measure_tpot(
 ) -> None:
     """Time decode steps, over those of the plain cache; note the memory held while decoding."""
     ids = bench.draw_ids(model, rows, tokens)
-    plain, full = float("nan"), 0.0
-    settings = [("plain", 1.0)] + [
+    plain = steady = float("nan")
+    full = 0.0
+    # cuDNN's attention builds a plan in each step of the plain cache; without it torch takes flash attention.
+    settings = [("plain", 1.0), ("plain, without cuDNN", 1.0), ("default", 1.0)] + [
         (name, ratio) for ratio in ratios for name in ("default", "head_budgets=None")
     ]
     for name, ratio in settings:
@@ -506,17 +545,29 @@ def measure_tpot(
         before = bench.clear()
         named = {"rows": rows, "tokens": tokens, "cache": name, "kept": ratio}
         with bench.attempt("tpot", **named):
-            cache = bench.build_cache(model, name, ratio)
+            cache = bench.build_cache(model, name.partition(",")[0], ratio)
             prefill(model, cache, ids)
-            taken, host = decode(model, cache, ids[:, -1:], tokens, steps)
+            cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(cudnn and "without cuDNN" not in name)
+            try:
+                taken, host = decode(model, cache, ids[:, -1:], tokens, steps)
+            finally:
+                torch.backends.cuda.enable_cudnn_sdp(cudnn)
             plain = taken if name == "plain" else plain
+            steady = taken if name == "plain, without cuDNN" else steady
             held, _ = bench.read_memory()
             if name == "plain":
                 full = held - before
             bench.note(
-                "tpot", **named, ms=taken, host_ms=host, over_plain=taken / plain,
-                held_GiB=held - before, held_over_plain=(held - before) / full if full else float("nan"),
-            )  # fmt: skip
+                "tpot",
+                **named,
+                ms=taken,
+                host_ms=host,
+                over_plain=taken / plain,
+                over_plain_without_cudnn=taken / steady,
+                held_GiB=held - before,
+                held_over_plain=(held - before) / full if full else float("nan"),
+            )
         cache = None
 
 

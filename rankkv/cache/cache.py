@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -701,11 +702,13 @@ class RankKVCache(AttentionObserver, DynamicCache):
                 "tokens): use a new cache, or reset() this one."
             )
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the newest tokens (a rejected draft), then compress the prompt if it had to wait for that."""
+        # Some versions of transformers, 5.17 among them, give a tensor; the layers count tokens in numbers.
+        count = operator.index(tokens_to_remove)
         with self._progress.change():
             self._schedule.settle(self.layers)
-            super().crop(tokens_to_remove)
+            super().crop(count)
             self._schedule.after_crop(self.layers)
 
     def activate_past_recording(self) -> None:
@@ -814,7 +817,7 @@ class RankKVCache(AttentionObserver, DynamicCache):
         observes = self._schedule.needs_observation(steps)
         sees_all = observes and self._sees_all(layer, call)
         call = self._fit_to_slots(layer_idx, slots, call)
-        output = call.run()
+        output = call.run_without_plans() if self._schedule.compressed else call.run()
         if observes:
             with torch.no_grad():
                 self._schedule.after_attention(self.layers, layer_idx, call, sees_all)
@@ -852,7 +855,8 @@ class RankKVCache(AttentionObserver, DynamicCache):
         if isinstance(layer, HeadBudgetLayer) and call.key.shape[-2] < layer.width:
             # The owner was shown its newest token alone.
             call = replace(call, key=layer.keys, value=layer.values)
-        return self._fit_to_slots(layer_idx, self._attended[layer_idx][1], call).run()
+        call = self._fit_to_slots(layer_idx, self._attended[layer_idx][1], call)
+        return call.run_without_plans() if self._schedule.compressed else call.run()
 
     def find_attended(self, key: Tensor) -> int | None:
         """Return the layer whose attention last used exactly this key tensor, or None."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import check_compression_ratio, check_max_loss, check_predicted
+from ..config import AUTO_SELECTOR, RankKVConfig, check_compression_ratio, check_max_loss, check_predicted
 from ..errors import ConfigError, InputError, UnknownNameError
 from ..utils.hub import require
 from ..utils.processes import find_own_device, gather, is_main_process, split_samples
@@ -75,7 +75,13 @@ def evaluate(
             show_default="none",
         ),
     ] = None,
-    selectors: Annotated[str, typer.Option(help="Token selection methods, comma-separated.")] = "snapkv",
+    selectors: Annotated[
+        str | None,
+        typer.Option(
+            help="Token selection methods, comma-separated; auto is what compress() takes.",
+            show_default="auto; snapkv with --question before",
+        ),
+    ] = None,
     strategies: Annotated[
         str,
         typer.Option(help="Budget strategies, auto or default, comma-separated; uniform is always added."),
@@ -166,6 +172,7 @@ def evaluate(
     if question not in ("after", "before"):
         raise ConfigError(f"--question is {question!r} but must be 'after' or 'before'.")
     question = "before" if question_aware else question
+    methods = _split(selectors or (AUTO_SELECTOR if question == "after" else "snapkv"), "--selectors")
     given = parse_options(task_option, "--task-option")
     names = [] if tasks is None and data else _split(tasks or DEFAULT_TASKS, "--tasks")
     numbers = [_number(item, float, "--ratios") for item in _split(ratios, "--ratios")]
@@ -180,10 +187,11 @@ def evaluate(
     )
     for number in losses:
         check_max_loss(number)
-        for name in _split(selectors, "--selectors"):
+        for name in methods:
             check_predicted(number, name)
-    for name in _split(selectors, "--selectors"):
-        check_method("selectors", name, {}, "--selectors")
+    for name in methods:
+        if name != AUTO_SELECTOR:
+            check_method("selectors", name, {}, "--selectors")
     for name in _split(strategies, "--strategies"):
         if name not in list_names("presets"):
             check_method("strategies", name, {}, "--strategies")
@@ -201,7 +209,7 @@ def evaluate(
 
         settings, uniform_of = build_settings(
             numbers,
-            _split(selectors, "--selectors"),
+            methods,
             _split(strategies, "--strategies"),
             losses,
         )
@@ -234,6 +242,16 @@ def evaluate(
             }
         store = None if output is None else ResultStore(output, config)
         language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
+    if AUTO_SELECTOR in methods:
+        from ..cache.resolve import choose_for_questions
+
+        chosen, remarks = choose_for_questions(RankKVConfig(), language_model)
+        name = chosen.selector if chosen.selector != AUTO_SELECTOR else "snapkv"
+        console.print(
+            "; ".join([f"Selector auto: {name}, as compress() takes it", *remarks]) + ".",
+            markup=False,
+            soft_wrap=True,
+        )
 
     sampling = {
         "lengths": counts,

@@ -16,6 +16,9 @@ from ..models.tensor_parallel import HeadShards
 from .block_masks import reduce_block_mask
 from .observation import Observation, count_real, is_visible
 
+# Up to so many queries, a plan takes longer to build than it saves.
+_FEW_QUERIES = 512
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -66,6 +69,21 @@ class AttentionCall:
     def run(self) -> Any:
         """Run the attention function and return its result."""
         return self.inner(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+    def run_without_plans(self) -> Any:
+        """Run the attention function, but not by cuDNN's attention, if there are few queries on a GPU.
+
+        cuDNN builds a plan for each new number of keys, which takes milliseconds.  Layers and heads with budgets of
+        their own differ in it, and it changes with every token.  torch's other kernels take any length at once.
+        """
+        backends = torch.backends.cuda
+        if self.query.device.type != "cuda" or self.steps > _FEW_QUERIES or not backends.cudnn_sdp_enabled():
+            return self.run()
+        backends.enable_cudnn_sdp(False)
+        try:
+            return self.run()
+        finally:
+            backends.enable_cudnn_sdp(True)
 
 
 def observe(

@@ -234,3 +234,21 @@ def test_a_step_without_padding_takes_three_launches_a_layer(tiny_llama):
             wanted = plain(tokens, **cache_argument(cache)).logits
     # In half precision the two may keep different tokens, and random weights have logits of about one.
     assert (logits - wanted).abs().mean() < 0.05
+
+
+def test_only_decode_steps_do_without_cudnns_plans(tiny_llama, monkeypatch):
+    """cuDNN builds a plan for each new number of keys; layers and heads with budgets of their own differ in it."""
+    model = pretend_gpu.put_on_gpu(tiny_llama(**SHAPE))
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def note(*args, **options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    with pretend_gpu.pretend() as counts:
+        _, step = start(model, counts, 1, head_budgets=None)
+        assert seen == [True] * LAYERS
+        step()
+    assert seen[LAYERS:] == [False] * LAYERS
+    assert torch.backends.cuda.cudnn_sdp_enabled()

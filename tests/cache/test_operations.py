@@ -176,6 +176,20 @@ def test_cropping_some_of_the_generated_tokens(llama):
     assert_same_logits(oracles.feed(llama, cache, later), oracles.feed(llama, reference, later))
 
 
+def test_cropping_by_a_tensor_equals_cropping_by_a_number(model, batch):
+    # So transformers 5.17 removes a rejected draft.
+    ids, mask = batch
+    chunks = oracles.next_chunks(3)
+    cache = oracles.prefill(model, ids, mask, **OPTIONS)
+    oracles.feed(model, cache, oracles.next_chunks(3, (2, 3), seed=7), mask)
+    reference = cache.copy()
+    cache.crop(torch.tensor(-4))
+    reference.crop(-4)
+    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+    assert (cache.kept_lengths, cache.seen_tokens) == (reference.kept_lengths, reference.seen_tokens)
+    assert_same_logits(oracles.feed(model, cache, chunks, mask), oracles.feed(model, reference, chunks, mask))
+
+
 def test_cropping_into_the_compressed_prompt_is_refused(llama):
     cache = oracles.prefill(llama, PROMPTS[0], **OPTIONS)
     oracles.feed(llama, cache, oracles.next_chunks(1, (2,)))

@@ -67,7 +67,7 @@ def test_a_loss_stands_beside_the_ratios(small, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     found = {one["setting"]: one for one in json.loads(result.stdout)["comparisons"]}
-    shares = [found[f"snapkv|max_loss|{loss}"]["kept_share"] for loss in (0.05, 0.5)]
+    shares = [found[f"auto|max_loss|{loss}"]["kept_share"] for loss in (0.05, 0.5)]
     assert 1 > shares[0] > shares[1] > 0
 
 
@@ -158,7 +158,11 @@ def test_a_published_file_is_scored_as_it_is(small, longbench, tmp_path, questio
         assert words in shown, words
     rows = read_rows([tmp_path / "out" / "rows.parquet"])
     assert len(rows) == 3 * 4
-    assert {row["setting"] for row in rows} == {"full", "blank", "snapkv|uniform|0.5", "snapkv|auto|0.5"}
+    # Without --selectors each question is asked of the cache that serves it by default.
+    selector = {"after": "auto", "before": "snapkv"}[question]
+    assert ("Selector auto: echo, as compress() takes it." in shown) == (question == "after")
+    settings = {f"{selector}|uniform|0.5", f"{selector}|auto|0.5"}
+    assert {row["setting"] for row in rows} == {"full", "blank", *settings}
     assert {row["question_aware"] for row in rows} == {question == "before"}
     assert sorted({(row["index"], row["cut_tokens"] > 0) for row in rows}) == [
         (0, False),
@@ -166,7 +170,7 @@ def test_a_published_file_is_scored_as_it_is(small, longbench, tmp_path, questio
         (2, True),
     ]
     found = {one["setting"]: one for one in json.loads(result.stdout)["comparisons"]}
-    assert found["snapkv|auto|0.5"]["bytes_share"] == pytest.approx(0.5, abs=0.05)
+    assert found[f"{selector}|auto|0.5"]["bytes_share"] == pytest.approx(0.5, abs=0.05)
     # A file that changed is another run.
     longbench.write_text(longbench.read_text().replace("topic 0", "topic zero"))
     again = invoke(*arguments)

@@ -95,6 +95,13 @@ def test_what_is_found_for_each_kind(tiny_llama, tiny_neox):
     assert smol[2] is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_a_deep_model_of_half_precision_hides_no_rotation(tiny_llama, dtype):
+    model = tiny_llama(num_hidden_layers=40).to(dtype)
+    found = find_rotations(model, list(range(40)))
+    assert all(rotation is not None and not rotation.interleaved for rotation in found.values())
+
+
 def test_other_positions_are_refused_by_name():
     options = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4}
     gpt2 = GPT2LMHeadModel(GPT2Config(**options, initializer_range=0.2)).eval()
