@@ -74,7 +74,7 @@ class HeadScores:
         high = np.asarray(room, dtype=np.int64)
         result = np.minimum(min(self.floor, max(0, budget)), high)
         left = min(self.heads * budget, int(high.sum())) - int(result.sum())
-        best = count_best(self.table, [1.0] * self.heads, min(max(0, left), len(self.values)))
+        best = count_best(list(self.table), [1.0] * self.heads, min(max(0, left), len(self.values)))
         taken = np.minimum(best, high - result)
         result, left = result + taken, left - int(taken.sum())
         # Tokens beyond the scores are spread evenly, such as when a layer outgrows the prompt while decoding.
@@ -130,9 +130,7 @@ class ScorePool:
     def share(self, places: float) -> None:
         """Keep the best scores that fit, and forget the others: they can only lose again."""
         counts = count_best(self._scores, self._costs, places)
-        self._scores = [
-            scores[:count] for scores, count in zip(self._scores, counts.tolist(), strict=True)
-        ]
+        self._scores = [scores[:count] for scores, count in zip(self._scores, counts.tolist(), strict=True)]
 
     def count(self, layers: int) -> FloatArray:
         """Return the tokens that each layer gets beyond its lower bound, ``[layer]`` float64."""

@@ -18,15 +18,25 @@ def send_numbers(numbers: Sequence[int], device: torch.device, dtype: torch.dtyp
     >>> send_numbers([3, 1], torch.device("cpu")).tolist()
     [3, 1]
     """
-    made = torch.tensor(numbers, dtype=dtype)
+    return send_tensor(torch.tensor(numbers, dtype=dtype), device)
+
+
+def send_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """Send a tensor of the host to a device; a GPU does not make the host wait for that.
+
+    Examples
+    --------
+    >>> send_tensor(torch.ones(2), torch.device("cpu")).tolist()
+    [1.0, 1.0]
+    """
     if device.type != "cuda":
-        return made.to(device)
+        return tensor.to(device)
     try:
         # From pinned memory the copy runs behind the host's back.
-        return made.pin_memory().to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
     except RuntimeError:
         # No memory can be pinned: then the host waits.
-        return made.to(device)
+        return tensor.to(device)
 
 
 def spread_numbers(numbers: Sequence[int], device: torch.device) -> Any:
