@@ -361,6 +361,54 @@ def make_origins() -> str:
     return write_table(("record", "command", "commit"), rows)
 
 
+def name_number(value: float | None, digits: int = 2) -> str:
+    """Return a number with so many digits; a dash where none was measured."""
+    return "-" if value is None or value != value else f"{value:,.{digits}f}"
+
+
+def make_gpu(part: str) -> str:
+    """Make a table of what was measured on a GPU: "ttft", "tpot", "waits" or "backends"."""
+    rows = [row for row in read_record("gpu/h100.json")["rows"] if row["part"] == part]
+    if part == "ttft":
+        head = ("shape", "tokens", "cache", "ms", "over plain", "peak, GiB", "held after it, GiB")
+        return write_table(head, [
+            (
+                row["shape"], f"{row['tokens']:,}", name_cache(row["cache"]), name_number(row.get("ms"), 0),
+                name_number(row.get("over_plain")), name_number(row.get("peak_GiB")), name_number(row.get("held_GiB")),
+            )
+            for row in rows
+            if "ms" in row
+        ])  # fmt: skip
+    if part == "tpot":
+        head = ("rows", "tokens", "cache", "kept", "ms", "over plain", "over plain without cuDNN", "bytes held over plain")
+        return write_table(head, [
+            (
+                row["rows"], f"{row['tokens']:,}", name_cache(row["cache"]), f"{row['kept']:.0%}",
+                name_number(row["ms"], 1), name_number(row["over_plain"]),
+                name_number(row.get("over_plain_without_cudnn")), name_number(row["held_over_plain"]),
+            )
+            for row in rows
+            if "ms" in row
+        ])  # fmt: skip
+    if part == "waits":
+        head = ("cache", "waits a layer of a prefill", "waits of a decode step")
+        return write_table(head, [
+            (name_cache(row["cache"]), name_number(row["prefill_a_layer"]), row["step"])
+            for row in rows
+            if "step" in row and row["cache"] != "plain"
+        ])  # fmt: skip
+    return write_table(("backend", "cache", "ms a step of four layers"), [
+        (f"`{row['backend']}`", name_cache(row.get("cache", "-")), name_number(row["ms"], 1))
+        for row in rows
+        if "ms" in row
+    ])  # fmt: skip
+
+
+def name_cache(name: str) -> str:
+    """Return a cache's name, as code where it is an option."""
+    return f"`{name}`" if "=" in name else name
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     **{page: {"measured": lambda page=page: make_measured(page)} for page in MEASURED_HEADS},
     "docs/index.md": {"measured": lambda: make_measured("docs/index.md")},
@@ -396,6 +444,10 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "speed-prefill": lambda: make_speed("prefill"),
         "speed-decode": lambda: make_speed("decode"),
         "quality-speed": make_quality_speed,
+        "gpu-prefill": lambda: make_gpu("ttft"),
+        "gpu-decode": lambda: make_gpu("tpot"),
+        "gpu-waits": lambda: make_gpu("waits"),
+        "gpu-backends": lambda: make_gpu("backends"),
     },
     "docs/evaluation.md": {"sweep": make_sweep},
     "docs/kvpress.md": {"parity": make_parity},

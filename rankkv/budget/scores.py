@@ -34,16 +34,11 @@ class HeadScores:
         return len(self.table)
 
     @cached_property
-    def _ranked(self) -> tuple[FloatArray, IntArray]:
-        """Scores of all heads, the best first, and the head of each; ties go to the lower head."""
-        flat = self.table.ravel()
-        order = np.argsort(-flat, kind="stable")[: int(np.isfinite(flat).sum())]
-        return flat[order], order // max(1, self.table.shape[1])
-
-    @property
     def values(self) -> FloatArray:
         """Scores of all heads, descending."""
-        return self._ranked[0]
+        flat = self.table.ravel()
+        # Stable, because it merges what is sorted already.
+        return -np.sort(-flat, kind="stable")[: int(np.isfinite(flat).sum())]
 
     def average(self) -> HeadScores:
         """Return the mean of the heads' descending scores, for heads that keep equally many tokens.
@@ -79,8 +74,8 @@ class HeadScores:
         high = np.asarray(room, dtype=np.int64)
         result = np.minimum(min(self.floor, max(0, budget)), high)
         left = min(self.heads * budget, int(high.sum())) - int(result.sum())
-        owners = self._ranked[1][: max(0, left)]
-        taken = np.minimum(np.bincount(owners, minlength=self.heads), high - result)
+        best = count_best(list(self.table), [1.0] * self.heads, min(max(0, left), len(self.values)))
+        taken = np.minimum(best, high - result)
         result, left = result + taken, left - int(taken.sum())
         # Tokens beyond the scores are spread evenly, such as when a layer outgrows the prompt while decoding.
         return spread_tokens(result, left, room)
@@ -119,27 +114,79 @@ class ScorePool:
     """
 
     def __init__(self) -> None:
-        self._scores = np.zeros(0)
-        self._owners = np.zeros(0, dtype=np.int64)
+        self._places: list[int] = []
+        # Scores of each layer that still have a place, descending.
+        self._scores: list[FloatArray] = []
         # A token of the layer's budget is one token in each of its heads.
-        self._costs = np.zeros(0)
+        self._costs: list[float] = []
 
     def add(self, place: int, scores: HeadScores, lower: int, upper: int) -> None:
         """Add the scores of the layer at ``place``, as far as they lie between its bounds."""
         first, last = ((bound - scores.floor) * scores.heads for bound in (lower, upper))
-        new = scores.values[max(0, first) : max(0, last)]
-        self._scores = np.concatenate([self._scores, new])
-        self._owners = np.concatenate([self._owners, np.full(len(new), place)])
-        self._costs = np.concatenate([self._costs, np.full(len(new), 1.0 / scores.heads)])
+        self._places.append(place)
+        self._scores.append(scores.values[max(0, first) : max(0, last)])
+        self._costs.append(1.0 / scores.heads)
 
     def share(self, places: float) -> None:
         """Keep the best scores that fit, and forget the others: they can only lose again."""
-        # Both parts are sorted already, which a stable sort merges in linear time.  Ties go to the earlier layer.
-        order = np.argsort(-self._scores, kind="stable")
-        spent = np.cumsum(self._costs[order])
-        kept = order[: int(np.searchsorted(spent, places + 1e-9, side="right"))]
-        self._scores, self._owners, self._costs = self._scores[kept], self._owners[kept], self._costs[kept]
+        counts = count_best(self._scores, self._costs, places)
+        self._scores = [scores[:count] for scores, count in zip(self._scores, counts.tolist(), strict=True)]
 
     def count(self, layers: int) -> FloatArray:
         """Return the tokens that each layer gets beyond its lower bound, ``[layer]`` float64."""
-        return np.bincount(self._owners, weights=self._costs, minlength=layers).astype(np.float64)
+        result = np.zeros(layers)
+        for place, scores, cost in zip(self._places, self._scores, self._costs, strict=True):
+            result[place] = len(scores) * cost
+        return result
+
+
+def count_best(rows: Sequence[FloatArray], costs: Sequence[float], places: float) -> IntArray:
+    """Count the scores of each row among the best of all rows, as many as find a place.
+
+    Equal scores of an earlier row come first.  Rows are searched, not merged, so the time hardly grows with them.
+
+    Parameters
+    ----------
+    rows : sequence of ndarray
+        Descending scores.
+    costs : sequence of float
+        Places that one score of each row takes.
+    places : float
+        Places of all rows.
+
+    Returns
+    -------
+    ndarray
+        ``[row]`` int64.
+
+    Examples
+    --------
+    >>> count_best([np.array([9.0, 5.0, 5.0]), np.array([8.0, 5.0])], [1.0, 1.0], 4).tolist()
+    [3, 1]
+    """
+    limit, cost = places + 1e-9, np.asarray(costs, dtype=np.float64)
+    ascending = [-row for row in rows]
+    # At least and at most so many of each row are among the best.
+    low, high = np.zeros(len(rows), dtype=np.int64), np.array([len(row) for row in rows], dtype=np.int64)
+    if float(high @ cost) <= limit:
+        return high
+    while (high > low).any():
+        widest = int((high - low).argmax())
+        pivot = ascending[widest][(low[widest] + high[widest]) // 2]
+        above = np.array([row.searchsorted(pivot, side="left") for row in ascending])
+        level = np.array([row.searchsorted(pivot, side="right") for row in ascending])
+        above, level = above.clip(low, high), level.clip(low, high)
+        if float(level @ cost) <= limit:
+            low = level
+        elif float(above @ cost) > limit:
+            high = above
+        else:
+            left = limit - float(above @ cost)
+            for place, (ties, price) in enumerate(zip((level - above).tolist(), costs, strict=True)):
+                taken = min(ties, int(left / price))
+                above[place] += taken
+                left -= taken * price
+                if taken < ties:
+                    break
+            return above
+    return low

@@ -34,8 +34,8 @@ class Compressor:
     During a round, budgets are computed from the layers so far, and these layers shrink at once (a cascade).  The
     outcome equals one decision at the end, for two reasons: a layer's share only falls as layers arrive, and the best
     tokens among the best tokens are the best of all.  The cascade never holds more than the total budget and one layer.
-    On a GPU it is one layer more: a layer shrinks once the next one has been measured, so that the host, which needs the
-    measures, does not wait for them.
+    On a GPU it is one layer more: a layer shrinks once the next one has been measured, so that the host does not wait
+    for the measures.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class Compressor:
         is_last = observation.layer_idx == self.layer_indices[-1]
         reader = Reader(observation.keys.device)
         begun = begin_measuring(self._open, self.config, observation, reader)
-        tables = sort_scores(self._open, self.config, observation, scores)
+        tables = begin_sorting(self._open, self.config, observation, scores, reader)
         reader.start()
         if self.predicts and (self.measures_lost or observation.keys.device.type == "cpu"):
             found = measure_attention(
@@ -187,7 +187,7 @@ class Compressor:
         self._finish_waiting(layers)
         self._waiting = _Waiting(begun, list(observation.available), tables)
         # While a GPU measures this layer, the model goes on to the next one, so that neither waits for the other.
-        if observation.keys.device.type != "cuda" or is_last:
+        if is_last or not reader.is_late:
             self._finish_waiting(layers)
         return is_last
 
@@ -196,9 +196,7 @@ class Compressor:
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             return
-        for plan, measured, available, rank, errors, table in zip(
-            self._open, *waiting.read(), strict=True
-        ):
+        for plan, measured, available, rank, errors, table in zip(self._open, *waiting.read(), strict=True):
             plan.add_layer(measured, available, rank, errors, table)
         self._shrink_all(layers, self.layer_indices[: self._open[0].layers_added])
 
@@ -250,7 +248,7 @@ class Compressor:
     ) -> None:
         layer, own = layers[done[place]], [row[place] for row in budgets]
         layer.head_splits = [plan.find_head_split(place) for plan in self._open]
-        self._shrink_layer(layer, own, slack=0 if final else self._count_slack(layer, own))
+        self._shrink_layer(layer, own, slack=0 if final else self._count_slack(layer, own), final=final)
 
     def _count_slack(self, layer: RankKVLayer, budgets: list[int]) -> int:
         """Count the tokens kept beyond ``budgets`` (one per row) while these may still shrink."""
@@ -267,7 +265,12 @@ class Compressor:
         return layer.count_slack(settled)
 
     def _shrink_layer(
-        self, layer: RankKVLayer, budgets: list[int], slack: int, protect_before: list[int] | None = None
+        self,
+        layer: RankKVLayer,
+        budgets: list[int],
+        slack: int,
+        protect_before: list[int] | None = None,
+        final: bool = True,
     ) -> None:
         window, sinks, protect = self.config.window_size, self.config.sink_size, self.config.protect
         with torch.no_grad():
@@ -279,6 +282,7 @@ class Compressor:
                 protect,
                 slack,
                 protect_before,
+                final,
             )
 
     def _compute_lasting_scores(self, layer: RankKVLayer, observation: Observation) -> Tensor:
@@ -312,18 +316,18 @@ class _Waiting:
         Returns what :func:`begin_measuring` began.
     available : list of int
         Real tokens among the layer's keys, one entry per row.
-    tables : list
-        What :func:`sort_scores` returned.
+    tables : callable
+        Returns what :func:`begin_sorting` began.
     """
 
     measures: Callable[[], tuple[list[Any], list[Any], list[Any]]]
     available: list[int]
-    tables: list[Any]
+    tables: Callable[[], list[Any]]
 
     def read(self) -> tuple[list[Any], ...]:
         """Return measures, tokens, ranks, measures of the heads, and tables, each one entry per row."""
         rows, ranks, heads = self.measures()
-        return rows, self.available, ranks, heads, self.tables
+        return rows, self.available, ranks, heads, self.tables()
 
 
 def sort_scores(
@@ -333,21 +337,32 @@ def sort_scores(
 
     The tokens that a head keeps anyway are left out: the protected ones, and the best others up to the floor.
     """
+    return begin_sorting(plans, config, observation, scores, Reader(observation.keys.device))()
+
+
+def begin_sorting(
+    plans: Sequence[BudgetPlan],
+    config: RankKVConfig,
+    observation: Observation,
+    scores: Tensor,
+    reader: Reader,
+) -> Callable[[], list[Any]]:
+    """Begin :func:`sort_scores`; the host waits only when it calls what this returns."""
+    floors = [plan.measuring.head_floor for plan in plans]
     if not plans[0].reads_scores:
-        return [None] * len(plans)
-    count = observation.kv_heads
+        return lambda: [None] * len(floors)
     ranked = raise_protected(
-        scores.float().expand(-1, count, -1),
+        scores.float().expand(-1, observation.kv_heads, -1),
         observation.real_index,
         observation.lengths,
-        [plan.measuring.head_floor for plan in plans],
+        floors,
         GLOBAL_PROTECTION,
         config.window_size,
         config.sink_size,
         protect=config.protect or (),
     )
-    tables = observation.gather_over_shards(ranked.sort(dim=-1, descending=True).values).cpu().numpy()
-    return [table[:, plan.measuring.head_floor :] for table, plan in zip(tables, plans, strict=True)]
+    sent = reader.send(observation.gather_over_shards(ranked.sort(dim=-1, descending=True).values))
+    return lambda: [table[:, floor:] for table, floor in zip(sent.read().numpy(), floors, strict=True)]
 
 
 def begin_measuring(

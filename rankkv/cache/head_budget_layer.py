@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -14,7 +15,9 @@ from ..config import count_spanned
 from ..errors import CacheStateError, ProfileError
 from ..observe.observation import Observation
 from ..selection import CASCADE_SLACK, select_tokens, select_tokens_across_heads
+from ..utils.devices import send_numbers
 from .layer import StoredLayer
+from .ranked_slots import Choice, RankedSlots
 from .storage import STORAGES, SlotLayout, UnpaddedStorage
 from .unpadded import UnpaddedHeads, can_attend_unpadded
 
@@ -279,19 +282,13 @@ class HeadBudgetLayer(StoredLayer):
     def _select(
         self, scores: Tensor, real_index: Tensor, budgets: Sequence[int], keep: list[int], **how: Any
     ) -> Tensor:
-        # Not the keys themselves: they would be padded to be shown.
-        heads = self.keys.shape[1] if self._layout is None else self._layout.shape[1]
-        splits = [split for split in self.head_splits if split is not None]
-        if splits and splits[0].heads != heads:
-            raise ProfileError(
-                f"the profile has {splits[0].heads} heads for a layer with {heads} key/value heads, so it does not fit "
-                "this model: calibrate the model (rankkv calibrate), or use head_budgets='distortion'."
-            )
-        if splits and heads > 1:
+        splits = self._find_splits()
+        if splits:
             return self._select_by_heads(splits, scores, real_index, budgets, keep, **how)
         self._known_counts = None
         if scores.shape[1] == 1:
             if self._are_equal:
+                heads = self.keys.shape[1] if self._layout is None else self._layout.shape[1]
                 self._known_counts = [[count] * heads for count in keep]
             return super()._select(scores, real_index, budgets, keep, **how)
         self._are_equal = False
@@ -311,24 +308,37 @@ class HeadBudgetLayer(StoredLayer):
         **how: Any,
     ) -> Tensor:
         """Select the tokens of each head as if it were a row with its own budget."""
-        batch, heads, keys = scores.shape[0], splits[0].heads, scores.shape[-1]
-        scores, real_index = (
-            tensor.expand(-1, heads, -1).reshape(batch * heads, 1, keys) for tensor in (scores, real_index)
-        )
+        batch, heads = scores.shape[0], splits[0].heads
+        choice = self._split(splits, budgets, keep, how)
+        self._known_counts = _fold(choice.counts, heads)
+        return select_tokens(
+            self._by_row(scores),
+            self._by_row(real_index),
+            choice.lengths,
+            choice.budgets,
+            keep=choice.counts,
+            **choice.how,
+        ).view(batch, heads, -1)
+
+    def _split(
+        self, splits: Sequence[HeadSplit], budgets: Sequence[int], keep: list[int], how: dict[str, Any]
+    ) -> Choice:
+        """Split the budgets of the rows over their heads."""
+        heads = splits[0].heads
         # Shares come from the counts before the first shrink: they must not depend on the number of shrinks.
         counts = self._known_counts
         if counts is None:
             counts = (
                 [[count] * heads for count in self._available]
-                if self._are_equal
-                else (real_index >= 0).sum(-1).view(batch, heads).tolist()
+                if self._are_equal or self._real_index is None
+                else (self._by_row(self._real_index) >= 0).sum(-1).view(-1, heads).tolist()
             )
         if self._room is None:
             self._room = counts
-        spanned_in = how.get("protect_before") or self._lengths
+        before = how.get("protect_before")
         own, kept = [], []
         for split, budget, target, room, available, length in zip(
-            splits, budgets, keep, self._room, counts, spanned_in, strict=True
+            splits, budgets, keep, self._room, counts, before or self._lengths, strict=True
         ):
             # Until the budget is final, the target includes slack.
             final = target <= budget
@@ -339,13 +349,68 @@ class HeadBudgetLayer(StoredLayer):
             own += share
             kept += [min(count + (not final), left) for count, left in zip(share, available, strict=True)]
         lengths = [length for length in self._lengths for _ in range(heads)]
-        if how.get("protect_before") is not None:
-            how["protect_before"] = [length for length in how["protect_before"] for _ in range(heads)]
-        self._known_counts = [kept[row * heads : (row + 1) * heads] for row in range(batch)]
-        return select_tokens(scores, real_index, lengths, own, keep=kept, **how).view(batch, heads, -1)
+        if before is not None:
+            how = {**how, "protect_before": [length for length in before for _ in range(heads)]}
+        return Choice(kept, own, lengths, how)
 
-    def _find_valid(self, empty: Tensor, keep: list[int]) -> Tensor | None:
+    # -- slots in the order of their scores ----------------------------------------------------------------------
+
+    def _find_splits(self) -> list[HeadSplit]:
+        """Return the split of each row's budget; empty if heads keep the same number, or compete."""
+        # Not the keys themselves: they would be padded to be shown.
+        heads = self.keys.shape[1] if self._layout is None else self._layout.shape[1]
+        splits = [split for split in self.head_splits if split is not None]
+        if splits and splits[0].heads != heads:
+            raise ProfileError(
+                f"the profile has {splits[0].heads} heads for a layer with {heads} key/value heads, so it does not fit "
+                "this model: calibrate the model (rankkv calibrate), or use head_budgets='distortion'."
+            )
+        return splits if heads > 1 else []
+
+    def _choose(self, budgets: Sequence[int], keep: list[int], how: dict[str, Any]) -> Choice | None:
+        splits = self._find_splits()
+        return self._split(splits, budgets, keep, how) if splits else None
+
+    def _by_row(self, tensor: Tensor) -> Tensor:
+        heads = self._find_splits()[0].heads
+        return tensor.expand(-1, heads, -1).reshape(-1, 1, tensor.shape[-1])
+
+    def _by_layer(self, index: Tensor, empty: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        shape = len(self._lengths), -1, index.shape[-1]
+        return index.view(shape), None if empty is None else empty.view(shape)
+
+    def _keep_ranked(self, ranked: RankedSlots) -> None:
+        rows, slots = len(ranked.counts), self.width
+        first = torch.arange(0, rows * slots, slots, device=ranked.order.device)
+        tokens = ranked.order[:, 0] + first[:, None]
+        tokens = torch.cat([row[:count] for row, count in zip(tokens, ranked.counts, strict=True)])
+        self._known_counts = _fold(ranked.counts, rows // len(self._lengths))
+        layout = SlotLayout.of_counts(self._known_counts, max(ranked.counts), tokens.device)
+        for store in self._stores.values():
+            store.pick(tokens, layout, layout.shape)
+
+    def _keep_first(self, counts: list[int]) -> None:
+        self._known_counts = _fold(counts, len(counts) // len(self._lengths))
+        layout = SlotLayout.of_counts(self._known_counts, max(counts), self.device)
+        for store in self._stores.values():
+            store.keep_first(layout)
+
+    def _pick_ranked(self, ranked: RankedSlots, counts: list[int], slots: Tensor) -> None:
+        starts = [0, *itertools.accumulate(ranked.counts)][:-1]
+        tokens, width = slots[:, 0] + send_numbers(starts, slots.device)[:, None], max(counts)
+        self._known_counts = _fold(counts, len(counts) // len(self._lengths))
+        shape = len(self._lengths), len(self._known_counts[0]), width
+        layout = None
+        if min(counts) < width:
+            layout = SlotLayout.of_counts(self._known_counts, width, tokens.device)
+            tokens = torch.cat([row[width - count :] for row, count in zip(tokens, counts, strict=True)])
+        for store in self._stores.values():
+            store.pick(tokens.flatten(), layout, shape)
+
+    def _find_valid(self, empty: Tensor | None, keep: list[int]) -> Tensor | None:
         counts = self._known_counts
+        if empty is None:
+            return None
         if counts is None:
             # Empty slots stand first in a head, so heads with as many tokens have them in the same places.
             same = bool((empty == empty[:, :1]).all())
@@ -356,3 +421,8 @@ class HeadBudgetLayer(StoredLayer):
             self._valid_of = self._layout, ~empty
         # The same tensor for the same layout: masks made of it serve again.
         return self._valid_of[1]
+
+
+def _fold(counts: list[int], heads: int) -> list[list[int]]:
+    """Return ``[row][kv_head]`` counts from those of one head after the other."""
+    return [counts[start : start + heads] for start in range(0, len(counts), heads)]

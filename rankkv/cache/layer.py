@@ -15,6 +15,7 @@ from ..errors import CacheStateError
 from ..observe.observation import Observation
 from ..observe.queries import QueryBuffer
 from ..selection import Selector, select_tokens
+from .ranked_slots import Choice, RankedSlots
 from .storage import STORAGES, PlainStorage
 
 #: Names of a layer's tensors whose first axis is the row of the batch.
@@ -104,6 +105,12 @@ class RankKVLayer(DynamicLayer):
         # Scores to continue while decoding; None if they equal the scores that select.
         self._lasting: Tensor | None = None
         self._real_index: Tensor | None = None
+        # True if the keys that the scores belong to are all tokens of each row, none missing.
+        self._in_order = False
+        # Order of the slots while the budget may still shrink; None if they are in the order of their positions.
+        self._ranked: RankedSlots | None = None
+        # Slots kept by the last shrink of a compression, whose scores may be asked for.
+        self._last_kept: Tensor | None = None
         #: Split of each row's budget over the heads; None if heads keep the same number, or compete.
         self.head_splits: Sequence[HeadSplit | None] = []
         self._lengths: list[int] = []
@@ -341,6 +348,9 @@ class RankKVLayer(DynamicLayer):
         self._lasting = None if lasting is scores else lasting
         self._scores, self._real_index = scores, observation.real_index
         self._lengths, self._available = observation.lengths, observation.available
+        held = {*self._lengths, *self._available}
+        self._in_order = self.kept_positions is None and held == {observation.key_length}
+        self._ranked = self._last_kept = None
         self._kept_tokens = list(observation.available)
         if self.kept_positions is not None:
             self.kept_positions, by_head = observation.positions, observation.valid.dim() == 3
@@ -358,8 +368,12 @@ class RankKVLayer(DynamicLayer):
         protect: Sequence[tuple[int, int]] = (),
         slack: int = 0,
         protect_before: Sequence[int] | None = None,
+        final: bool = True,
     ) -> None:
         """Keep ``budgets`` tokens per row (plus ``slack``), and release the rest.
+
+        Unless the budgets are ``final``, the slots may stand in the order of their scores: nothing but the next shrink
+        can read them then.
 
         Raises
         ------
@@ -369,31 +383,110 @@ class RankKVLayer(DynamicLayer):
         if self._scores is None or self._real_index is None:
             raise CacheStateError("the layer has no scores to select by: call begin_compression() first.")
         keep = [min(budget + slack, count) for budget, count in zip(budgets, self._available, strict=True)]
-        if min(keep) == self.width:
+        if self._ranked is None and min(keep) == self.width:
             return
-        kept = self._select(
-            self._scores,
-            self._real_index,
-            budgets,
-            keep,
-            selector=selector,
-            window_size=window_size,
-            sink_size=sink_size,
-            protect=protect,
-            protect_before=protect_before,
-        )
+        how: dict[str, Any] = {
+            "selector": selector,
+            "window_size": window_size,
+            "sink_size": sink_size,
+            "protect": protect,
+            "protect_before": protect_before,
+        }
+        if self._shrink_ranked(budgets, keep, how, final):
+            self._available = self._kept_tokens = keep
+            return
+        kept = self._select(self._scores, self._real_index, budgets, keep, **how)
         empty = kept < 0
         index = kept.clamp(min=0)
         self._keep_slots(index)
+        self._note_kept(index, empty, keep, final)
+        self._available = self._kept_tokens = keep
+
+    def _shrink_ranked(
+        self, budgets: Sequence[int], keep: list[int], how: dict[str, Any], final: bool
+    ) -> bool:
+        """Shrink with the slots in the order of their scores, and return True, if that order tells what to keep."""
+        ranked = self._ranked
+        if ranked is None and (final or self.kept_positions is not None):
+            return False
+        choice = self._choose(budgets, keep, how)
+        if choice is None or self._scores is None or self._real_index is None:
+            return False
+        if ranked is None:
+            scores, real_index = self._by_row(self._scores), self._by_row(self._real_index)
+            self._ranked = RankedSlots.of(scores, real_index, choice, self._in_order)
+            self._keep_ranked(self._ranked)
+            self._ranked.compact()
+            return True
+        if ranked.protected != choice.protected:
+            # Other tokens come first: back to the order of positions.
+            self._settle_order(ranked.counts, final=False)
+            return False
+        if final:
+            self._settle_order(choice.counts, final=True)
+        elif ranked.counts != choice.counts:
+            ranked.counts = choice.counts
+            self._keep_first(choice.counts)
+        return True
+
+    def _choose(self, budgets: Sequence[int], keep: list[int], how: dict[str, Any]) -> Choice | None:
+        """Return how many tokens each row keeps; None if the order of its scores does not tell which ones."""
+        return Choice(keep, list(budgets), self._lengths, how)
+
+    def _by_row(self, tensor: Tensor) -> Tensor:
+        """Return ``[batch, kv_head or 1, slot]`` with the rows of a :class:`RankedSlots`."""
+        return tensor
+
+    def _keep_ranked(self, ranked: RankedSlots) -> None:
+        """Keep the slots of ``ranked``, in its order."""
+        self._keep_slots(ranked.order)
+
+    def _keep_first(self, counts: list[int]) -> None:
+        """Keep the first slots, in memory of their own."""
+        width = max(counts)
+        for name in ("keys", "values"):
+            setattr(
+                self, name, getattr(self, name)[..., :width, :].clone(memory_format=torch.contiguous_format)
+            )
+
+    def _settle_order(self, counts: list[int], final: bool) -> None:
+        """Keep the first ``counts`` slots of each row, and put them in the order of their positions."""
+        ranked, self._ranked = self._ranked, None
+        if ranked is None:
+            return
+        keys, slots = ranked.sort(counts)
+        empty = None
+        if min(counts) < max(counts):
+            empty, keys = keys < 0, keys.clamp(min=0)
+        self._pick_ranked(ranked, counts, slots)
+        self._note_kept(*self._by_layer(keys, empty), counts, final)
+
+    def _pick_ranked(self, ranked: RankedSlots, counts: list[int], slots: Tensor) -> None:
+        """Keep some slots of ``ranked``, ``[row, kv_head or 1, slot]``; of each row the last ``counts``."""
+        self._keep_slots(slots)
+
+    def _by_layer(self, index: Tensor, empty: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return what has the rows of a :class:`RankedSlots` as ``[batch, kv_head or 1, slot]``."""
+        return index, empty
+
+    def _note_kept(self, index: Tensor, empty: Tensor | None, counts: list[int], final: bool) -> None:
+        """Note which slots were kept, ``[batch, kv_head or 1, slot]``, and which of them are empty."""
+        if self._scores is None or self._real_index is None:
+            return
         self.kept_positions = (
             index if self.kept_positions is None else _gather_heads(self.kept_positions, index)
         )
-        self._real_index = _gather_heads(self._real_index, index).masked_fill(empty, -1)
-        self._scores = _gather_heads(self._scores, index)
-        if self._lasting is not None:
-            self._lasting = _gather_heads(self._lasting, index)
-        self.kept_valid = self._find_valid(empty, keep)
-        self._available = self._kept_tokens = keep
+        if final:
+            # Nothing is selected any more.
+            self._last_kept = index
+        else:
+            self._real_index = _gather_heads(self._real_index, index)
+            if empty is not None:
+                self._real_index = self._real_index.masked_fill(empty, -1)
+            self._scores = _gather_heads(self._scores, index)
+            if self._lasting is not None:
+                self._lasting = _gather_heads(self._lasting, index)
+        self.kept_valid = self._find_valid(empty, counts)
 
     def _keep_slots(self, index: Tensor) -> None:
         """Keep the keys and values of some slots, ``index [batch, kv_head or 1, slot]``."""
@@ -415,13 +508,18 @@ class RankKVLayer(DynamicLayer):
     ) -> Tensor:
         return select_tokens(scores, real_index, self._lengths, budgets, keep=keep, **how)
 
-    def _find_valid(self, empty: Tensor, keep: list[int]) -> Tensor | None:
-        return ~empty[:, 0] if min(keep) < max(keep) else None
+    def _find_valid(self, empty: Tensor | None, keep: list[int]) -> Tensor | None:
+        return ~empty[:, 0] if empty is not None and min(keep) < max(keep) else None
 
     def end_compression(self, keep_scores: bool = False) -> None:
         """Release the scores, or keep them for decoding."""
+        if self._ranked is not None:
+            self._settle_order(self._ranked.counts, final=True)
         lasting = self._scores if self._lasting is None else self._lasting
+        if keep_scores and lasting is not None and self._last_kept is not None:
+            lasting = _gather_heads(lasting, self._last_kept)
         self.running_scores = lasting if keep_scores else None
+        self._last_kept = None
         self._scores = self._lasting = self._real_index = None
         self.head_splits = []
 

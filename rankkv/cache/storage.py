@@ -195,10 +195,10 @@ class SlotLayout:
         ``(batch, kv_head, slot)``.
     counts : list of list of int
         Tokens held, ``[row][kv_head]``.
-    held : Tensor
-        ``[token]`` int64, flat index of each token's slot.
-    blank : Tensor, optional
-        ``[head, 2]`` int64, row and key/value head of each head without a token; its slots are zeros.
+    device : torch.device
+        Where the layout is used.
+    slots : Tensor, optional
+        ``[token]`` int64, see :attr:`held`; None if the empty slots of each head stand first.
     found : Tensor, optional
         ``[batch * kv_head * slot]``, see :attr:`source`; None if the empty slots of each head stand first.
 
@@ -212,8 +212,8 @@ class SlotLayout:
 
     shape: tuple[int, ...]
     counts: list[list[int]]
-    held: Tensor
-    blank: Tensor | None = None
+    device: torch.device
+    slots: Tensor | None = None
     found: Tensor | None = None
 
     @classmethod
@@ -225,7 +225,7 @@ class SlotLayout:
         source = first[..., None] + (valid.cumsum(-1) - 1).clamp(min=0)
         kept = counts.tolist()
         held = valid.flatten().nonzero()[:, 0]
-        return cls(tuple(valid.shape), kept, held, _find_blank(kept, valid.device), source.flatten())
+        return cls(tuple(valid.shape), kept, valid.device, held, source.flatten())
 
     @classmethod
     def of_counts(cls, counts: list[list[int]], slots: int, device: torch.device) -> SlotLayout:
@@ -245,19 +245,31 @@ class SlotLayout:
         >>> SlotLayout.of_counts([[2, 1]], 2, torch.device("cpu")).held.tolist()
         [0, 1, 3]
         """
-        flat = [count for row in counts for count in row]
-        total, start, shifts = sum(flat), 0, []
-        for head, count in enumerate(flat):
-            # From a token's number to its slot.
-            shifts.append((head + 1) * slots - count - start)
-            start += count
-        shift, sizes = send_numbers([*shifts, *flat], device).view(2, -1)
-        held = torch.repeat_interleave(shift, sizes, output_size=total) + torch.arange(total, device=device)
-        return cls((len(counts), len(counts[0]), slots), counts, held, _find_blank(counts, device))
+        return cls((len(counts), len(counts[0]), slots), counts, device)
 
     def is_like(self, counts: list[list[int]], slots: int) -> bool:
         """Return True if :meth:`of_counts` would build the same layout from these counts."""
         return self.found is None and self.counts == counts and self.shape[-1] == slots
+
+    @cached_property
+    def held(self) -> Tensor:
+        """Flat index of each token's slot, ``[token]`` int64."""
+        if self.slots is not None:
+            return self.slots
+        flat = [count for row in self.counts for count in row]
+        total, start, shifts = sum(flat), 0, []
+        for head, count in enumerate(flat):
+            # From a token's number to its slot.
+            shifts.append((head + 1) * self.shape[-1] - count - start)
+            start += count
+        shift, sizes = send_numbers([*shifts, *flat], self.device).view(2, -1)
+        numbers = torch.arange(total, device=self.device)
+        return torch.repeat_interleave(shift, sizes, output_size=total) + numbers
+
+    @cached_property
+    def blank(self) -> Tensor | None:
+        """Row and key/value head of each head without a token, ``[head, 2]`` int64; its slots are zeros."""
+        return _find_blank(self.counts, self.device)
 
     @cached_property
     def source(self) -> Tensor:
@@ -268,7 +280,7 @@ class SlotLayout:
         starts = [0, *itertools.accumulate(flat)][:-1]
         # Token of slot 0, if the empty slots before the first token counted too.
         before = [start + count - self.shape[-1] for start, count in zip(starts, flat, strict=True)]
-        first, least = send_numbers([*before, *starts], self.held.device).view(2, -1, 1)
+        first, least = send_numbers([*before, *starts], self.device).view(2, -1, 1)
         return torch.maximum(torch.arange(self.shape[-1], device=first.device) + first, least).flatten()
 
     def unpad(self, tensor: Tensor) -> Tensor:
@@ -387,6 +399,16 @@ class UnpaddedStorage(PlainStorage):
         self._tensor, self.layout = None, layout
         self._kept.put(taken)
         self._later.put(taken.new_empty((*layout.shape[:2], 0, size)))
+
+    def keep_first(self, layout: SlotLayout) -> None:
+        """Keep only the first tokens of each head, as many as ``layout`` says, in memory of their own."""
+        kept = self._kept.get()
+        if self.layout is None or kept is None:
+            return
+        parts = kept.split([count for row in self.layout.counts for count in row])
+        counts = [count for row in layout.counts for count in row]
+        self._tensor, self.layout = None, layout
+        self._kept.put(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]))
 
     @property
     def room_bytes(self) -> int:

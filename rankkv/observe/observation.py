@@ -382,12 +382,16 @@ class Observation:
             position_bias=pick(self.position_bias),
         )
 
+    def is_padded_in_front(self, row: int) -> bool:
+        """Return True if the keys of a row are its padding, then all its tokens, and the host knows that."""
+        whole = self.query_start + self.query_length == self.key_length
+        return whole and self.valid.dim() == 2 and self.lengths[row] == self.available[row]
+
     def take_row(self, row: int) -> Observation:
         """Return the observation of one batch row, without its padding."""
         first_query = max(0, self.row_start[row] - self.query_start)
-        whole = self.query_start + self.query_length == self.key_length
-        if whole and self.valid.dim() == 2 and self.lengths[row] == self.available[row]:
-            # Only padding stands before the first real token: slices, so that the host need not ask where.
+        if self.is_padded_in_front(row):
+            # Slices, so that the host need not ask where the tokens are.
             real: Any = slice(self.row_start[row], self.key_length)
             queries: Any = slice(first_query, self.query_length)
         elif self.slots is not None:

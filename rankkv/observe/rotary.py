@@ -67,6 +67,8 @@ class LayerRotation:
             first, second = part[..., : size // 2], part[..., size // 2 :]
         turned = (first * cos - second * sin, second * cos + first * sin)
         joined = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
+        if size == width:
+            return joined.to(states.dtype)
         out = states.clone()
         out[..., start : start + size] = joined.to(states.dtype)
         return out

@@ -2,7 +2,14 @@
 
 from .base import GLOBAL_PROTECTION, NEEDS, Selector, WrappingSelector
 from .registry import SELECTORS, get_selector, register_selector, unregister_selector
-from .select import CASCADE_SLACK, raise_protected, select_tokens, select_tokens_across_heads
+from .select import (
+    CASCADE_SLACK,
+    list_protected,
+    raise_protected,
+    rank_tokens,
+    select_tokens,
+    select_tokens_across_heads,
+)
 
 __all__ = [
     "CASCADE_SLACK",
@@ -12,7 +19,9 @@ __all__ = [
     "Selector",
     "WrappingSelector",
     "get_selector",
+    "list_protected",
     "raise_protected",
+    "rank_tokens",
     "register_selector",
     "select_tokens",
     "select_tokens_across_heads",

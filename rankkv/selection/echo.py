@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..observe.observation import Observation
+from ..utils.devices import send_numbers, send_tensor
 from .expected_attention import compute_expected_attention
 from .scoring import check_integer_option, compute_output_norms, without_padding
 
@@ -126,12 +127,13 @@ def _compute_lookups(
     first = observation.key_length - queries
     keys = observation.keys[:, :, first:]
     back = _turn_back(observation, keys, gap)
-    sinks = _turn_back(
-        observation, observation.keys[:, :, : min(observation.sink_size, first or queries)], gap
-    )
+    sink_size = min(observation.sink_size, first or queries)
+    sinks = back[:, :, :sink_size]
+    if first:
+        sinks = _turn_back(observation, observation.keys[:, :, :sink_size], gap)
     # The sinks have columns of their own.
-    places = spread_places(0 if first else sinks.shape[2], queries, far_keys).to(keys.device)
-    far = back[:, :, places]
+    places = spread_places(0 if first else sinks.shape[2], queries, far_keys)
+    far = back[:, :, send_tensor(places, keys.device)]
     lookups = observation.keys.new_zeros(batch, heads, observation.key_length, dtype=torch.float32)
     # Chunks of one size go together: few large products, whatever the number of chunks.
     for start, count, size in group_chunks(split_chunks(queries, chunk_size)):
@@ -148,7 +150,7 @@ def _compute_lookups(
                 torch.cat(table, dim=-2),
                 sinks.shape[2],
                 begin + first == 0,
-                weigh_far_keys(places, begin, number, size, queries),
+                send_tensor(weigh_far_keys(places, begin, number, size, queries), keys.device),
             )
             lookups[:, :, first + begin : first + rows.stop] = found
     return lookups
@@ -264,7 +266,7 @@ def _turn_back(observation: Observation, keys: Tensor, gap: int) -> Tensor:
     if observation.rotation is None:
         return keys
     frequencies = observation.rotation.frequencies.to(keys.device)
-    shift = torch.tensor(observation.lengths, device=keys.device, dtype=torch.float32) + gap
+    shift = send_numbers([length + gap for length in observation.lengths], keys.device, torch.float32)
     return observation.rotation.turn(keys, -shift.view(-1, 1, 1, 1) * frequencies)
 
 

@@ -47,7 +47,10 @@ def without_padding(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
         shape = (len(observation.available), heads, observation.key_length)
         joined = observation.keys.new_zeros(shape).float()
         for row, scores in rows.items():
-            joined[row, :, observation.valid[row]] = scores[0]
+            if observation.is_padded_in_front(row):
+                joined[row, :, observation.row_start[row] :] = scores[0]
+            else:
+                joined[row, :, observation.valid[row]] = scores[0]
         return joined
 
     return score_each
@@ -172,7 +175,7 @@ def compute_output_norms(observation: Observation) -> Tensor:
     value = values.float()
     norms = value.new_empty(values.shape[0], groups, values.shape[1], values.shape[2])
     for group in range(groups):
-        own = squares[:, group]
-        # Rounding may leave a tiny negative number.
-        norms[:, group] = (value @ own).mul_(value).sum(dim=-1).clamp_(min=0.0).sqrt_()
+        torch.sum((value @ squares[:, group]).mul_(value), dim=-1, out=norms[:, group])
+    # Rounding may leave a tiny negative number.
+    norms.clamp_(min=0.0).sqrt_()
     return norms.transpose(1, 2).flatten(1, 2)

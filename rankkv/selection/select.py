@@ -89,6 +89,76 @@ def select_tokens(
     return is_kept.nonzero()[:, -1].view(*scores.shape[:-1], width)
 
 
+def list_protected(
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    selector: Selector,
+    window_size: int,
+    sink_size: int,
+    *,
+    protect: Sequence[tuple[int, int]] = (),
+    protect_before: Sequence[int] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Return the first of the newest protected tokens, and the number of protected first ones, each per row.
+
+    Parameters
+    ----------
+    lengths, budgets, selector, window_size, sink_size, protect, protect_before
+        See :func:`select_tokens`.
+    """
+    spanned_in = lengths if protect_before is None else protect_before
+    return _list_protected(lengths, budgets, selector, window_size, sink_size, protect, spanned_in)
+
+
+def rank_tokens(
+    scores: Tensor,
+    real_index: Tensor,
+    lengths: Sequence[int],
+    protected: tuple[list[int], list[int]],
+    *,
+    protect: Sequence[tuple[int, int]] = (),
+    protect_before: Sequence[int] | None = None,
+    in_order: bool = False,
+) -> Tensor:
+    """Rank the tokens of each row: protected tokens first, then the highest scores.
+
+    The first tokens are those that :func:`select_tokens` selects for any budget that protects equally many.
+
+    Parameters
+    ----------
+    scores, real_index, lengths, protect, protect_before
+        See :func:`select_tokens`.
+    protected : (list of int, list of int)
+        What :func:`list_protected` returned.
+    in_order : bool, default False
+        True if the keys of all rows are their real tokens, none missing.
+
+    Returns
+    -------
+    Tensor
+        Indices of the keys, int64 ``[batch, kv_head or 1, key]``.
+
+    Examples
+    --------
+    >>> scores, index = torch.tensor([[[0.1, 0.9, 0.2, 0.8, 0.0]]]), torch.arange(5).view(1, 1, 5)
+    >>> rank_tokens(scores, index, [5], ([4], [0])).tolist()
+    [[[4, 1, 3, 2, 0]]]
+    """
+    newest_from, sinks = protected
+    if in_order and not protect and len(set(newest_from)) == len(set(sinks)) == 1:
+        shape = torch.broadcast_shapes(scores.shape, real_index.shape)
+        raised = torch.nan_to_num(scores, nan=torch.finfo(scores.dtype).min).expand(shape)
+        raised = raised.contiguous() if raised.shape != scores.shape else raised
+        raised[..., newest_from[0] :] = float("inf")
+        raised[..., : sinks[0]] = float("inf")
+    else:
+        numbers = spread_tables(protected, scores.device)
+        spanned_in = lengths if protect_before is None else protect_before
+        raised = _raise(scores, real_index, *numbers, protect=protect, spanned_in=spanned_in)
+    # Stable: of equal scores every machine must keep the earlier one.
+    return raised.sort(dim=-1, descending=True, stable=True).indices
+
+
 def raise_protected(
     scores: Tensor,
     real_index: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,15 +18,25 @@ def send_numbers(numbers: Sequence[int], device: torch.device, dtype: torch.dtyp
     >>> send_numbers([3, 1], torch.device("cpu")).tolist()
     [3, 1]
     """
-    made = torch.tensor(numbers, dtype=dtype)
+    return send_tensor(torch.tensor(numbers, dtype=dtype), device)
+
+
+def send_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """Send a tensor of the host to a device; a GPU does not make the host wait for that.
+
+    Examples
+    --------
+    >>> send_tensor(torch.ones(2), torch.device("cpu")).tolist()
+    [1.0, 1.0]
+    """
     if device.type != "cuda":
-        return made.to(device)
+        return tensor.to(device)
     try:
         # From pinned memory the copy runs behind the host's back.
-        return made.pin_memory().to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
     except RuntimeError:
         # No memory can be pinned: then the host waits.
-        return made.to(device)
+        return tensor.to(device)
 
 
 def spread_numbers(numbers: Sequence[int], device: torch.device) -> Any:
@@ -55,6 +66,51 @@ def spread_tables(tables: Sequence[Sequence[int]], device: torch.device) -> list
     return [next(sent) if len(set(numbers)) > 1 else numbers[0] for numbers in tables]
 
 
+def takes_halves(tensor: Tensor) -> bool:
+    """Return True if the device multiplies such tensors in bfloat16 and adds the products up in float32.
+
+    A float32 product of the same numbers takes a GPU many times as long: its fast units know no float32.
+
+    Examples
+    --------
+    >>> takes_halves(torch.ones(2))
+    False
+    """
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cuda" and _try_halves(tensor.device)
+
+
+@functools.cache
+def _try_halves(device: torch.device) -> bool:
+    ones = torch.ones(1, 8, 8, dtype=torch.bfloat16, device=device)
+    try:
+        return multiply_halves(ones, ones).dtype == torch.float32
+    except (NotImplementedError, TypeError, RuntimeError):
+        # An older torch, or a card without bfloat16.
+        return False
+
+
+def multiply_halves(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply ``[matrix, m, k]`` and ``[matrix, k, n]`` of bfloat16; the sums are float32."""
+    return torch.bmm(left, right, out_dtype=torch.float32)
+
+
+def split_into_halves(tensor: Tensor) -> Tensor:
+    """Split float32 numbers into the sum of two bfloat16 numbers: ``[..., m, k]`` to ``[..., 2, m, k]``.
+
+    The sum is right to about five digits.  The tensor is used up: it holds nothing of use afterwards.
+
+    Examples
+    --------
+    >>> split_into_halves(torch.tensor([[1.0, 1.00390625]])).tolist()
+    [[[1.0, 1.0]], [[0.0, 0.00390625]]]
+    """
+    halves = tensor.new_empty((*tensor.shape[:-2], 2, *tensor.shape[-2:]), dtype=torch.bfloat16)
+    first, second = halves.unbind(dim=-3)
+    first.copy_(tensor)
+    second.copy_(tensor.sub_(first))
+    return halves
+
+
 class Reader:
     """Bring tensors of a device to the host in one transfer; the host waits only when it reads one of them.
 
@@ -73,7 +129,7 @@ class Reader:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._is_late = device.type == "cuda"
+        self._on_gpu = device.type == "cuda"
         # What was sent, and where it comes to; on a GPU until it has come.
         self._sources: list[Tensor] = []
         self._sent: list[Sent] = []
@@ -86,12 +142,17 @@ class Reader:
             if source is tensor:
                 return sent
         self._sources.append(tensor)
-        self._sent.append(Sent(self, tensor if self._is_late else tensor.cpu()))
+        self._sent.append(Sent(self, tensor if self._on_gpu else tensor.cpu()))
         return self._sent[-1]
+
+    @property
+    def is_late(self) -> bool:
+        """True if something was sent that the host would have to wait for."""
+        return self._on_gpu and bool(self._sent)
 
     def start(self) -> None:
         """Start the transfer of all that was sent."""
-        if not self._is_late or not self._sent:
+        if not self.is_late:
             return
         # As bits, so that nothing is converted.
         bits = torch.cat([source.flatten().view(torch.int32) for source in self._sources])
@@ -102,7 +163,7 @@ class Reader:
 
     def finish(self) -> None:
         """Wait until all has come."""
-        if not self._is_late:
+        if not self._on_gpu:
             return
         if self._joined is None:
             self.start()

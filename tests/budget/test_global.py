@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankkv import RankKVCache
-from rankkv.budget.scores import HeadScores, ScorePool
+from rankkv.budget.scores import HeadScores, ScorePool, count_best
 from rankkv.errors import ConfigError
 from rankkv.selection import SELECTORS, get_selector
 
@@ -148,6 +148,33 @@ def test_a_later_layer_only_takes_places_away(layers, places):
         assert counts.sum() <= places + 1e-6
         assert (counts[:place] <= before + 1e-9).all()
         before = counts
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]), max_size=9),
+            st.sampled_from([0.25, 0.5, 1.0]),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(0, 20),
+)
+def test_the_best_scores_of_all_rows_are_those_of_a_merged_list(rows, places):
+    scores = [np.array(sorted(values, reverse=True)) for values, _ in rows]
+    merged = sorted(
+        (-value, row, cost)
+        for row, (values, cost) in enumerate(rows)
+        for value in sorted(values, reverse=True)
+    )
+    expected, spent = [0] * len(rows), 0.0
+    for _, row, cost in merged:
+        spent += cost
+        if spent > places:
+            break
+        expected[row] += 1
+    assert count_best(scores, [cost for _, cost in rows], places).tolist() == expected
 
 
 def test_a_prefill_takes_only_options_that_it_has_not_read(model, ids):

@@ -13,6 +13,7 @@ from rankkv import compute_effective_rank
 from rankkv.budget.strategies import STRATEGIES
 from rankkv.limits import Limits
 from rankkv.rank.measures import MEASURES, compute_measures
+from rankkv.rank.measures import distortion as eviction
 
 WINDOW = 16
 PROMPT = oracles.random_prompt(64, seed=5)
@@ -370,3 +371,18 @@ def test_a_process_with_half_of_the_heads_measures_its_part_of_the_whole(model, 
     if name == "head_distortion":
         expected = expected[:, : kv_heads // 2]
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["distortion", "head_distortion"])
+def test_products_of_bfloat16_give_the_errors_of_float32(tiny_llama, monkeypatch, name):
+    """What a GPU multiplies fast: weights as the sum of two numbers, values and the projection as they are."""
+    (layer, *_) = observe(tiny_llama().to(torch.bfloat16), PROMPT)
+    expected = measure(layer, name)
+    multiply = lambda left, right: left.float() @ right.float()  # noqa: E731
+    calls = []
+    monkeypatch.setattr(eviction, "takes_halves", lambda tensor: tensor.dtype == torch.bfloat16)
+    monkeypatch.setattr(eviction, "multiply_halves", lambda *pair: calls.append(pair) or multiply(*pair))
+    found = measure(layer, name)
+    assert len(calls) > 2
+    assert {part.dtype for pair in calls for part in pair} == {torch.bfloat16}
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pretend_gpu
 import pytest
 import scipy.stats
 import torch
@@ -154,9 +155,18 @@ def test_gram_matrices_are_the_same_in_blocks(monkeypatch):
     (attention,) = attention_layers((2, 3, 40, 700))
     whole = attention.double() @ attention.double().mT
     torch.testing.assert_close(compute_gram(attention), whole, rtol=1e-12, atol=0)
-    monkeypatch.setattr(rank_kernels, "_BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(rank_kernels, "_CPU_BLOCK_ELEMENTS", 1000)
     monkeypatch.setattr(rank_kernels, "_MIN_BLOCK_KEYS", 16)
     torch.testing.assert_close(compute_gram(attention), whole, rtol=1e-12, atol=0)
+
+
+def test_a_gpu_adds_up_the_gram_matrix_of_many_products():
+    attention = torch.rand(2, 3, 5, 1500, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    for keys in (512, 513, 1024, 1500):
+        cut = attention[..., :keys]
+        with pretend_gpu.pretend():
+            found = compute_gram(pretend_gpu.put_on_gpu(cut)).cpu()
+        torch.testing.assert_close(found, cut.double() @ cut.double().mT, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("aggregation", sorted(AGGREGATIONS))

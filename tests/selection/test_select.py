@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from selector_conformance import CHECKS
 
 from rankkv.errors import ConfigError, RankKVError, UnknownNameError
-from rankkv.selection import SELECTORS, Selector, get_selector, select_tokens
+from rankkv.selection import (
+    SELECTORS,
+    Selector,
+    get_selector,
+    list_protected,
+    rank_tokens,
+    select_tokens,
+)
 
 LENGTH, WINDOW = 64, 16
 PROMPTS = (oracles.random_prompt(LENGTH, seed=1), oracles.random_prompt(23, seed=2))
@@ -218,6 +225,21 @@ def test_selecting_again_from_what_was_kept_changes_nothing(case, data):
     second = select_tokens(**case_after)
     mapped = index.gather(-1, second.clamp(min=0)).masked_fill(second < 0, -1)
     assert listed(mapped) == listed(select_tokens(**case))
+
+
+@given(selections(), st.data())
+def test_the_first_ranked_tokens_are_the_selected_ones(case, data):
+    how = {name: case[name] for name in ("selector", "window_size", "sink_size")}
+    protected = list_protected(case["lengths"], case["budgets"], **how)
+    tokens = case["scores"], case["real_index"], case["lengths"]
+    padded = any(length < case["scores"].shape[-1] for length in case["lengths"])
+    order = rank_tokens(*tokens, protected, in_order=not padded and data.draw(st.booleans()))
+    # Fewer tokens are the first ones too, while equally many are protected.
+    fewer = [data.draw(st.integers(1, budget)) for budget in case["budgets"]]
+    kept = [min(count, length) for count, length in zip(fewer, case["lengths"], strict=True)]
+    if list_protected(case["lengths"], fewer, **how) == protected:
+        found = [[sorted(head[:n]) for head in row] for row, n in zip(order.tolist(), kept, strict=True)]
+        assert found == listed(select_tokens(**{**case, "budgets": fewer}))
 
 
 def test_ties_go_to_the_earlier_token():

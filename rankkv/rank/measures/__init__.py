@@ -33,8 +33,8 @@ MEASURES: dict[str, Callable[..., Tensor]] = {
     "head_distortion": compute_head_errors,
 }
 
-#: Measures that a GPU begins and the host finishes later: ``function(observation, reader, **options)`` returns a function
-#: that returns what the measure returns.
+#: Measures that a GPU begins and the host finishes later: ``function(observation, reader, **options)`` returns another
+#: function, which returns what the measure returns.
 BEGINNINGS: dict[str, Callable[..., Callable[[], Tensor]]] = {
     "rank": begin_layer_ranks,
     "distortion": begin_eviction_errors,
@@ -145,4 +145,11 @@ def begin_measures(
     return finish
 
 
-__all__ = ["MEASURES", "begin_measures", "compute_measures", "get_measure", "register_measure", "unregister_measure"]
+__all__ = [
+    "MEASURES",
+    "begin_measures",
+    "compute_measures",
+    "get_measure",
+    "register_measure",
+    "unregister_measure",
+]

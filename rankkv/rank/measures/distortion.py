@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from torch.nn import functional
 from ...limits import Limits, check_number, make_budget_grid
 from ...observe.observation import Observation
 from ...observe.output_projection import compute_projection_matrix, find_output_projection
-from ...utils.devices import Reader, send_numbers, spread_numbers
+from ...utils.devices import (
+    Reader,
+    multiply_halves,
+    send_numbers,
+    split_into_halves,
+    spread_numbers,
+    takes_halves,
+)
 from ..observed_layer import (
     average_concentration,
     compute_group_ranks,
@@ -261,7 +269,7 @@ def _join_heads(observation: Observation, outputs: Tensor) -> tuple[Tensor, Tens
         # Their squares add up.
         squares = observation.sum_over_shards(wrong.pow(2).sum(dim=(-2, -1)))
     else:
-        squares = observation.sum_over_shards(wrong @ matrix).pow(2).sum(dim=(-2, -1))
+        squares = observation.sum_over_shards(_project(wrong, matrix)).pow(2).sum(dim=(-2, -1))
     return squares[:, :-1], squares[:, -1]
 
 
@@ -278,7 +286,7 @@ def _split_heads(observation: Observation, outputs: Tensor) -> tuple[Tensor, Ten
     if matrix is None:
         whole = observation.sum_over_shards(full.pow(2).sum(dim=(-2, -1)))
         return heads.pow(2).sum(dim=(-2, -1)), whole
-    whole = observation.sum_over_shards(full @ matrix).pow(2).sum(dim=(-2, -1))
+    whole = observation.sum_over_shards(_project(full, matrix)).pow(2).sum(dim=(-2, -1))
     # ||x W||^2 = x (W W^T) x^T is cheaper: W W^T is as wide as a head, W as the hidden state.
     product = _multiply_by_itself(observation, matrix, kv_heads)
     squares = (heads.flatten(2, 3) @ product).view_as(heads) * heads
@@ -293,6 +301,9 @@ def _multiply_by_itself(observation: Observation, matrix: Tensor, kv_heads: int)
     """Compute ``W W^T`` for the rows of each key/value head, ``[kv_head, width, width]``; on a CPU once a module."""
     module = observation.module
     part = matrix.unflatten(0, (kv_heads, -1))
+    if takes_halves(matrix):
+        return multiply_halves(part, part.mT)
+    part = part.float()
     if module is None or matrix.device.type != "cpu":
         return part @ part.mT
     # Weights may change in ways that leave no other trace, so their sums are compared too; the last one by place.
@@ -306,14 +317,24 @@ def _multiply_by_itself(observation: Observation, matrix: Tensor, kv_heads: int)
     return known[1]
 
 
+def _project(states: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply ``[..., row, width]`` float32 by the output projection's matrix, in float32."""
+    if not takes_halves(matrix):
+        return states @ matrix.float()
+    # A copy, because splitting uses it up.
+    halves = split_into_halves(states.reshape(1, -1, states.shape[-1]).clone())
+    found = multiply_halves(halves.flatten(0, 2)[None], matrix[None])
+    return found.view(2, *states.shape[:-1], -1).sum(dim=0)
+
+
 def _find_matrix(observation: Observation, width: int) -> Tensor | None:
-    """Return the output projection's matrix ``[width, hidden]`` float32; None if it is not found."""
+    """Return the output projection's matrix ``[width, hidden]`` in the values' dtype; None if it is not found."""
     parts = 1 if observation.shards is None else observation.shards.size
     projection = find_output_projection(observation.module, width, parts)
     if projection is None:
         return None
     # Use the model's own dtype: some modules accept no other.
-    return compute_projection_matrix(projection, width, observation.values, parts).float()
+    return compute_projection_matrix(projection, width, observation.values, parts)
 
 
 def _attend_with_fewer(
@@ -364,12 +385,22 @@ def _attend_with_fewer(
     first = torch.arange(0, len(rows), keys, device=values.device)[:, None]
     sorted_weights = weights.gather(-1, order[:, None].expand(-1, weights.shape[1], -1))
     sorted_values = rows.index_select(0, (order + first).flatten()).view(*order.shape, rows.shape[-1])
-    outputs, start = mixed.new_empty((len(grid) + 1, *mixed.shape)), 0
-    for place, stop in enumerate([*(min(budget, cut) for budget in grid), cut]):
-        part = sorted_weights[..., start:stop]
-        mixed = torch.baddbmm(mixed, part, sorted_values[:, start:stop].float(), out=outputs[place])
-        masses.append(part.sum(dim=-1, keepdim=True))
-        start = stop
+    bounds = list(itertools.pairwise([0, *(min(budget, cut) for budget in grid), cut]))
+    masses += [sorted_weights[..., start:stop].sum(dim=-1, keepdim=True) for start, stop in bounds]
+    if takes_halves(sorted_values):
+        halves = split_into_halves(sorted_weights).flatten(1, 2)
+        parts = [
+            multiply_halves(halves[..., start:stop], sorted_values[:, start:stop])
+            if start < stop
+            else mixed.new_zeros((*halves.shape[:2], mixed.shape[-1]))
+            for start, stop in bounds
+        ]
+        outputs = torch.stack(parts).unflatten(2, (2, -1)).sum(dim=2).cumsum(dim=0).add_(mixed)
+    else:
+        outputs = mixed.new_empty((len(bounds), *mixed.shape))
+        for output, (start, stop) in zip(outputs, bounds, strict=True):
+            part = sorted_weights[..., start:stop]
+            mixed = torch.baddbmm(mixed, part, sorted_values[:, start:stop].float(), out=output)
     mass = torch.stack(masses).cumsum(dim=0)[1:]
     outputs /= mass.clamp(min=torch.finfo(mass.dtype).tiny)
     return outputs.view(len(outputs), batch, heads, held_out, -1)
@@ -405,6 +436,8 @@ def _order_by_budget(scores: Tensor, grid: list[int], newest: int, sinks: int, p
     entry = torch.bucketize(place[-1], room[small:])
     if small:
         entry += (place[:-1] > room[:small].view(-1, 1, 1, 1)).sum(dim=0)
+    # A narrow type is sorted in fewer passes.
+    entry = entry.to(torch.uint8)
     return torch.empty_like(entry).scatter_(-1, order, entry).sort(dim=-1, stable=True).indices
 
 
