@@ -230,5 +230,11 @@ def can_attend_unpadded(keys: Tensor, values: Tensor) -> bool:
         and keys.device.type == "cuda"
         and keys.dtype in _VARLEN_DTYPES
         and find_varlen() is not None
-        and torch.cuda.get_device_capability(keys.device) >= _OLDEST_CARD
+        and _get_capability(keys.device) >= _OLDEST_CARD
     )
+
+
+@functools.cache
+def _get_capability(device: torch.device) -> tuple[int, int]:
+    """Return a card's compute capability; asked in each layer of each step."""
+    return torch.cuda.get_device_capability(device)

@@ -16,6 +16,8 @@ from ..models.tensor_parallel import HeadShards
 from .block_masks import reduce_block_mask
 from .observation import Observation, count_real, is_visible
 
+# Arguments by which an attention function does more than scale, add up and mask.
+_UNUSUAL = ("softcap", "s_aux", "position_bias", "output_attentions", "dropout")
 # Up to so many queries, a plan takes longer to build than it saves.
 _FEW_QUERIES = 512
 
@@ -59,12 +61,13 @@ class AttentionCall:
     @property
     def is_plain_sdpa(self) -> bool:
         """True if the call runs transformers' own sdpa function, and nothing but scaling, softmax and mask."""
-        options = self.options
-        unusual = ("softcap", "s_aux", "position_bias", "output_attentions", "dropout")
-        return self.inner is sdpa_attention_forward and not any(
-            value is not None and (isinstance(value, Tensor) or bool(value))
-            for value in (options.get(name) for name in unusual)
-        )
+        if self.inner is not sdpa_attention_forward:
+            return False
+        for name in _UNUSUAL:
+            value = self.options.get(name)
+            if value is not None and (isinstance(value, Tensor) or bool(value)):
+                return False
+        return True
 
     def run(self) -> Any:
         """Run the attention function and return its result."""
