@@ -257,7 +257,7 @@ def measure_correct(bench: Bench) -> None:
     for rows in (1, 3):
         for options in CORRECT[: 3 if bench.small else None]:
             named = {"rows": rows, "options": str(options)}
-            if not bench.has_time(250, "correct", **named):
+            if not bench.has_time(190, "correct", **named):
                 continue
             with bench.attempt("correct", **named):
                 found = []
@@ -611,10 +611,10 @@ def run(bench: Bench) -> None:
         measure_tpot(bench, model, 200 if bench.small else 16384, ratios[:1], rows=rows, steps=16)
     del model
     bench.clear()
-    measure_backends(bench)
-    bench.clear()
     if bench.has_time(45, "ttft", shape="Qwen3-8B"):
         measure_ttft(bench, bench.build("Qwen3-8B"), "Qwen3-8B", (200,) if bench.small else (16384,), 1)
+    bench.clear()
+    measure_backends(bench)
 
 
 def main() -> None:

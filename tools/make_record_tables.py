@@ -368,7 +368,10 @@ def name_number(value: float | None, digits: int = 2) -> str:
 
 def make_gpu(part: str) -> str:
     """Make a table of what was measured on a GPU: "ttft", "tpot", "waits" or "backends"."""
-    rows = [row for row in read_record("gpu/h100.json")["rows"] if row["part"] == part]
+    record = read_record("gpu/h100.json")["rows"]
+    rows = [row for row in record if row["part"] == part]
+    if part == "correct":
+        return describe_agreement(record)
     if part == "ttft":
         head = ("shape", "tokens", "cache", "ms", "over plain", "peak, GiB", "held after it, GiB")
         return write_table(head, [
@@ -404,6 +407,25 @@ def make_gpu(part: str) -> str:
         for row in rows
         if "ms" in row
     ])  # fmt: skip
+
+
+def describe_agreement(rows: list[dict[str, Any]]) -> str:
+    """Say how many settings gave on the GPU what they give on a CPU, and by how much half precision differs."""
+    settings = [row for row in rows if row["part"] == "correct" and "skipped" not in row]
+    same = [row for row in settings if row.get("same_counts") and row.get("same_tokens")]
+    error = max(row["logit_error"] for row in settings if "logit_error" in row)
+    ways = [row for row in rows if row["part"] == "ways"]
+    half = {
+        row["selector"]: row["same_kept"]
+        for row in rows
+        if row["part"] == "numerics" and row["device"] == "bfloat16"
+    }
+    kept = ", ".join(f"{share:.1%} with `{name}`" for name, share in half.items())
+    return (
+        f"Beside a CPU, a small model in float32: {len(same)} of {len(settings)} settings keep the same tokens of every head, "
+        f"and logits differ by at most {error:.0e}. {sum(row.get('same_tokens', False) for row in ways)} of {len(ways)} "
+        f"ways of generating give the same text. In bfloat16 both keep the same {kept}."
+    )
 
 
 def name_cache(name: str) -> str:
@@ -450,6 +472,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "gpu-decode": lambda: make_gpu("tpot"),
         "gpu-waits": lambda: make_gpu("waits"),
         "gpu-backends": lambda: make_gpu("backends"),
+        "gpu-correct": lambda: make_gpu("correct"),
     },
     "docs/evaluation.md": {"sweep": make_sweep},
     "docs/kvpress.md": {"parity": make_parity},
