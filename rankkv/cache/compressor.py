@@ -26,6 +26,8 @@ from .quality import LayerAttention, finish_plans, measure_attention
 # Slots held above the budget during a prefill, as a fraction of (total budget + one layer).
 # Without this slack every new layer would copy all earlier layers once more.
 _RELEASE_SLACK = 0.05
+# Up to so many bytes of all layers' tokens, a GPU holds them until the last layer: launches cost more than memory then.
+_SMALL_BYTES = 64 << 20
 
 
 class Compressor:
@@ -35,7 +37,7 @@ class Compressor:
     outcome equals one decision at the end, for two reasons: a layer's share only falls as layers arrive, and the best
     tokens among the best tokens are the best of all.  The cascade never holds more than the total budget and one layer.
     On a GPU it is one layer more: a layer shrinks once the next one has been measured, so that the host does not wait
-    for the measures.
+    for the measures.  There a prompt of few tokens shrinks only at the end.
 
     Parameters
     ----------
@@ -57,6 +59,8 @@ class Compressor:
         self._open: list[BudgetPlan] = []
         # Attention to the tokens of each layer of the round under way, if the loss of the selector can be predicted.
         self._attention: list[LayerAttention] = []
+        # True if the layers of the round under way may be held whole until the last one.
+        self._holds_all = False
         # The last layer of the round under way, if its measures are still on their way to the host.
         self._waiting: _Waiting | None = None
         #: Newest queries that test what is lost.
@@ -185,6 +189,8 @@ class Compressor:
             )
             self._attention.append(found)
         self._finish_waiting(layers)
+        held = (observation.keys.nbytes + observation.values.nbytes) * len(self.layer_indices)
+        self._holds_all = observation.keys.device.type == "cuda" and held <= _SMALL_BYTES
         self._waiting = _Waiting(begun, list(observation.available), tables)
         # While a GPU measures this layer, the model goes on to the next one, so that neither waits for the other.
         if is_last or not reader.is_late:
@@ -204,6 +210,8 @@ class Compressor:
         """Shrink the layers ``done`` to their budgets so far, and finish the round with the last layer."""
         config = self.config
         if len(done) < len(self.layer_indices):
+            if self._holds_all:
+                return
             ceilings = [plan.compute_ceilings() for plan in self._open]
             self._shrink(layers, done, ceilings, len(done) - 1)
             self._release_excess(layers, done, ceilings)

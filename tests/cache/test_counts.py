@@ -8,7 +8,7 @@ import torch
 from varlen_stand_in import copy_of_varlen
 
 from rankkv import RankKVCache
-from rankkv.cache import unpadded
+from rankkv.cache import compressor, unpadded
 from rankkv.cache.prefill import run_prefill
 from rankkv.cache.schedule import CompressionSchedule
 from rankkv.models.compat import cache_argument
@@ -45,6 +45,12 @@ EVICTING = [
     ({"decode": "periodic"}, 14, 25),
     ({"decode": "periodic", "head_budgets": None}, 9, 17),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _shrinks_while_a_prompt_comes_in(monkeypatch):
+    """Let a tiny model shrink its layers again and again, as a large one does."""
+    monkeypatch.setattr(compressor, "_SMALL_BYTES", 0)
 
 
 @pytest.fixture
@@ -111,6 +117,20 @@ def test_a_prefill_of_many_layers_and_tokens_takes_no_more_launches(tiny_llama, 
         assert counts.own(counts.launches) <= launches * layers, counts.launches.most_common(5)
         assert not counts.own(counts.waits) + counts.own(counts.copies), counts.waits
         assert counts.own(counts.late) <= layers, counts.late
+
+
+@pytest.mark.parametrize(("options", "launches"), [({}, 122), ({"head_budgets": None}, 98)], ids=str)
+def test_a_short_prompt_shrinks_once(tiny_llama, monkeypatch, options, launches):
+    model = pretend_gpu.put_on_gpu(tiny_llama(**{**LARGE, "num_attention_heads": 8}))
+    layers = LARGE["num_hidden_layers"]
+    with pretend_gpu.pretend() as counts:
+        often, _ = start(model, counts, 1, **options)
+        monkeypatch.setattr(compressor, "_SMALL_BYTES", 1 << 30)
+        once, _ = start(model, counts, 1, **options)
+        assert counts.own(counts.launches) <= launches * layers, counts.launches.most_common(5)
+        for one, other in zip(once.layers, often.layers, strict=True):
+            assert one.kept_per_head == other.kept_per_head
+            assert torch.equal(one.compute_positions().cpu(), other.compute_positions().cpu())
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["single", "padded"])

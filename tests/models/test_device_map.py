@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 import rankkv
 from rankkv import RankKVAnalyzer, RankKVCache, load_model
+from rankkv.cache import compressor
 from rankkv.models.fingerprint import compute_fingerprint
 from rankkv.models.placement import find_input_device, find_layer_devices, list_weights, read_weight
 from rankkv.profile.known import sample_weights
@@ -32,6 +33,12 @@ QUICK = [
     *("padded", "beams", "sampling", "packed", "offload", "chunked", "bounded", "lookup", "head budgets"),
 ]
 PROMPT = oracles.random_prompt(90, seed=4, vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture(autouse=True)
+def _shrinks_while_a_prompt_comes_in(monkeypatch):
+    """Let a tiny model on GPUs shrink its layers again and again, as a large one does."""
+    monkeypatch.setattr(compressor, "_SMALL_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
