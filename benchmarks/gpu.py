@@ -109,6 +109,8 @@ class Bench:
 
     def note(self, part: str, **values: Any) -> None:
         """Add a row, print it, and write the record."""
+        # A ratio to what was not measured is no number, and JSON has none such.
+        values = {name: None if value != value else value for name, value in values.items()}
         self.rows.append({"part": part, **values})
         shown = "  ".join(
             f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"

@@ -411,9 +411,9 @@ def make_gpu(part: str) -> str:
 
 def describe_agreement(rows: list[dict[str, Any]]) -> str:
     """Say how many settings gave on the GPU what they give on a CPU, and by how much half precision differs."""
-    settings = [row for row in rows if row["part"] == "correct" and "skipped" not in row]
-    same = [row for row in settings if row.get("same_counts") and row.get("same_tokens")]
-    error = max(row["logit_error"] for row in settings if "logit_error" in row)
+    compared = [row for row in rows if row["part"] == "correct" and "skipped" not in row]
+    same = [row for row in compared if row.get("same_counts") and row.get("same_tokens")]
+    error = max(row["logit_error"] for row in compared if "logit_error" in row)
     ways = [row for row in rows if row["part"] == "ways"]
     half = {
         row["selector"]: row["same_kept"]
@@ -421,10 +421,12 @@ def describe_agreement(rows: list[dict[str, Any]]) -> str:
         if row["part"] == "numerics" and row["device"] == "bfloat16"
     }
     kept = ", ".join(f"{share:.1%} with `{name}`" for name, share in half.items())
+    texts = sum(row.get("same_tokens", False) for row in ways)
     return (
-        f"Beside a CPU, a small model in float32: {len(same)} of {len(settings)} settings keep the same tokens of every head, "
-        f"and logits differ by at most {error:.0e}. {sum(row.get('same_tokens', False) for row in ways)} of {len(ways)} "
-        f"ways of generating give the same text. In bfloat16 both keep the same {kept}."
+        f"A small model in float32, beside a CPU: {len(same)} of {len(compared)} settings keep the same tokens of\n"
+        f"every head, and logits differ by at most {error:.0e}. {texts} of {len(ways)} ways of generating give the same\n"
+        "text. "
+        f"In bfloat16 both keep the same {kept}."
     )
 
 

@@ -73,6 +73,8 @@ def find_missing(entry: Mapping[str, Any], texts: Path | None, models: Mapping[s
         return f"{place} must hold {', '.join(f'{name}.txt' for name in absent)}"
     if "model" in entry and entry["model"] not in models:
         return f"--models {entry['model']}=PATH is missing"
+    if entry.get("gpu") and shutil.which("nvidia-smi") is None:
+        return "an NVIDIA GPU"
     return ""
 
 

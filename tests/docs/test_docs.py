@@ -225,6 +225,7 @@ def test_every_record_is_told_of():
     """The results page names command and commit of every record."""
     results = ROOT / "results"
     there = {path.name for path in results.glob("*.json")}
+    there |= {path.relative_to(results).as_posix() for path in (results / "gpu").glob("*.json")}
     there |= {path.parent.relative_to(results).as_posix() for path in results.rglob("manifest.json")}
     told = set(make_record_tables.read_records())
     assert told == there
