@@ -424,8 +424,8 @@ def describe_agreement(rows: list[dict[str, Any]]) -> str:
     texts = sum(row.get("same_tokens", False) for row in ways)
     return (
         f"A small model in float32, beside a CPU: {len(same)} of {len(compared)} settings keep the same tokens of\n"
-        f"every head, and logits differ by at most {error:.0e}. {texts} of {len(ways)} ways of generating give the same\n"
-        "text. "
+        f"every head, and logits differ by at most {error:.0e}. {texts} of {len(ways)} ways of generating give the\n"
+        "same text. "
         f"In bfloat16 both keep the same {kept}."
     )
 
@@ -455,6 +455,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "asked-later-weighed": lambda: make_asked_later("asked_later_weighed", renames_echo=False),
         "asked-later-weighed-qwen": lambda: make_asked_later("asked_later_weighed_qwen", renames_echo=False),
         "asked-later-same-loss": lambda: make_asked_later("asked_later_same_loss", renames_echo=False),
+        "asked-later-tasks": lambda: make_asked_later("asked_later_tasks", renames_echo=False),
         "asked-later-methods": lambda: make_asked_later("asked_later_methods", renames_echo=False),
         "asked-first": lambda: make_asked_later("asked_first", renames_echo=False),
         "asked-later-peers": lambda: make_asked_later("asked_later_peers"),
