@@ -373,7 +373,7 @@ class RankKVLayer(DynamicLayer):
         """Keep ``budgets`` tokens per row (plus ``slack``), and release the rest.
 
         Unless the budgets are ``final``, the slots may stand in the order of their scores: nothing but the next shrink
-        can read them then.
+        can read them then.  After the final shrink no other one may follow.
 
         Raises
         ------
