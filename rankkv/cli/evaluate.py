@@ -243,15 +243,7 @@ def evaluate(
         store = None if output is None else ResultStore(output, config)
         language_model, tokenizer = load_model(model, dtype, device_map or find_own_device())
     if AUTO_SELECTOR in methods:
-        from ..cache.resolve import choose_for_questions
-
-        chosen, remarks = choose_for_questions(RankKVConfig(), language_model)
-        name = chosen.selector if chosen.selector != AUTO_SELECTOR else "snapkv"
-        console.print(
-            "; ".join([f"Selector auto: {name}, as compress() takes it", *remarks]) + ".",
-            markup=False,
-            soft_wrap=True,
-        )
+        settings = choose_selector(console, settings, language_model)
 
     sampling = {
         "lengths": counts,
@@ -336,6 +328,28 @@ def _number(text: str, kind: Callable[[str], Any], flag: str) -> Any:
         return kind(text)
     except ValueError:
         raise ConfigError(f"{flag}: {text!r} must be a number.") from None
+
+
+def choose_selector(
+    console: Console, settings: Mapping[str, Mapping[str, Any]], model: Any
+) -> dict[str, dict[str, Any]]:
+    """Return the settings with the selector that compress() takes in place of "auto", and print its name.
+
+    In all of them, because uniform budgets are compared with others of the same selector.
+    """
+    from ..cache.resolve import choose_for_questions
+
+    chosen, remarks = choose_for_questions(RankKVConfig(), model)
+    name = chosen.selector if chosen.selector != AUTO_SELECTOR else "snapkv"
+    console.print(
+        "; ".join([f"Selector auto: {name}, as compress() takes it", *remarks]) + ".",
+        markup=False,
+        soft_wrap=True,
+    )
+    return {
+        setting: {**options, "selector": name} if options.get("selector") == AUTO_SELECTOR else dict(options)
+        for setting, options in settings.items()
+    }
 
 
 def _assign_options(tasks: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

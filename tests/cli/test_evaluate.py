@@ -71,6 +71,20 @@ def test_a_loss_stands_beside_the_ratios(small, tmp_path):
     assert 1 > shares[0] > shares[1] > 0
 
 
+def test_every_row_auto_has_the_selector_that_is_printed(small):
+    """Uniform budgets too: they are compared with others of the same selector."""
+    result = invoke(
+        "--model", small, "--text", small / "text.txt", "--lengths", 300, "--samples", 1, "--no-floor", "--json",
+        "--tasks", "perplexity", "--task-option", "continuation=20", "--ratios", 0.2,
+        "--selectors", "auto,echo", "--strategies", "auto,default",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Selector auto: echo, as compress() takes it." in result.stderr
+    found = {one["setting"]: one["score"] for one in json.loads(result.stdout)["comparisons"]}
+    for strategy in ("uniform", "auto", "default"):
+        assert found[f"auto|{strategy}|0.2"] == found[f"echo|{strategy}|0.2"]
+
+
 def test_what_is_there_is_not_computed_again(options, tmp_path):
     arguments = ["--tasks", "perplexity", *options, "-o", tmp_path]
     assert invoke(*arguments).exit_code == 0
