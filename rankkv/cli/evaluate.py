@@ -172,7 +172,9 @@ def evaluate(
     if question not in ("after", "before"):
         raise ConfigError(f"--question is {question!r} but must be 'after' or 'before'.")
     question = "before" if question_aware else question
-    methods = _split(selectors or (AUTO_SELECTOR if question == "after" else "snapkv"), "--selectors")
+    if selectors is None:
+        selectors = AUTO_SELECTOR if question == "after" else "snapkv"
+    methods = _split(selectors, "--selectors")
     given = parse_options(task_option, "--task-option")
     names = [] if tasks is None and data else _split(tasks or DEFAULT_TASKS, "--tasks")
     numbers = [_number(item, float, "--ratios") for item in _split(ratios, "--ratios")]

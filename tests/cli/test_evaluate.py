@@ -208,6 +208,7 @@ def test_an_unknown_file_is_refused_before_the_model_loads(tmp_path):
         ),
         (["--tasks", "hellaswag", "--include-path", "nowhere"], "'nowhere' is not a folder"),
         (["--tasks", ","], "--tasks ',' is an empty list"),
+        (["--selectors", ""], "--selectors '' is an empty list"),
         (["--ratios", "2"], "compression_ratio=2.0 is outside"),
         (["--max-losses", "0"], "max_loss=0.0 is outside (0, 10]"),
         (["--max-losses", "0.1", "--selectors", "h2o"], "'h2o' was not measured"),
