@@ -82,6 +82,9 @@ class AttentionCall:
         backends = torch.backends.cuda
         if self.query.device.type != "cuda" or self.steps > _FEW_QUERIES or not backends.cudnn_sdp_enabled():
             return self.run()
+        if not backends.math_sdp_enabled():
+            # The user allows some kernels alone: without cuDNN's there may be none for this call.
+            return self.run()
         backends.enable_cudnn_sdp(False)
         try:
             return self.run()

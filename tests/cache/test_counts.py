@@ -5,6 +5,7 @@ from __future__ import annotations
 import pretend_gpu
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from varlen_stand_in import copy_of_varlen
 
 from rankkv import RankKVCache
@@ -264,12 +265,19 @@ def test_only_decode_steps_do_without_cudnns_plans(tiny_llama, monkeypatch):
 
     def note(*args, **options):
         seen.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return attend(*args, **options)
+        # What a CPU has, whatever is allowed here.
+        with sdpa_kernel([SDPBackend.MATH]):
+            return attend(*args, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
     with pretend_gpu.pretend() as counts:
         _, step = start(model, counts, 1, head_budgets=None)
         assert seen == [True] * LAYERS
         step()
-    assert seen[LAYERS:] == [False] * LAYERS
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert seen[LAYERS:] == [False] * LAYERS
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        seen.clear()
+        # Without cuDNN's no kernel would be left.
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            step()
+    assert seen == [True] * LAYERS
