@@ -36,16 +36,6 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
 class SplitDevices(TorchFunctionMode):
     """While it is entered, tensors have the devices they are named to be on, and mixing them is an error."""
 
-    def __enter__(self) -> Any:
-        self._streams = torch.cuda.Event, torch.cuda.current_stream
-        # A stream has always just done what it was given.
-        torch.cuda.Event, torch.cuda.current_stream = _Reached, lambda *_: None  # type: ignore[misc,assignment]
-        return super().__enter__()
-
-    def __exit__(self, *args: Any) -> None:
-        torch.cuda.Event, torch.cuda.current_stream = self._streams  # type: ignore[misc]
-        super().__exit__(*args)
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
@@ -86,16 +76,6 @@ class SplitDevices(TorchFunctionMode):
                 elif isinstance(argument, str | torch.device):
                     asked = argument
         return None if asked is None else torch.device(asked)
-
-
-class _Reached:
-    """An event that was reached."""
-
-    def record(self, stream: Any = None) -> None:
-        """Mark what the device has done so far."""
-
-    def synchronize(self) -> None:
-        """Wait for it."""
 
 
 def _without_devices(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
