@@ -455,6 +455,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "asked-later-weighed": lambda: make_asked_later("asked_later_weighed", renames_echo=False),
         "asked-later-weighed-qwen": lambda: make_asked_later("asked_later_weighed_qwen", renames_echo=False),
         "asked-later-same-loss": lambda: make_asked_later("asked_later_same_loss", renames_echo=False),
+        "asked-later-qwen15": lambda: make_asked_later("asked_later_qwen15", renames_echo=False),
         "asked-later-tasks": lambda: make_asked_later("asked_later_tasks", renames_echo=False),
         "asked-later-methods": lambda: make_asked_later("asked_later_methods", renames_echo=False),
         "asked-first": lambda: make_asked_later("asked_first", renames_echo=False),
