@@ -85,6 +85,44 @@ def test_the_stand_in_has_the_signature_of_torch():
     assert unpadded.find_varlen() is varlen.varlen_attn
 
 
+def test_the_kernel_of_an_older_torch_takes_the_same_arguments(monkeypatch):
+    """On the meta device, where torch checks a kernel's arguments and shapes without running it."""
+    asked = []
+
+    def of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, return_aux=None):
+        """The public function, which hands no ``seqused_k`` on."""
+
+    kernel = torch.ops.aten._flash_attention_forward
+
+    def note(*args, **options):
+        bound = (
+            dict(zip([one.name for one in kernel.default._schema.arguments], args, strict=False)) | options
+        )
+        asked.append({name: value for name, value in bound.items() if not isinstance(value, torch.Tensor)})
+        return kernel(*args, **options)
+
+    note.default = kernel.default
+    monkeypatch.setattr(varlen, "varlen_attn", of_torch_2_11)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", note)
+    unpadded.find_varlen.cache_clear()
+    try:
+        _, layout, kept, new = build_heads(torch.bfloat16)
+        layout = SlotLayout.of_counts(layout.counts, layout.shape[-1], torch.device("meta"))
+        keys, values = ((old.to("meta"), more.to("meta")) for old, more in zip(kept, new, strict=True))
+        heads = UnpaddedHeads(layout, (keys[0], values[0]), (keys[1], values[1]))
+        output = heads.attend(torch.empty(2, 12, 1, 16, dtype=torch.bfloat16, device="meta"), 0.5)
+    finally:
+        unpadded.find_varlen.cache_clear()
+    assert output.shape == (2, 1, 12, 16)
+    longest = max(map(max, layout.counts)) + 3
+    assert asked == [
+        {
+            "max_q": 1, "max_k": longest, "dropout_p": 0.0, "is_causal": False, "return_debug_mask": False,
+            "scale": 0.5,
+        }
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("way", ["_attend_in_turn", "_attend_at_once"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 3])
