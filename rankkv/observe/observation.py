@@ -210,11 +210,11 @@ class Observation:
             columns = columns.repeat_interleave(window.shape[1] // columns.shape[1], dim=1)
         return window * columns[:, :, None, :]
 
-    def remember(self, compute: Callable[[Observation], Tensor], found: Tensor | None = None) -> Tensor:
-        """Return ``compute(self)``, computed once per observation and function, unless ``found`` gives it."""
+    def remember(self, compute: Callable[[Observation], Tensor]) -> Tensor:
+        """Return ``compute(self)``, computed once per observation and function."""
         known: dict[Any, Tensor] = vars(self).setdefault("_remembered", {})
         if compute not in known:
-            known[compute] = compute(self) if found is None else found
+            known[compute] = compute(self)
         return known[compute]
 
     @cached_property

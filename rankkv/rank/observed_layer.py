@@ -32,6 +32,8 @@ STRETCHES, STRETCH_SAMPLES, STRETCH_ROWS = 4, 64, 2048
 DOUBLE_ROWS = 512
 #: Largest share by which noise may move a rank from a float32 spectrum; above it float64 is used.
 SINGLE_TOLERANCE = 0.005
+#: Up to this many rows the eigenvalues are computed on the host: a GPU's solver makes the host wait, and is no faster.
+HOST_ROWS = 128
 # Rows of one block.  Keys after its last row's own are skipped.
 _BLOCK_ROWS = 256
 # Power iterations for the largest eigenvector.
@@ -144,10 +146,6 @@ def compute_group_ranks(observation: Observation) -> Tensor:
     if observation.shards is None:
         return round_ranks(observation.remember(read_gram_ranks)[:, :-1])
     return round_ranks(compute_rank_from_gram(observation.remember(compute_group_grams)).cpu())
-
-
-#: Up to this many rows the eigenvalues are computed on the host: a GPU's solver makes the host wait, and is no faster.
-HOST_ROWS = 128
 
 
 def send_ranks(observation: Observation, reader: Reader) -> Callable[[], Tensor]:
