@@ -10,6 +10,7 @@ A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; ``TABL
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -367,7 +368,7 @@ def name_number(value: float | None, digits: int = 2) -> str:
 
 
 def make_gpu(part: str) -> str:
-    """Make a table of what was measured on a GPU: "ttft", "tpot", "waits" or "backends"."""
+    """Make a table of what was measured on a GPU, "ttft", "tpot", "waits" or "backends", or the sentence "correct"."""
     record = read_record("gpu/h100.json")["rows"]
     rows = [row for row in record if row["part"] == part]
     if part == "correct":
@@ -413,7 +414,7 @@ def describe_agreement(rows: list[dict[str, Any]]) -> str:
     """Say how many settings gave on the GPU what they give on a CPU, and by how much half precision differs."""
     compared = [row for row in rows if row["part"] == "correct" and "skipped" not in row]
     same = [row for row in compared if row.get("same_counts") and row.get("same_tokens")]
-    error = max(row["logit_error"] for row in compared if "logit_error" in row)
+    error = round_up(max(row["logit_error"] for row in compared if "logit_error" in row))
     ways = [row for row in rows if row["part"] == "ways"]
     half = {
         row["selector"]: row["same_kept"]
@@ -428,6 +429,18 @@ def describe_agreement(rows: list[dict[str, Any]]) -> str:
         "same text. "
         f"In bfloat16 both keep the same {kept}."
     )
+
+
+def round_up(value: float) -> float:
+    """Return the smallest number of one digit that is not below a positive value.
+
+    Examples
+    --------
+    >>> round_up(1.4e-5)
+    2e-05
+    """
+    digit = 10.0 ** math.floor(math.log10(value))
+    return float(f"{math.ceil(value / digit - 1e-9) * digit:.0e}")
 
 
 def name_cache(name: str) -> str:
