@@ -560,14 +560,18 @@ def measure_tpot(
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     for turn in range(turns):
         for setting in list(caches) if turn % 2 == 0 else list(caches)[::-1]:
-            torch.backends.cuda.enable_cudnn_sdp(cudnn and "without" not in setting[0])
-            try:
-                cache = caches[setting]
-                times[setting].append(decode(model, cache, ids[:, -1:], cache.get_seq_length(), steps))
-            finally:
-                torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            with bench.attempt("tpot", rows=rows, tokens=tokens, cache=setting[0], kept=setting[1]):
+                torch.backends.cuda.enable_cudnn_sdp(cudnn and "without" not in setting[0])
+                try:
+                    cache = caches[setting]
+                    times[setting].append(decode(model, cache, ids[:, -1:], cache.get_seq_length(), steps))
+                finally:
+                    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     plain, steady = times.get(("plain", 1.0), []), times.get(("plain, without cuDNN", 1.0), [])
     for (name, ratio), found in times.items():
+        if len(found) < turns:
+            # Named above, as what failed.
+            continue
         bench.note(
             "tpot",
             rows=rows,

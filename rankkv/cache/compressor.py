@@ -91,6 +91,10 @@ class Compressor:
         adds_up = self.selector.step in ("sum", "max") and (continued or self.config.decode == "periodic")
         return adds_up or (self.config.decode == "bounded" and self.selector.step in ("decay", "mean"))
 
+    def reset(self) -> None:
+        """Forget the budgets, and a round that was interrupted."""
+        self.plans, self._open, self._attention, self._waiting = [], [], [], None
+
     def add_layer(self, layers: Sequence[RankKVLayer], observation: Observation) -> bool:
         """Add the next layer of a round and shrink the layers so far; return True when the round is finished.
 

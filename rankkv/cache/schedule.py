@@ -77,7 +77,7 @@ class CompressionSchedule:
 
     def reset(self) -> None:
         """Forget everything: the next forward is a prefill."""
-        self.compressor.plans = []
+        self.compressor.reset()
         #: Number of padding tokens before each row's first real token; None before the first forward.
         self.row_start: list[int] | None = None
         #: True after the first finished round.
