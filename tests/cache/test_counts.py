@@ -109,7 +109,11 @@ def test_a_prefill(tiny_llama, rows, options, launches, padded_launches):
         assert not counts.own(counts.copies), counts.copies
 
 
-@pytest.mark.parametrize(("options", "launches"), LARGE_PREFILLS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [LARGE_PREFILLS[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGE_PREFILLS[1:])],
+    ids=str,
+)
 def test_a_prefill_of_many_layers_and_tokens_takes_no_more_launches(tiny_llama, options, launches):
     model = pretend_gpu.put_on_gpu(tiny_llama(**LARGE))
     with pretend_gpu.pretend() as counts:
@@ -120,7 +124,11 @@ def test_a_prefill_of_many_layers_and_tokens_takes_no_more_launches(tiny_llama, 
         assert counts.own(counts.late) <= layers, counts.late
 
 
-@pytest.mark.parametrize(("options", "launches"), [({}, 122), ({"head_budgets": None}, 98)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [({}, 122), pytest.param({"head_budgets": None}, 98, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_short_prompt_shrinks_once(tiny_llama, monkeypatch, options, launches):
     model = pretend_gpu.put_on_gpu(tiny_llama(**{**LARGE, "num_attention_heads": 8}))
     layers = LARGE["num_hidden_layers"]
@@ -135,7 +143,7 @@ def test_a_short_prompt_shrinks_once(tiny_llama, monkeypatch, options, launches)
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["single", "padded"])
-@pytest.mark.parametrize("tokens", [TOKENS, 700])
+@pytest.mark.parametrize("tokens", [pytest.param(TOKENS, marks=pytest.mark.slow), 700])
 @pytest.mark.parametrize(
     "options",
     [options for options, *_ in PREFILLS] + [{"prefill": "streaming"}],
