@@ -34,7 +34,7 @@ class Choice:
 
     @property
     def protected(self) -> tuple[list[int], list[int]]:
-        """Which tokens the budgets protect; see :func:`rankkv.selection.list_protected`."""
+        """Return what the budgets protect; see :func:`rankkv.selection.list_protected`."""
         return list_protected(self.lengths, self.budgets, **self.how)
 
 

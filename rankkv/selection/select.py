@@ -72,7 +72,9 @@ def select_tokens(
         keep = [min(budget, length) for budget, length in zip(budgets, lengths, strict=True)]
     width = max(keep)
     spanned_in = lengths if protect_before is None else protect_before
-    tables = _list_protected(lengths, budgets, selector, window_size, sink_size, protect, spanned_in)
+    tables = list_protected(
+        lengths, budgets, selector, window_size, sink_size, protect=protect, protect_before=protect_before
+    )
     *numbers, kept = spread_tables([*tables, keep], scores.device)
     scores = _raise(scores, real_index, *numbers, protect=protect, spanned_in=spanned_in)
     # On a GPU, nonzero() below would make the host wait for the device; sorting does not.
@@ -107,7 +109,12 @@ def list_protected(
         See :func:`select_tokens`.
     """
     spanned_in = lengths if protect_before is None else protect_before
-    return _list_protected(lengths, budgets, selector, window_size, sink_size, protect, spanned_in)
+    counts = [
+        selector.count_protected(max(0, budget - count_spanned(protect, length)), window_size, sink_size)
+        for budget, length in zip(budgets, spanned_in, strict=True)
+    ]
+    newest_from = [length - recent for length, (recent, _) in zip(lengths, counts, strict=True)]
+    return newest_from, [first for _, first in counts]
 
 
 def rank_tokens(
@@ -184,28 +191,11 @@ def raise_protected(
         ``[batch, kv_head or 1, key]``; all other scores are finite.
     """
     spanned_in = lengths if protect_before is None else protect_before
-    tables = _list_protected(lengths, budgets, selector, window_size, sink_size, protect, spanned_in)
+    tables = list_protected(
+        lengths, budgets, selector, window_size, sink_size, protect=protect, protect_before=protect_before
+    )
     numbers = spread_tables(tables, scores.device)
     return _raise(scores, real_index, *numbers, protect=protect, spanned_in=spanned_in)
-
-
-def _list_protected(
-    lengths: Sequence[int],
-    budgets: Sequence[int],
-    selector: Selector,
-    window_size: int,
-    sink_size: int,
-    protect: Sequence[tuple[int, int]],
-    spanned_in: Sequence[int],
-) -> tuple[list[int], list[int]]:
-    """Return the first of the newest protected tokens, and the number of protected first ones, each per row."""
-    spans = [count_spanned(protect, length) for length in spanned_in]
-    counts = [
-        selector.count_protected(max(0, budget - spanned), window_size, sink_size)
-        for budget, spanned in zip(budgets, spans, strict=True)
-    ]
-    newest_from = [length - recent for length, (recent, _) in zip(lengths, counts, strict=True)]
-    return newest_from, [first for _, first in counts]
 
 
 def _raise(
